@@ -1,0 +1,217 @@
+"""Where a run's files are, how they are written, and what a run says about itself.
+
+A *run* is one folder below ``build/<profile>/``. A notebook opens it with :func:`open_run`, reads
+what the notebooks before it left there, and writes its own files through :func:`atomic_path`.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+BY_HAND = "build/by-hand"  # where a notebook run outside the workflow writes
+
+_STAMPED = ("fortify", "torch", "torchvision", "foolbox", "numpy", "pandas", "scikit-learn", "scipy")
+
+
+def find_root(start=None):
+    """The checkout that holds ``start`` (default: the working directory), as an absolute Path.
+
+    ``FORTIFY_ROOT`` overrides the search. Raises FileNotFoundError outside a checkout.
+    """
+    if os.environ.get("FORTIFY_ROOT"):
+        return Path(os.environ["FORTIFY_ROOT"]).resolve()
+    start = Path(start or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
+        if (folder / "lib" / "fortify").is_dir() and (folder / "notebooks").is_dir():
+            return folder
+    raise FileNotFoundError(
+        f"{start} is not inside a checkout of this project. Run from the checkout, "
+        "or set FORTIFY_ROOT to its folder."
+    )
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yield a temporary path beside ``path``; move it there only if the block ends without an error.
+
+    Readers see the old file or the new one, never half of one, whatever kills the writer.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o644)  # mkstemp makes it private
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write ``value`` as indented JSON with sorted keys, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_csv(path, table):
+    """Write a DataFrame as CSV without its index, floats to nine significant digits, atomically."""
+    with atomic_path(path) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.9g", lineterminator="\n")
+
+
+def write_text(path, text):
+    """Write UTF-8 text, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folders: ``source`` is read, ``target`` is written. The workflow makes them one."""
+
+    source: Path
+    target: Path
+
+    def read(self, name):
+        """Path of an existing file ``name``. A name starting with ``data/`` is the profile's data folder.
+
+        Raises FileNotFoundError, saying which notebook writes the file.
+        """
+        for folder in (self.source, self.target):
+            path = _resolve(folder, name)
+            if path.exists():
+                return path
+        raise FileNotFoundError(f"{_resolve(self.source, name)} does not exist. {_remedy(name)}")
+
+    def write(self, name):
+        """Path to write ``name`` to; its folder exists on return."""
+        path = _resolve(self.target, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+def open_run(run="", *, needs=()):
+    """Open the run folder ``run`` (absolute, or below the checkout) and return a :class:`Run`.
+
+    ``run=""`` is a notebook run by hand: it reads the newest run below ``build/`` that holds every
+    file in ``needs`` and writes to ``build/by-hand``, so that no finished run is changed.
+    Raises FileNotFoundError naming the notebook to run first when a needed file is nowhere.
+    """
+    root = find_root()
+    if run:
+        folder = root / run
+        opened = Run(folder, folder)
+        for name in needs:
+            opened.read(name)
+        return opened
+    by_hand = root / BY_HAND
+    candidates = [by_hand] if needs and _holds(by_hand, needs) else []
+    candidates += sorted(
+        (p for p in (root / "build").glob("*/*") if p.is_dir() and needs and _holds(p, needs)),
+        key=lambda p: max(_resolve(p, n).stat().st_mtime for n in needs),
+        reverse=True,
+    )
+    if needs and not candidates:
+        missing = [n for n in needs if not _resolve(by_hand, n).exists()]
+        raise FileNotFoundError(
+            f"No run below {root / 'build'} holds {', '.join(missing)}. {_remedy(missing[0])}"
+        )
+    return Run(candidates[0] if candidates else by_hand, by_hand)
+
+
+def _resolve(folder, name):
+    # What notebook 01 makes is shared by the profile's runs: build/<profile>/data beside the runs.
+    if name.startswith("data/"):
+        return (folder if folder.name == Path(BY_HAND).name else folder.parent) / name
+    return folder / name
+
+
+def _holds(folder, names):
+    return all(_resolve(folder, n).exists() for n in names)
+
+
+def _remedy(name):
+    order = (
+        ("data/", "01_data"),
+        ("normal_predictions", "03_attacks"),
+        ("normal_attacked", "03_attacks"),
+        ("normal", "02_baseline"),
+        ("adversarial", "04_adversarial_training"),
+    )
+    for prefix, notebook in order:
+        if name.startswith(prefix):
+            return f"Notebook {notebook} writes it: run that first, or `make demo` for all of them."
+    return "Run the notebooks before this one first, or `make demo` for all of them."
+
+
+def pick_device(name="auto"):
+    """``"auto"`` is CUDA where it is available, else the CPU; any other name is taken as given."""
+    import torch
+
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def notebook_parameters(namespace):
+    """The plain literals of a notebook's namespace, as a dict: call it right after the parameters cell.
+
+    Skips names that start with ``_`` and IPython's own; modules, functions and classes are no literals.
+    """
+    plain = (str, int, float, bool, list, tuple, dict, type(None))
+    own = {"In", "Out", "exit", "quit"}
+    return {
+        k: v for k, v in namespace.items() if isinstance(v, plain) and not k.startswith("_") and k not in own
+    }
+
+
+def manifest(*, parameters, data_sha256, device):
+    """What a result needs to be traced: parameters, data hash, code, versions and machine, as a dict."""
+    versions = {"python": platform.python_version()}
+    for package in _STAMPED:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "parameters": parameters,
+        "data_sha256": data_sha256,
+        "device": describe_device(device),
+        "versions": versions,
+        "code": code_state(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def describe_device(device):
+    """A device as a reader wants it: the GPU's name, or the processor's and the thread count."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+
+
+def code_state():
+    """Commit, dirty flag and the SHA-256 of ``lib/fortify``; commit is None outside a git checkout."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for module in sorted(package.glob("*.py")):
+        digest.update(module.name.encode() + b"\0" + module.read_bytes())
+    state = {"lib_sha256": digest.hexdigest(), "commit": None, "dirty": None}
+    try:
+        git = ["git", "-C", str(package)]
+        state["commit"] = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True, stderr=-3).strip()
+        state["dirty"] = bool(subprocess.check_output([*git, "status", "--porcelain"], stderr=-3).strip())
+    except (OSError, subprocess.CalledProcessError):
+        return state  # an installed copy, or no git: the hash of the sources still names the code
+    return state
