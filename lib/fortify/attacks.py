@@ -1,0 +1,239 @@
+"""FGSM, PGD and Carlini & Wagner through Foolbox, with what must be true around an attack.
+
+A budget is in grey levels of 255 (``eps_255``) and an image is float in [0, 1]. To change an attack,
+change its dataclass or its branch in :func:`_run`; to add one, add a dataclass and a branch.
+"""
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import NamedTuple
+
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox imports GitPython, which wants a git binary
+
+import eagerpy as ep
+import foolbox as fb
+import torch
+from tqdm.auto import tqdm
+
+from fortify.models import device_of
+
+
+@dataclass(frozen=True)
+class FGSM:
+    """One step of size eps along the sign of the loss gradient (Goodfellow et al. 2015). Linf."""
+
+    eps_255: float
+    name = "fgsm"
+
+
+@dataclass(frozen=True)
+class PGD:
+    """Projected gradient ascent in the Linf ball (Madry et al. 2018).
+
+    ``rel_stepsize`` is in units of eps; None is 2.5 / steps (Madry's rule: the walk can cross the ball).
+    ``loss`` is ``"cross_entropy"`` or ``"margin"`` (Carlini & Wagner's f: best other logit minus true one).
+    ``restarts`` > 1 attacks what still stands again, from another random start.
+    """
+
+    eps_255: float
+    steps: int = 20
+    rel_stepsize: float | None = None
+    random_start: bool = True
+    restarts: int = 1
+    loss: str = "cross_entropy"
+    name = "pgd"
+
+    def __post_init__(self):
+        if self.loss not in ("cross_entropy", "margin"):
+            raise ValueError(f'loss must be "cross_entropy" or "margin", not {self.loss!r}')
+        if self.steps < 1 or self.restarts < 1:
+            raise ValueError(f"steps and restarts must be at least 1, not {self.steps} and {self.restarts}")
+
+
+@dataclass(frozen=True)
+class CW:
+    """Carlini & Wagner 2017, L2: the smallest perturbation found, no budget.
+
+    ``steps`` of Adam for each of ``binary_search_steps`` values of the trade-off constant.
+    """
+
+    binary_search_steps: int = 9
+    steps: int = 1000
+    stepsize: float = 0.01
+    confidence: float = 0.0
+    initial_const: float = 0.01
+    name = "cw"
+
+
+class Adversarial(NamedTuple):
+    """What :func:`craft` returns, on the CPU."""
+
+    images: torch.Tensor  # (N, 1, H, W) float32 in [0, 1]
+    success: torch.Tensor  # (N,) bool: the model misclassifies the returned image
+
+
+def craft(model, images, labels, attack, *, seed=0, batch_size=64, progress=False):
+    """Attack every image: returns :class:`Adversarial` (images, success), in the order given.
+
+    ``images`` (N, 1, H, W) float in [0, 1]; ``labels`` (N,) integers; the device is the model's.
+    FGSM and PGD stay within eps_255 / 255 in Linf. A CW that fails returns the clean image.
+    The random start is drawn for the whole set from ``seed``, so results do not depend on
+    ``batch_size`` beyond the rounding of the convolutions. The model's mode, its parameters' gradients
+    and the global random state are as before on return.
+    Raises ValueError for wrong shapes, values outside [0, 1] or labels outside the model's classes.
+    """
+    images, labels = _checked(images, labels)
+    if isinstance(attack, PGD) and attack.restarts > 1:
+        return _with_restarts(model, images, labels, attack, seed, batch_size, progress)
+    device, noise = device_of(model), None
+    if isinstance(attack, PGD) and attack.random_start:
+        # Drawn on the CPU: the same start on every device.
+        noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    adversarial, success = [], []
+    with frozen(model):
+        _check_labels(model, images, labels, device)
+        starts = range(0, len(images), batch_size)
+        for start in tqdm(starts, desc=attack.name, disable=None if progress else True, leave=False):
+            part = slice(start, start + batch_size)
+            x, y = images[part].to(device), labels[part].to(device)
+            x_adv = _run(model, x, y, attack, noise[part].to(device) if noise is not None else None)
+            with torch.no_grad():
+                prediction = model(x_adv).argmax(1)
+            adversarial.append(x_adv.cpu())
+            success.append((prediction != y).cpu())
+    return Adversarial(torch.cat(adversarial), torch.cat(success))
+
+
+@contextlib.contextmanager
+def frozen(model):
+    """Eval mode and no gradients for the weights inside the block; the previous state after it.
+
+    Foolbox does neither: in train mode an attack would update BatchNorm statistics, and its backward
+    pass would add into the parameters' ``.grad`` and pay for it.
+    """
+    modes = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.eval()
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield model
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, want in wanted.items():
+            parameter.requires_grad_(want)
+
+
+def perturbation_norms(clean, adversarial):
+    """(linf in grey levels of 255, l2 in [0, 1] units), each (N,) float32, of two (N, 1, H, W) tensors."""
+    difference = (adversarial - clean).flatten(1)
+    return difference.abs().amax(1) * 255, difference.norm(dim=1)
+
+
+def margin(logits, labels):
+    """Carlini & Wagner's f before clipping: the best other class's logit minus the true one's, (N,)."""
+    true = torch.nn.functional.one_hot(labels, logits.shape[1]).bool()
+    return logits.masked_fill(true, -torch.inf).amax(1) - logits[true]
+
+
+class _LinfPGD(fb.attacks.LinfPGD):
+    """Foolbox's PGD with our random start and a choice of loss; the loop is Foolbox's own."""
+
+    def __init__(self, attack, noise):
+        rel_stepsize = 2.5 / attack.steps if attack.rel_stepsize is None else attack.rel_stepsize
+        super().__init__(rel_stepsize=rel_stepsize, steps=attack.steps, random_start=noise is not None)
+        self.noise, self.loss = noise, attack.loss
+
+    def get_random_start(self, x0, epsilon):
+        return ep.clip(x0 + epsilon * ep.astensor(self.noise), 0, 1)
+
+    def get_loss_fn(self, model, labels):
+        if self.loss == "cross_entropy":
+            return super().get_loss_fn(model, labels)
+        return lambda x: ep.astensor(margin(model(x).raw, labels.raw).sum())
+
+
+def _run(model, x, y, attack, noise):
+    """One batch through Foolbox, inside :func:`frozen`."""
+    fmodel = fb.PyTorchModel(model, bounds=(0, 1), device=x.device)
+    criterion = fb.criteria.Misclassification(y)
+    if isinstance(attack, CW):
+        return _carlini_wagner(fmodel, x, criterion, attack)
+    eps = attack.eps_255 / 255
+    if eps == 0:
+        return x.clone()  # bit for bit; Foolbox's own start would still round
+    if isinstance(attack, FGSM):
+        foolbox_attack = fb.attacks.LinfFastGradientAttack()
+    elif isinstance(attack, PGD):
+        foolbox_attack = _LinfPGD(attack, noise)
+    else:
+        raise TypeError(f"unknown attack {attack!r}; use FGSM, PGD or CW")
+    # .run, not the call: the call would spend one more forward a budget to find `success` again.
+    x_adv = foolbox_attack.run(fmodel, x, criterion, epsilon=eps)
+    # x + eps can round one ulp past the ball or past white: put it back inside.
+    return x_adv.clamp(x - eps, x + eps).clamp(0, 1)
+
+
+def _carlini_wagner(fmodel, x, criterion, attack):
+    foolbox_attack = fb.attacks.L2CarliniWagnerAttack(
+        binary_search_steps=attack.binary_search_steps,
+        steps=attack.steps,
+        stepsize=attack.stepsize,
+        confidence=attack.confidence,
+        initial_const=attack.initial_const,
+        abort_early=False,  # with few steps it would stop at the first that does not improve
+    )
+    x_adv = foolbox_attack.run(fmodel, x, criterion).clamp(0, 1)
+    # Where it finds nothing Foolbox returns an all-black image, which may even count as a success.
+    failed = (x_adv == 0).flatten(1).all(1) & (x != 0).flatten(1).any(1)
+    with torch.no_grad():
+        failed |= fmodel(x_adv).argmax(1) == criterion.labels.raw
+    return torch.where(failed.view(-1, 1, 1, 1), x, x_adv)
+
+
+def _with_restarts(model, images, labels, attack, seed, batch_size, progress):
+    """Restarts for the images that still stand; restart r draws its start from seed + r."""
+    once = PGD(attack.eps_255, attack.steps, attack.rel_stepsize, attack.random_start, 1, attack.loss)
+    best, success = craft(model, images, labels, once, seed=seed, batch_size=batch_size, progress=progress)
+    for restart in range(1, attack.restarts):
+        standing = (~success).nonzero().squeeze(1)
+        if len(standing) == 0:
+            break
+        again = craft(
+            model,
+            images[standing],
+            labels[standing],
+            once,
+            seed=seed + restart,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        best[standing[again.success]] = again.images[again.success]
+        success[standing] = again.success
+    return Adversarial(best, success)
+
+
+def _checked(images, labels):
+    if images.ndim != 4 or images.shape[1] != 1 or not images.is_floating_point():
+        kind = f"{tuple(images.shape)} {images.dtype}"
+        raise ValueError(f"images must be float (N, 1, H, W) in [0, 1], not {kind}; see data.to_tensor")
+    if len(images) == 0:
+        raise ValueError("no images to attack")
+    if labels.shape != images.shape[:1] or labels.is_floating_point():
+        kind = f"{tuple(labels.shape)} {labels.dtype}"
+        raise ValueError(f"labels must be {len(images)} integers, one an image, not {kind}")
+    low, high = images.min().item(), images.max().item()
+    if not (low >= 0 and high <= 1):  # also when either is NaN
+        raise ValueError(f"images must lie in [0, 1]; these reach {low:.4g} to {high:.4g}: divide by 255?")
+    return images.detach().float(), labels.detach().long()
+
+
+def _check_labels(model, images, labels, device):
+    with torch.no_grad():
+        classes = model(images[:1].to(device)).shape[1]
+    if labels.min() < 0 or labels.max() >= classes:
+        found = f"{labels.min().item()} to {labels.max().item()}"
+        raise ValueError(f"labels must lie in 0..{classes - 1}, the model's classes, not {found}")
