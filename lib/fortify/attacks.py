@@ -1,7 +1,7 @@
 """FGSM, PGD and Carlini & Wagner through Foolbox, with what must be true around an attack.
 
 A budget is in grey levels of 255 (``eps_255``) and an image is float in [0, 1]. To change an attack,
-change its dataclass or its branch in :func:`_run`; to add one, add a dataclass and a branch.
+change its dataclass or its branch in :func:`craft_batch`; to add one, add a dataclass and a branch.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox imports GitPytho
 import eagerpy as ep
 import foolbox as fb
 import torch
-from tqdm.auto import tqdm
 
 from fortify.models import device_of
+from fortify.runs import progress_bar
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,11 @@ def craft(model, images, labels, attack, *, seed=0, batch_size=64, progress=Fals
     adversarial, success = [], []
     with frozen(model):
         _check_labels(model, images, labels, device)
-        starts = range(0, len(images), batch_size)
-        for start in tqdm(starts, desc=attack.name, disable=None if progress else True, leave=False):
+        for start in progress_bar(range(0, len(images), batch_size), desc=attack.name, show=progress):
             part = slice(start, start + batch_size)
             x, y = images[part].to(device), labels[part].to(device)
-            x_adv = _run(model, x, y, attack, noise[part].to(device) if noise is not None else None)
+            start_noise = None if noise is None else noise[part].to(device)
+            x_adv = craft_batch(model, x, y, attack, noise=start_noise)
             with torch.no_grad():
                 prediction = model(x_adv).argmax(1)
             adversarial.append(x_adv.cpu())
@@ -156,8 +156,12 @@ class _LinfPGD(fb.attacks.LinfPGD):
         return lambda x: ep.astensor(margin(model(x).raw, labels.raw).sum())
 
 
-def _run(model, x, y, attack, noise):
-    """One batch through Foolbox, inside :func:`frozen`."""
+def craft_batch(model, x, y, attack, *, noise=None):
+    """Attack one batch on its own device, unchecked: for loops that already hold :func:`frozen`.
+
+    ``x`` (B, 1, H, W) in [0, 1], ``y`` (B,); ``noise`` in [-1, 1] times eps is PGD's start (None: at x).
+    Returns the adversarial batch (B, 1, H, W).
+    """
     fmodel = fb.PyTorchModel(model, bounds=(0, 1), device=x.device)
     criterion = fb.criteria.Misclassification(y)
     if isinstance(attack, CW):

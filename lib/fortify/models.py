@@ -34,9 +34,9 @@ class GreyNormalise(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """ResNet of one basic block per stage, 24-48-96-192 channels: about a fiftieth of ResNet-50's weights.
+    """ResNet of one basic block per stage, 24-48-96-192 channels: 0.7 million weights (ResNet-50: 23.5).
 
-    For CPUs: it trains in minutes and reaches at 112 px what ResNet-50 needs a GPU for.
+    The network for machines without a GPU: at 112 px it trains adversarially in minutes on two cores.
     """
 
     def __init__(self, num_classes, widths=(24, 48, 96, 192)):
@@ -109,6 +109,22 @@ def _torchvision_net(arch, num_classes, weights):
         fitting = {k: v for k, v in pretrained.items() if k in own and v.shape == own[k].shape}
         net.load_state_dict(fitting, strict=False)
     return net
+
+
+def predict(model, images, *, batch_size=256):
+    """Class probabilities (N, num_classes), float32 on the CPU, of images (N, 1, H, W) float in [0, 1].
+
+    In eval mode and float32 whatever the model's state, which is as before on return.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            parts = [model(x.to(device_of(model))).softmax(1).cpu() for x in images.split(batch_size)]
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return torch.cat(parts)
 
 
 def device_of(model):

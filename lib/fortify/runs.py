@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -161,6 +162,17 @@ def pick_device(name="auto"):
     import torch
 
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def progress_bar(iterable, *, desc, show=True):
+    """``iterable`` behind a tqdm bar that shows in a terminal or an open notebook and nowhere else.
+
+    ``TQDM_DISABLE=1`` hides it there too: the workflow sets it, so that executed notebooks hold no bars.
+    """
+    from tqdm.auto import tqdm
+
+    seen = ("ipykernel" in sys.modules or sys.stderr.isatty()) and not os.environ.get("TQDM_DISABLE")
+    return tqdm(iterable, desc=desc, leave=False, disable=not (show and seen))
 
 
 def notebook_parameters(namespace):

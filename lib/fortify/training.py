@@ -1,0 +1,253 @@
+"""One training loop: without attacks it is normal training, with them adversarial training."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from fortify.attacks import craft, craft_batch, frozen
+from fortify.augmentation import Augmentation, augment
+from fortify.models import device_of, predict, read_safetensors
+from fortify.runs import atomic_path, progress_bar
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How :func:`fit` trains; the defaults are the reference run's normal training.
+
+    AdamW with a one-cycle learning rate; classes weighted by inverse frequency. ``clean_share`` of
+    every batch enters as it is. Adversarial training adds attacked images (see :func:`fit`).
+    """
+
+    epochs: int = 60
+    batch_size: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.05
+    clean_share: float = 1.0
+    augmentation: Augmentation = Augmentation()
+
+    def __post_init__(self):
+        if self.epochs < 1 or self.batch_size < 2:
+            raise ValueError(f"epochs >= 1 and batch_size >= 2, not {self.epochs} and {self.batch_size}")
+        if not 0 <= self.clean_share <= 1:
+            raise ValueError(f"clean_share is a share of the batch, 0 to 1, not {self.clean_share}")
+
+
+def fit(model, train, val, recipe, *, attacks=None, val_attack=None, seed=0, checkpoints=None, progress=True):
+    """Train ``model`` in place on ``train``; it ends in eval mode with the weights that ``val`` chose.
+
+    ``train`` and ``val`` are :class:`fortify.data.Slices`. ``attacks`` maps an attack to the share of
+    every batch it attacks, for example ``{FGSM(4): 1/3, PGD(4, steps=4): 1/3, PGD(4, steps=4,
+    loss="margin"): 1/3}``: as in the paper, they are crafted on the current model, in eval mode with
+    frozen weights, and joined with the clean images into one forward. None is normal training.
+
+    The epoch with the highest validation accuracy is kept, under ``val_attack`` if one is given
+    (ties: the higher clean accuracy, then the later epoch).
+    ``checkpoints`` is a folder: every epoch is written there and an interrupted call with the same
+    arguments goes on from the last one; on a CPU it ends in the same weights as an uninterrupted one.
+
+    Returns the history, a DataFrame with one row an epoch: epoch, lr, train_loss, train_accuracy,
+    val_accuracy, val_robust_accuracy (NaN without ``val_attack``), selected.
+    Raises FloatingPointError when the loss stops being finite, naming epoch, batch and checkpoint.
+    """
+    attacks = dict(attacks or {})
+    _check(recipe, attacks, train, val)
+    device = device_of(model)
+    if device.type == "cuda":
+        model.to(memory_format=torch.channels_last)
+    x_train, y_train = _on_device(train, device)
+    x_val, y_val = (t.cpu() for t in _on_device(val, device))
+    weight = _class_weights(y_train, model.num_classes)
+    state = _State(model, recipe, len(y_train))
+    file = None
+    if checkpoints is not None:
+        file = Path(checkpoints) / f"{_fingerprint(model, train, val, recipe, attacks, val_attack, seed)}.safetensors"
+        state.resume(file)
+    remaining = range(state.epoch + 1, recipe.epochs + 1)
+    for epoch in progress_bar(remaining, desc="training", show=progress):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(_epoch_seed(seed, epoch))  # for nets with dropout; a resumed epoch draws the same
+            losses, correct = _epoch(state, x_train, y_train, weight, recipe, attacks, _epoch_seed(seed, epoch))
+        _stop_if_not_finite(losses, epoch, file)
+        val_accuracy = _accuracy(model, x_val, y_val)
+        robust = np.nan
+        if val_attack is not None:
+            robust = 1 - craft(model, x_val / 255, y_val, val_attack, seed=seed).success.float().mean().item()
+        state.record(epoch, losses.mean().item(), correct, val_accuracy, robust)
+        if file is not None:
+            state.save(file)
+    model.load_state_dict(state.best)
+    model.eval()
+    return state.table()
+
+
+def class_weights(labels, num_classes):
+    """Inverse-frequency weights (num_classes,), mean 1 over the examples. Every class must be present."""
+    counts = np.bincount(np.asarray(labels), minlength=num_classes)
+    if (counts == 0).any():
+        raise ValueError(f"no training image of class {counts.argmin()}: every class must be present")
+    return counts.sum() / (num_classes * counts)
+
+
+class _State:
+    """What an interrupted training needs to go on: weights, best weights, optimiser, schedule, history."""
+
+    def __init__(self, model, recipe, examples):
+        self.model, self.epoch, self.history, self.best = model, 0, [], _copy(model)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+        self.batches = -(-examples // recipe.batch_size)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, max_lr=recipe.lr, total_steps=recipe.epochs * self.batches
+        )
+
+    def record(self, epoch, loss, accuracy, val_accuracy, robust):
+        self.epoch = epoch
+        lr = self.optimizer.param_groups[0]["lr"]
+        row = (epoch, lr, loss, accuracy, val_accuracy, robust)
+        self.history.append(dict(zip(_HISTORY, row, strict=True)))
+        if _selected(self.history) == len(self.history) - 1:
+            self.best = _copy(self.model)
+
+    def table(self):
+        table = pd.DataFrame(self.history, columns=_HISTORY)
+        return table.assign(selected=table.index == _selected(self.history))
+
+    def save(self, file):
+        tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"best/{k}": v for k, v in self.best.items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{k}": v for k, v in moments.items()}
+        groups = self.optimizer.state_dict()["param_groups"]
+        schedule = {k: v for k, v in self.schedule.state_dict().items() if not callable(v)}
+        metadata = {"epoch": self.epoch, "history": self.history, "groups": groups, "schedule": schedule}
+        # Copies, because safetensors refuses tensors that share memory.
+        whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        with atomic_path(file) as temporary:
+            save_file(whole, temporary, metadata={k: json.dumps(v) for k, v in metadata.items()})
+
+    def resume(self, file):
+        if not file.exists():
+            return
+        tensors, metadata = read_safetensors(file)
+        metadata = {k: json.loads(v) for k, v in metadata.items()}
+        device, moments = device_of(self.model), {}
+        for name, tensor in tensors.items():
+            kind, key = name.split("/", 1)
+            if kind == "optimizer":
+                index, moment = key.split("/")
+                moments.setdefault(int(index), {})[moment] = tensor
+        self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model/")})
+        self.best = {k[5:]: v.to(device) for k, v in tensors.items() if k.startswith("best/")}
+        self.optimizer.load_state_dict({"state": moments, "param_groups": metadata["groups"]})
+        self.schedule.load_state_dict(metadata["schedule"])
+        self.epoch, self.history = metadata["epoch"], metadata["history"]
+
+
+_HISTORY = ("epoch", "lr", "train_loss", "train_accuracy", "val_accuracy", "val_robust_accuracy")
+
+
+def _selected(history):
+    """Position of the epoch to keep: best robust validation accuracy, then clean, then the later one."""
+    keys = [(np.nan_to_num(h["val_robust_accuracy"], nan=0.0), h["val_accuracy"], h["epoch"]) for h in history]
+    return keys.index(max(keys))
+
+
+def _epoch(state, x_train, y_train, weight, recipe, attacks, seed):
+    """One pass over the training set: (losses (batches,), share of correct training examples)."""
+    model, device = state.model, x_train.device
+    generator = torch.Generator(device).manual_seed(seed)
+    order = torch.randperm(len(y_train), generator=generator, device=device)
+    losses, correct, seen = [], torch.zeros((), device=device), 0
+    model.train()
+    for index in order.tensor_split(state.batches):  # sizes differ by one: no tiny last batch for BatchNorm
+        x = augment(x_train[index].float() / 255, recipe.augmentation, generator=generator)
+        if device.type == "cuda":
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            x, y = _with_attacked(model, x, y_train[index], recipe.clean_share, attacks, generator)
+            logits = model(x)
+            loss = F.cross_entropy(logits, y, weight, label_smoothing=recipe.label_smoothing)
+        state.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        state.optimizer.step()
+        state.schedule.step()
+        losses.append(loss.detach())  # read once an epoch: reading it here would stall a GPU
+        correct += (logits.detach().argmax(1) == y).sum()
+        seen += len(y)
+    return torch.stack(losses).float().cpu(), correct.item() / seen
+
+
+def _with_attacked(model, x, y, clean_share, attacks, generator):
+    """The batch a training step sees: clean images, then each attack's share of the batch, attacked."""
+    clean = slice(0, round(clean_share * len(x)))
+    xs, ys, reached = [x[clean]], [y[clean]], 0.0
+    with frozen(model):
+        for attack, share in attacks.items():
+            # Cumulative rounding: thirds of 32 images are 11, 10 and 11.
+            part = slice(round(reached * len(x)), round((reached + share) * len(x)))
+            reached += share
+            if part.stop > part.start:
+                noise = torch.rand(x[part].shape, generator=generator, device=x.device) * 2 - 1
+                xs.append(craft_batch(model, x[part], y[part], attack, noise=noise).detach())
+                ys.append(y[part])
+    return torch.cat(xs), torch.cat(ys)
+
+
+def _accuracy(model, images, labels):
+    return (predict(model, images / 255).argmax(1) == labels).float().mean().item()
+
+
+def _on_device(slices, device):
+    images = torch.from_numpy(np.ascontiguousarray(slices.images)).unsqueeze(1)
+    return images.to(device), torch.from_numpy(np.asarray(slices.labels)).long().to(device)
+
+
+def _class_weights(labels, num_classes):
+    weights = class_weights(labels.cpu().numpy(), num_classes)
+    return torch.tensor(weights, dtype=torch.float32, device=labels.device)
+
+
+def _copy(model):
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+def _epoch_seed(seed, epoch):
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+
+
+def _fingerprint(model, train, val, recipe, attacks, val_attack, seed):
+    """Names a checkpoint after everything that decides the result, so that no other training reads it."""
+    digest = hashlib.sha256()
+    for part in (train, val):
+        digest.update(np.ascontiguousarray(part.images).tobytes() + np.asarray(part.labels).tobytes())
+    for name, tensor in model.state_dict().items():  # the initial weights: architecture, seed, pretraining
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    settings = (asdict(recipe), [(repr(a), s) for a, s in attacks.items()], repr(val_attack), seed)
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def _stop_if_not_finite(losses, epoch, file):
+    bad = (~torch.isfinite(losses)).nonzero()
+    if len(bad):
+        kept = f"The last good checkpoint is {file}." if file and file.exists() else "There is no checkpoint."
+        raise FloatingPointError(
+            f"the training loss is {losses[bad[0]].item()} at epoch {epoch}, batch {bad[0].item() + 1} of "
+            f"{len(losses)}. {kept} Lower lr, or look for constant or corrupted training images."
+        )
+
+
+def _check(recipe, attacks, train, val):
+    if min(len(train), len(val)) == 0:
+        raise ValueError(f"{len(train)} training and {len(val)} validation images: neither may be empty")
+    if any(not 0 < share <= 1 for share in attacks.values()) or sum(attacks.values()) > 1 + 1e-6:
+        raise ValueError(f"attack shares must be positive and sum to at most 1, not {list(attacks.values())}")
+    if recipe.clean_share == 0 and not attacks:
+        raise ValueError("clean_share is 0 and there are no attacks: nothing to train on")
