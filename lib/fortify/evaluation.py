@@ -1,0 +1,225 @@
+"""From one row per attacked image to accuracies, confusion matrices and robustness scores.
+
+A *rows* table has the columns ``COLUMNS`` and one row per (model, split, seed, attack, protocol, budget,
+image). Every number of the paper is derived from such tables; that takes no model.
+"""
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binomtest
+
+_DTYPES = {
+    "model": "str",  # how it was trained: "normal" or "adversarial"
+    "split": "str",  # "random" or "grouped"
+    "seed": "int64",
+    "attack": "str",  # "clean" or one of ATTACKS
+    "protocol": "str",  # "adaptive": crafted on this model, as clean rows are; "static": on the normal model
+    "eps_255": "float64",  # Linf budget in grey levels; 0 for clean, NaN for CW, which has none
+    "index": "int64",  # position of the image in the slices, whatever the split
+    "label": "int64",
+    "prediction": "int64",
+    "probability": "float64",  # of the predicted class
+    "success": "bool",  # prediction != label
+    "linf_255": "float64",  # largest change of a pixel, in grey levels
+    "l2": "float64",  # norm of the change, image in [0, 1]; 0 for a failed CW, which keeps the clean image
+}
+COLUMNS = tuple(_DTYPES)
+ATTACKS = ("pgd", "fgsm", "cw")  # in the order of the paper's Table 1
+
+_MODEL = ["model", "split", "seed"]
+_GROUP = ["split", "model", "protocol", "attack"]
+_ORDER = ("normal", "adversarial", "random", "grouped", "adaptive", "static")
+_RANK = {name: i for i, name in enumerate((*_ORDER, "clean", *ATTACKS, "combined", "worst"))}
+
+
+def read_rows(path):
+    """Read a rows table from CSV; ValueError naming the first column that is not as ``COLUMNS`` has it."""
+    try:
+        rows = pd.read_csv(path)
+    except pd.errors.EmptyDataError:
+        raise ValueError(f"{path} is empty: write it again.") from None
+    if tuple(rows.columns) != COLUMNS:
+        missing, unknown = sorted(set(COLUMNS) - set(rows)), sorted(set(rows) - set(COLUMNS))
+        raise ValueError(
+            f"{path} is no per-example table: columns {missing} are missing and {unknown} unknown. "
+            f"It needs, in this order: {', '.join(COLUMNS)}."
+        )
+    for column, dtype in _DTYPES.items():
+        holds = "str" if pd.api.types.is_string_dtype(rows[column]) else rows[column].dtype.name
+        allowed = {"float64": ("float64", "int64")}.get(dtype, (dtype,))
+        if holds not in allowed or (dtype == "str" and rows[column].isna().any()):
+            raise ValueError(
+                f"{path}: column {column!r} must hold {dtype} in every row; it reads as {holds}."
+            )
+    return rows.astype(_DTYPES)
+
+
+def check_rows(rows):
+    """Raise ValueError unless ``rows`` is complete and consistent; the message shows the first fault.
+
+    Each row is unique; an image has one label; ``success`` is ``prediction != label``; each attack at each
+    budget covers the images of the clean rows; a failed adaptive CW has the clean prediction and L2 0.
+    """
+
+    def refuse(bad, what):
+        if bad.any():
+            raise ValueError(
+                f"{bad.sum()} of {len(rows)} rows {what}; the first is {rows[bad].iloc[0].to_dict()}."
+            )
+
+    clean, cw, adaptive = rows.attack.eq("clean"), rows.attack.eq("cw"), rows.protocol.eq("adaptive")
+    refuse(~rows.attack.isin(("clean", *ATTACKS)), "name an unknown attack")
+    refuse(~adaptive & rows.protocol.ne("static"), "name an unknown protocol")
+    refuse(clean & (~adaptive | rows.eps_255.ne(0)), "are clean but not adaptive at eps_255 0")
+    refuse(cw & rows.eps_255.notna(), "are CW with an eps_255")
+    refuse(~clean & ~cw & ~rows.eps_255.gt(0), "are FGSM or PGD without an eps_255 above 0")
+    refuse(rows.duplicated([*_MODEL, "attack", "protocol", "eps_255", "index"]), "repeat another row")
+    refuse(rows.groupby("index").label.transform("nunique").gt(1), "give one image several labels")
+    refuse(rows.success.ne(rows.prediction.ne(rows.label)), "have a success that is not prediction != label")
+    for name, group in rows.groupby(_MODEL):
+        reference = set(group["index"][group.attack.eq("clean")])
+        for attack, part in group.groupby(["attack", "protocol", "eps_255"], dropna=False):
+            if set(part["index"]) != reference:
+                raise ValueError(f"{name} {attack}: {len(part)} images, not the {len(reference)} clean ones.")
+    failed = cw & adaptive & ~rows.success
+    refuse(failed & (rows.l2.ne(0) | rows.prediction.ne(_clean_prediction(rows))), "are a failed CW, altered")
+
+
+def _clean_prediction(rows):
+    """The clean prediction of each row's model for its image, in the rows' order."""
+    clean = rows[rows.attack.eq("clean")].set_index([*_MODEL, "index"]).prediction
+    return clean.reindex(pd.MultiIndex.from_frame(rows[[*_MODEL, "index"]])).to_numpy()
+
+
+def _serve_static(rows):
+    """Repeat as static what belongs to both protocols: clean rows, and attacks on the normal model itself."""
+    static = rows.protocol.eq("static")
+    model, run = (pd.MultiIndex.from_frame(rows[c]) for c in (_MODEL, _MODEL[1:]))
+    has_static, wanted = model.isin(model[static]), run.isin(run[static])
+    normal = wanted & ~has_static & rows.model.eq("normal")
+    shared = rows[~static & (normal | (has_static & rows.attack.eq("clean")))]
+    return pd.concat([rows, shared.assign(protocol="static")], ignore_index=True)
+
+
+def at_budget(rows, *, eps_255, cw_l2):
+    """One prediction per (model, split, seed, protocol, attack, index), at one budget, with its label.
+
+    FGSM and PGD at exactly ``eps_255`` grey levels. CW where its L2 norm is at most ``cw_l2``, else the
+    clean prediction: what is left to an adversary with that budget. Clean rows serve both protocols, and so
+    do attacks on the normal model, where static ones are crafted.
+    Raises ValueError listing the available budgets where FGSM or PGD lack this one.
+    """
+    check_rows(rows)
+    rows = rows.reset_index(drop=True)
+    linf = rows.attack.isin(("fgsm", "pgd"))
+    exact = linf & np.isclose(rows.eps_255, eps_255, rtol=1e-6, atol=0)
+    for group, part in rows[linf].groupby([*_MODEL, "protocol", "attack"]):
+        if not exact[part.index].any():
+            available = ", ".join(f"{eps:g}" for eps in sorted(part.eps_255.unique()))
+            raise ValueError(f"No rows at eps_255={eps_255:g} for {group}; available: {available}.")
+    beyond = rows.attack.eq("cw") & rows.l2.gt(cw_l2)
+    prediction = np.where(beyond, _clean_prediction(rows), rows.prediction)
+    rows = _serve_static(rows.assign(prediction=prediction)[exact | ~linf])
+    return _sorted(rows[[*_MODEL, "protocol", "attack", "index", "label", "prediction"]])
+
+
+def wilson(k, n, confidence=0.95):
+    """Wilson score interval (low, high) of a proportion, ``k`` of ``n``, as fractions."""
+    interval = binomtest(int(k), int(n)).proportion_ci(confidence_level=confidence, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def accuracy_table(rows_at_budget, *, class_names):
+    """Accuracy per (split, model, protocol, attack), as fractions, from the rows of :func:`at_budget`.
+
+    Beside clean and each attack: *combined* pools the three attacks (k of 3n predictions, as the paper's
+    Table 1); *worst* counts an image only if it is right under all three. Both need all three attacks.
+    Seeds are pooled, ``sd`` is over their accuracies (ddof 1, NaN with one). The interval (``low``,
+    ``high``) counts each of the distinct ``images`` once, with k rounded, because three attacked copies of
+    an image, or several seeds' predictions of it, are not independent. Nor are the slices of a scan, which
+    it takes as if they were. ``recall_<class>`` is NaN for a class without images, which
+    ``balanced_accuracy``, their mean, leaves out. The recall of the malignant class is the sensitivity.
+    """
+    rows = rows_at_budget.assign(correct=rows_at_budget.prediction.eq(rows_at_budget.label))
+    image = [*_MODEL, "protocol", "index"]
+    attacked = rows[rows.attack.ne("clean")]
+    attacked = attacked[attacked.groupby(image).attack.transform("nunique").eq(len(ATTACKS))]
+    worst = attacked.groupby([*image, "label"], as_index=False).correct.all().assign(attack="worst")
+    table = []
+    for group, part in pd.concat([rows, attacked.assign(attack="combined"), worst]).groupby(_GROUP):
+        recall = part.groupby("label").correct.mean().reindex(range(len(class_names)))
+        recalls = {f"recall_{name}": value for name, value in zip(class_names, recall, strict=True)}
+        table.append(_summary(group, part) | {"balanced_accuracy": recall.mean()} | recalls)
+    return _sorted(pd.DataFrame(table))
+
+
+def _summary(group, part):
+    """The columns that name a group, then its accuracy as :func:`accuracy_table` defines it."""
+    k, n, images = int(part.correct.sum()), len(part), part["index"].nunique()
+    low, high = wilson(round(k * images / n), images)
+    seeds = part.groupby("seed").correct.mean()
+    numbers = {"k": k, "n": n, "accuracy": k / n, "low": low, "high": high, "images": images}
+    return dict(zip(_GROUP, group, strict=True)) | numbers | {"seeds": len(seeds), "sd": seeds.std(ddof=1)}
+
+
+def _sorted(table):
+    """In the paper's order (normal before adversarial; clean, PGD, FGSM, CW), then by budget and image."""
+    by = [column for column in (*_GROUP, "seed", "eps_255", "index") if column in table]
+
+    def rank(column):
+        return column.map(_RANK).fillna(len(_RANK)) if column.name in _GROUP else column
+
+    return table.sort_values(by, key=rank, kind="stable", ignore_index=True)
+
+
+def confusion(rows_at_budget, *, num_classes):
+    """Matrices {(split, model, protocol, attack): int64 (true class, predicted class)}, summed over seeds."""
+    matrices = {}
+    for group, part in rows_at_budget.groupby(_GROUP, sort=False):
+        matrices[group] = np.zeros((num_classes, num_classes), dtype=np.int64)
+        np.add.at(matrices[group], (part.label, part.prediction), 1)
+    return matrices
+
+
+def curve(rows):
+    """Accuracy against ``eps_255`` per (split, model, protocol, FGSM or PGD), clean at 0.
+
+    Columns and intervals are those of :func:`accuracy_table`, fractions and grey levels.
+    """
+    check_rows(rows)
+    rows = _serve_static(rows.assign(correct=~rows.success))
+    clean = rows[rows.attack.eq("clean")]
+    origin = [clean.assign(attack=attack) for attack in ("fgsm", "pgd")]
+    points = pd.concat([*origin, rows[rows.attack.isin(("fgsm", "pgd"))]])
+    attacked = points.groupby([*_MODEL, "protocol", "attack"]).eps_255.transform("max").gt(0)
+    grouped = points[attacked].groupby([*_GROUP, "eps_255"])
+    return _sorted(pd.DataFrame([_summary(key[:-1], part) | {"eps_255": key[-1]} for key, part in grouped]))
+
+
+def robustness_scores(rows):
+    """Robustness in one row per (split, model), under adaptive attacks, seeds pooled.
+
+    ``mean_robust_accuracy``: the PGD accuracies at the budgets ``eps_grid`` (grey levels, without 0),
+    averaged with equal weights; ``sd`` over seeds. One grid for all models, else ValueError.
+    ``cw_median_l2``: median, over the images classified correctly when clean, of the L2 norm ([0, 1] units)
+    that CW needs, infinite where it fails. ``cw_success``: its success on them, ``cw_k`` of ``cw_n``.
+    """
+    check_rows(rows)
+    rows = rows[rows.protocol.eq("adaptive")].reset_index(drop=True)
+    pgd, cw = (
+        rows[rows.attack.eq("pgd")],
+        rows[rows.attack.eq("cw") & (_clean_prediction(rows) == rows.label)],
+    )
+    grids = {name: ", ".join(f"{e:g}" for e in sorted(p.eps_255.unique())) for name, p in pgd.groupby(_MODEL)}
+    if len(set(grids.values())) != 1:
+        raise ValueError(f"Robustness scores need one PGD budget grid for all models, not {grids}.")
+    table = []
+    for (split, model), part in pgd.groupby(["split", "model"]):
+        accuracy = 1 - part.groupby(["seed", "eps_255"]).success.mean().groupby("seed").mean()
+        mean = 1 - part.groupby("eps_255").success.mean().mean()
+        own = cw[cw.split.eq(split) & cw.model.eq(model)]
+        line = {"split": split, "model": model, "seeds": len(accuracy), "mean_robust_accuracy": mean}
+        line |= {"sd": accuracy.std(ddof=1), "eps_grid": grids[model, split, part.seed.iloc[0]]}
+        line |= {"cw_median_l2": own.l2.where(own.success, np.inf).median(), "cw_k": int(own.success.sum())}
+        table.append(line | {"cw_n": len(own), "cw_success": own.success.mean()})
+    return _sorted(pd.DataFrame(table))

@@ -1,0 +1,287 @@
+"""Properties of the per-example table and of the numbers derived from it, on tables done by hand."""
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from fortify import evaluation
+from fortify.runs import write_csv
+
+LABELS = (0, 1, 2, 1)
+NAMES = ("benign", "malignant", "normal")
+# Predictions on four images: 7 of 12 attacked copies are right, and one image under all three attacks.
+HAND = {"clean": (0, 1, 2, 0), "pgd": (0, 0, 0, 1), "fgsm": (0, 1, 0, 0), "cw": (0, 1, 2, 0)}
+
+
+def make_rows(
+    predictions=HAND, *, model="normal", split="random", seed=0, protocol="adaptive", eps=1.0, l2=0.5
+):
+    """Rows of four images, per entry of ``predictions``; a CW that succeeds is at norm ``l2``."""
+    rows = []
+    for attack, predicted in predictions.items():
+        for index, (label, prediction) in enumerate(zip(LABELS, predicted, strict=True)):
+            success = prediction != label
+            moved = attack != "clean" and (attack != "cw" or success)
+            budget = {"clean": 0.0, "cw": np.nan}.get(attack, eps)
+            where = "adaptive" if attack == "clean" else protocol
+            norms = (1.0, l2) if moved else (0.0, 0.0)
+            rows.append(
+                (
+                    model,
+                    split,
+                    seed,
+                    attack,
+                    where,
+                    budget,
+                    10 + index,
+                    label,
+                    prediction,
+                    0.9,
+                    success,
+                    *norms,
+                )
+            )
+    return pd.DataFrame(rows, columns=evaluation.COLUMNS)
+
+
+def summary(rows, *, eps_255=1, cw_l2=1):
+    table = evaluation.accuracy_table(
+        evaluation.at_budget(rows, eps_255=eps_255, cw_l2=cw_l2), class_names=NAMES
+    )
+    return table.set_index(["split", "model", "protocol", "attack"]).sort_index(
+        level=[0, 1, 2], sort_remaining=False
+    )
+
+
+def test_hand_computed_accuracies():
+    table = summary(make_rows()).loc["random", "normal", "adaptive"]
+    assert list(table.index) == ["clean", "pgd", "fgsm", "cw", "combined", "worst"]
+    counts = {a: (int(r.k), int(r.n)) for a, r in table.iterrows()}
+    assert counts == {
+        "clean": (3, 4), "pgd": (2, 4), "fgsm": (2, 4), "cw": (3, 4), "combined": (7, 12), "worst": (1, 4),
+    }  # fmt: skip
+    assert (table.accuracy == table.k / table.n).all()
+    assert table.images.tolist() == [4] * 6
+    assert table.seeds.tolist() == [1] * 6 and table.sd.isna().all()
+
+
+def test_recalls_are_per_class_and_their_mean_is_the_balanced_accuracy():
+    table = summary(make_rows()).loc["random", "normal", "adaptive"]
+    recalls = ["recall_benign", "recall_malignant", "recall_normal"]
+    assert table.loc["clean", recalls].tolist() == [1, 0.5, 1]
+    assert table.loc["combined", recalls].tolist() == pytest.approx([1, 3 / 6, 1 / 3])
+    assert table.loc["worst", recalls].tolist() == [1, 0, 0]
+    assert np.allclose(table.balanced_accuracy, table[recalls].mean(axis=1), atol=0)
+
+
+def test_a_class_without_images_has_no_recall_and_no_weight():
+    rows = make_rows()
+    line = summary(rows[rows.label.ne(2)]).loc["random", "normal", "adaptive", "clean"]
+    assert np.isnan(line.recall_normal)
+    assert line.balanced_accuracy == 0.75  # (1 + 1/2) / 2
+
+
+def test_wilson_is_the_published_interval():
+    # Newcombe 1998 (doi:10.1002/(SICI)1097-0258(19980430)17:8<857::AID-SIM777>3.0.CO;2-E), Table I, method 3.
+    published = {
+        (81, 263): (0.2553, 0.3662),
+        (15, 148): (0.0624, 0.1605),
+        (0, 20): (0, 0.1611),
+        (1, 29): (0.0061, 0.1718),
+    }
+    for (k, n), interval in published.items():
+        assert evaluation.wilson(k, n) == pytest.approx(interval, abs=5e-5)
+    assert evaluation.wilson(5, 10, confidence=0.5)[0] > evaluation.wilson(5, 10)[0]
+
+
+def test_intervals_count_an_image_once():
+    table = summary(pd.concat([make_rows(), make_rows(seed=1)])).loc["random", "normal", "adaptive"]
+    assert table.n.tolist() == [8, 8, 8, 8, 24, 8]
+    assert (table.loc["combined", "low"], table.loc["combined", "high"]) == evaluation.wilson(
+        2, 4
+    )  # 14/24 of 4
+    assert (table.loc["clean", "low"], table.loc["clean", "high"]) == evaluation.wilson(3, 4)
+
+
+def test_spread_over_seeds_is_the_sample_standard_deviation():
+    other = make_rows({**HAND, "clean": (0, 1, 2, 1), "cw": (0, 1, 2, 1)}, seed=1)
+    table = summary(pd.concat([make_rows(), other])).loc["random", "normal", "adaptive"]
+    assert table.loc["clean", "accuracy"] == 7 / 8
+    assert table.loc["clean", "sd"] == pytest.approx(np.std([0.75, 1.0], ddof=1))
+    assert table.loc["pgd", "sd"] == 0
+    assert table.seeds.tolist() == [2] * 6
+
+
+def test_combined_and_worst_need_all_three_attacks():
+    rows = make_rows()
+    table = summary(rows[rows.attack.ne("cw")]).loc["random", "normal", "adaptive"]
+    assert list(table.index) == ["clean", "pgd", "fgsm"]
+
+
+def test_cw_at_a_budget_switches_exactly_at_its_norm():
+    rows = make_rows({**HAND, "cw": (1, 1, 2, 0)}, l2=0.5)
+    for budget, prediction in ((0.5, 1), (np.nextafter(0.5, 0), 0), (0, 0), (9, 1)):
+        at = evaluation.at_budget(rows, eps_255=1, cw_l2=budget)
+        assert at[at.attack.eq("cw")].prediction.tolist() == [prediction, 1, 2, 0]
+
+
+def test_a_failed_cw_is_the_clean_prediction_at_every_budget():
+    rows = make_rows()
+    for budget in (0, 0.4, 100):
+        at = evaluation.at_budget(rows, eps_255=1, cw_l2=budget).set_index(["attack", "index"]).prediction
+        assert at.loc["cw"].tolist()[:3] == at.loc["clean"].tolist()[:3]
+    changed = rows.copy()
+    changed.loc[rows.attack.eq("cw") & rows.label.eq(2), "l2"] = 0.1
+    with pytest.raises(ValueError, match="1 of 16 rows are a failed CW"):
+        evaluation.check_rows(changed)
+
+
+def test_a_missing_budget_names_those_there_are():
+    rows = pd.concat([make_rows(eps=0.5), make_rows(eps=4.0).query("attack in ('fgsm', 'pgd')")])
+    assert len(evaluation.at_budget(rows, eps_255=4, cw_l2=1)) == 16
+    with pytest.raises(ValueError, match=r"eps_255=1 for .*'fgsm'.*available: 0\.5, 4\."):
+        evaluation.at_budget(rows, eps_255=1, cw_l2=1)
+
+
+def test_only_the_asked_budget_is_kept():
+    weaker = make_rows({"pgd": LABELS, "fgsm": LABELS}, eps=0.5)
+    rows = pd.concat([weaker, make_rows()])  # indices repeat, as after any concatenation of files
+    assert summary(rows).equals(summary(make_rows()))
+    assert summary(rows, eps_255=0.5).loc["random", "normal", "adaptive", "pgd"].k == 4
+
+
+def test_clean_rows_and_the_normal_models_attacks_serve_the_static_protocol():
+    adversarial = make_rows({**HAND, "pgd": (1, 1, 1, 1)}, model="adversarial")
+    static = make_rows({a: LABELS for a in ("pgd", "fgsm", "cw")}, model="adversarial", protocol="static")
+    table = summary(pd.concat([make_rows(), adversarial, static]))
+    assert table.loc["random", "normal", "static"].equals(table.loc["random", "normal", "adaptive"])
+    assert table.loc["random", "adversarial", "static"].k.tolist() == [3, 4, 4, 4, 12, 4]
+    assert table.loc["random", "adversarial", "adaptive", "pgd"].k == 2
+    assert "static" not in summary(pd.concat([make_rows(), adversarial])).index.get_level_values("protocol")
+
+
+def test_confusion_counts_true_rows_and_predicted_columns():
+    matrices = evaluation.confusion(evaluation.at_budget(make_rows(), eps_255=1, cw_l2=1), num_classes=3)
+    assert list(matrices) == [("random", "normal", "adaptive", a) for a in ("clean", "pgd", "fgsm", "cw")]
+    assert matrices["random", "normal", "adaptive", "pgd"].tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 0]]
+    assert all(m.sum() == 4 and m.dtype == np.int64 for m in matrices.values())
+
+
+def test_the_curve_starts_at_the_clean_accuracy():
+    stronger = make_rows({"pgd": (1, 0, 0, 0), "fgsm": (0, 0, 0, 0)}, eps=4.0)
+    table = evaluation.curve(pd.concat([stronger, make_rows()])).set_index(["attack", "eps_255"])
+    assert list(table.index) == list(itertools.product(("pgd", "fgsm"), (0, 1, 4)))
+    assert table.k.tolist() == [3, 2, 0, 3, 2, 1]
+    assert (table.low["pgd", 1], table.high["pgd", 1]) == evaluation.wilson(2, 4)
+
+
+def test_robustness_scores_by_hand():
+    rows = pd.concat(
+        [make_rows({**HAND, "cw": (1, 1, 0, 0)}, l2=0.25), make_rows({"pgd": (1, 0, 0, 0)}, eps=4.0)]
+    )
+    (line,) = evaluation.robustness_scores(rows).to_dict("records")
+    assert line["mean_robust_accuracy"] == (2 / 4 + 0 / 4) / 2
+    assert line["eps_grid"] == "1, 4"
+    assert (line["cw_k"], line["cw_n"], line["cw_median_l2"]) == (
+        2,
+        3,
+        0.25,
+    )  # 1/4 is wrong already when clean
+    assert line["cw_success"] == 2 / 3
+    assert np.isnan(line["sd"])
+
+
+def test_a_failed_cw_needs_an_infinite_norm():
+    (line,) = evaluation.robustness_scores(make_rows({**HAND, "cw": (1, 1, 2, 0)})).to_dict("records")
+    assert line["cw_median_l2"] == np.inf
+    assert line["cw_k"] == 1
+
+
+def test_scores_refuse_to_compare_different_budget_grids():
+    rows = pd.concat([make_rows(eps=1.0), make_rows(model="adversarial", eps=2.0)])
+    with pytest.raises(ValueError, match="one PGD budget grid"):
+        evaluation.robustness_scores(rows)
+
+
+def test_rows_survive_a_csv(tmp_path):
+    rows = make_rows(l2=np.float64(np.float32(0.1)))
+    write_csv(tmp_path / "rows.csv", rows)
+    read = evaluation.read_rows(tmp_path / "rows.csv")
+    pd.testing.assert_frame_equal(read, rows.astype(read.dtypes), rtol=1e-8)
+    assert tuple(read.columns) == evaluation.COLUMNS
+    evaluation.check_rows(read)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows.drop(columns="l2"), r"\['l2'\] are missing"),
+        (lambda rows: rows.assign(extra=1), r"\['extra'\] unknown"),
+        (lambda rows: rows[list(rows.columns[::-1])], "in this order"),
+        (
+            lambda rows: rows.assign(label=rows.label + 0.5),
+            "'label' must hold int64 in every row; .* float64",
+        ),
+        (lambda rows: rows.assign(success="maybe"), "'success' must hold bool"),
+        (lambda rows: rows.assign(l2="far"), "'l2' must hold float64"),
+        (lambda rows: rows.assign(split=None), "'split' must hold str"),
+    ],
+)
+def test_a_csv_that_is_no_table_is_refused(tmp_path, change, message):
+    write_csv(tmp_path / "rows.csv", change(make_rows()))
+    with pytest.raises(ValueError, match=message):
+        evaluation.read_rows(tmp_path / "rows.csv")
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    (tmp_path / "rows.csv").touch()
+    with pytest.raises(ValueError, match="is empty"):
+        evaluation.read_rows(tmp_path / "rows.csv")
+
+
+def _set(rows, where, **values):
+    rows = rows.copy()
+    for column, value in values.items():
+        rows.loc[where(rows), column] = value
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: pd.concat([r, r.tail(1)]), "1 of 17 rows repeat"),
+        (lambda r: r.iloc[:-1], "'cw'.* 3 images, not the 4 clean"),
+        (lambda r: r[r.attack.ne("clean")], "not the 0 clean"),
+        (
+            lambda r: _set(r, lambda r: r.attack.eq("pgd"), attack="bim"),
+            "4 of 16 rows name an unknown attack",
+        ),
+        (
+            lambda r: _set(r, lambda r: r.attack.eq("pgd"), protocol="both"),
+            "4 of 16 rows name an unknown protocol",
+        ),
+        (lambda r: _set(r, lambda r: r.attack.eq("clean"), protocol="static"), "4 of 16 rows are clean but"),
+        (lambda r: _set(r, lambda r: r.attack.eq("cw"), eps_255=1.0), "4 of 16 rows are CW with"),
+        (
+            lambda r: _set(r, lambda r: r.attack.eq("pgd"), eps_255=np.nan),
+            "4 of 16 rows are FGSM or PGD without",
+        ),
+        (lambda r: r.assign(success=~r.success), "16 of 16 rows have a success"),
+        (
+            lambda r: _set(r, lambda r: r.index == 4, label=2, success=True),
+            "rows give one image several labels",
+        ),
+    ],
+)
+def test_an_inconsistent_table_is_refused(change, message):
+    evaluation.check_rows(make_rows())
+    with pytest.raises(ValueError, match=message):
+        evaluation.check_rows(change(make_rows()))
+
+
+def test_reading_tables_takes_no_torch():
+    code = "import sys, fortify.evaluation; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
