@@ -55,7 +55,7 @@ def augment(images, augmentation, *, generator):
 
 
 def _affine(images, *, angle, scale, shift, mirror):
-    """Rotate, zoom, shift and mirror with bilinear sampling; what comes from outside is black, as CT's air."""
+    """Rotate, zoom, shift and mirror, bilinear; what comes from outside is black, as the air in CT."""
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
     theta = torch.stack(
         [torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1

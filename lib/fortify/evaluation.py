@@ -223,3 +223,77 @@ def robustness_scores(rows):
         line |= {"cw_median_l2": own.l2.where(own.success, np.inf).median(), "cw_k": int(own.success.sum())}
         table.append(line | {"cw_n": len(own), "cw_success": own.success.mean()})
     return _sorted(pd.DataFrame(table))
+
+
+def score(
+    model,
+    clean,
+    labels,
+    *,
+    index,
+    attack,
+    eps_255,
+    model_name,
+    split,
+    seed,
+    adversarial=None,
+    protocol="adaptive",
+):
+    """Rows (see ``COLUMNS``) of one attack on one model: what it predicts on ``adversarial``.
+
+    ``clean`` and ``adversarial`` (N, 1, H, W) float in [0, 1]; None scores the clean images themselves.
+    ``labels`` and ``index`` (N,) integers, ``index`` being the images' positions in the slices.
+    The prediction is float32 and in eval mode, whatever crafted the images.
+    """
+    import torch  # here and below, so that tables can be made from rows without loading torch
+
+    from fortify.attacks import perturbation_norms
+    from fortify.models import predict
+
+    adversarial = clean if adversarial is None else adversarial
+    probability, prediction = predict(model, adversarial).max(1)
+    linf_255, l2 = perturbation_norms(clean, adversarial)
+    labels = torch.as_tensor(labels)
+    rows = {
+        "model": model_name,
+        "split": split,
+        "seed": seed,
+        "attack": attack,
+        "protocol": protocol,
+        "eps_255": float(eps_255),
+        "index": np.asarray(index),
+        "label": labels.numpy(),
+        "prediction": prediction.numpy(),
+        "probability": probability.numpy(),
+        "success": (prediction != labels).numpy(),
+        "linf_255": linf_255.numpy(),
+        "l2": l2.numpy(),
+    }
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(_DTYPES)
+
+
+def evaluate(model, images, labels, attacks, *, index, model_name, split, seed, keep=None, batch_size=64):
+    """Craft every attack on ``model`` itself (adaptive) and score it: (rows, kept).
+
+    ``images`` (N, 1, H, W) float in [0, 1], ``labels`` (N,); ``attacks`` from :mod:`fortify.attacks`.
+    ``rows`` holds the clean predictions too. ``keep`` maps names to attacks of the list whose images
+    are wanted: ``kept`` is then {name: float32 array (N, 1, H, W)}.
+    """
+    import torch
+
+    from fortify.attacks import craft
+
+    ids = {"index": index, "model_name": model_name, "split": split, "seed": seed}
+    rows, kept = [score(model, images, labels, attack="clean", eps_255=0, **ids)], {}
+    for attack in attacks:
+        crafted = craft(
+            model, images, torch.as_tensor(labels), attack, seed=seed, batch_size=batch_size, progress=True
+        )
+        eps_255 = getattr(attack, "eps_255", np.nan)  # CW has no budget
+        rows.append(
+            score(
+                model, images, labels, attack=attack.name, eps_255=eps_255, adversarial=crafted.images, **ids
+            )
+        )
+        kept |= {name: crafted.images.numpy() for name, wanted in (keep or {}).items() if wanted == attack}
+    return pd.concat(rows, ignore_index=True), kept

@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
+
 BY_HAND = "build/by-hand"  # where a notebook run outside the workflow writes
 
 _STAMPED = ("fortify", "torch", "torchvision", "foolbox", "numpy", "pandas", "scikit-learn", "scipy")
@@ -78,15 +80,37 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_arrays(path, **arrays):
+    """Write numpy arrays as one uncompressed ``.npz``, atomically. Read it with ``np.load(path)``."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
 @dataclass(frozen=True)
 class Run:
-    """A run's folders: ``source`` is read, ``target`` is written. The workflow makes them one."""
+    """A run's folders: ``source`` is read, ``target`` is written. The workflow makes them one.
+
+    Names that start with ``data/``, ``figures`` or ``tables`` belong to the profile, not to one run.
+    """
 
     source: Path
     target: Path
 
+    @property
+    def profile(self):
+        """Name of the profile that wrote what is read; ``"by hand"`` outside the workflow."""
+        return "by hand" if self.source.name == Path(BY_HAND).name else self.source.parent.name
+
+    def siblings(self, needs):
+        """The runs of the same profile that hold every file in ``needs``, sorted by name."""
+        if self.source.name == Path(BY_HAND).name:
+            folders = [self.source]
+        else:
+            folders = sorted(p for p in self.source.parent.iterdir() if p.is_dir())
+        return [Run(p, self.target) for p in folders if _holds(p, needs)]
+
     def read(self, name):
-        """Path of an existing file ``name``. A name starting with ``data/`` is the profile's data folder.
+        """Path of an existing file ``name``.
 
         Raises FileNotFoundError, saying which notebook writes the file.
         """
@@ -133,10 +157,8 @@ def open_run(run="", *, needs=()):
 
 
 def _resolve(folder, name):
-    # What notebook 01 makes is shared by the profile's runs: build/<profile>/data beside the runs.
-    if name.startswith("data/"):
-        return (folder if folder.name == Path(BY_HAND).name else folder.parent) / name
-    return folder / name
+    shared = name.split("/")[0] in ("data", "figures", "tables")
+    return (folder.parent if shared and folder.name != Path(BY_HAND).name else folder) / name
 
 
 def _holds(folder, names):
@@ -185,6 +207,20 @@ def notebook_parameters(namespace):
     return {
         k: v for k, v in namespace.items() if isinstance(v, plain) and not k.startswith("_") and k not in own
     }
+
+
+def banner(run, source, *, device=None, **facts):
+    """One Markdown line for a notebook's top: profile, data, what was trained, and what it must not pass for."""
+    parts = [f"Profile **{run.profile}**", source]
+    parts += [f"{name} {value}" for name, value in facts.items()]
+    parts += [describe_device(device)] if device is not None else []
+    line = "> " + " · ".join(parts) + "."
+    if run.profile != "paper":
+        line += (
+            "<br>These are **not** the reference run's figures, which take the `paper` profile "
+            "(ResNet-50, 224 px, five seeds, one GPU)."
+        )
+    return line
 
 
 def manifest(*, parameters, data_sha256, device):

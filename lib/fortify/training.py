@@ -68,13 +68,15 @@ def fit(model, train, val, recipe, *, attacks=None, val_attack=None, seed=0, che
     state = _State(model, recipe, len(y_train))
     file = None
     if checkpoints is not None:
-        file = Path(checkpoints) / f"{_fingerprint(model, train, val, recipe, attacks, val_attack, seed)}.safetensors"
+        name = _fingerprint(model, train, val, recipe, attacks, val_attack, seed)
+        file = Path(checkpoints) / f"{name}.safetensors"
         state.resume(file)
     remaining = range(state.epoch + 1, recipe.epochs + 1)
     for epoch in progress_bar(remaining, desc="training", show=progress):
+        epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(_epoch_seed(seed, epoch))  # for nets with dropout; a resumed epoch draws the same
-            losses, correct = _epoch(state, x_train, y_train, weight, recipe, attacks, _epoch_seed(seed, epoch))
+            torch.manual_seed(epoch_seed)  # for nets with dropout: a resumed epoch draws the same
+            losses, correct = _epoch(state, x_train, y_train, weight, recipe, attacks, epoch_seed)
         _stop_if_not_finite(losses, epoch, file)
         val_accuracy = _accuracy(model, x_val, y_val)
         robust = np.nan
@@ -155,7 +157,8 @@ _HISTORY = ("epoch", "lr", "train_loss", "train_accuracy", "val_accuracy", "val_
 
 def _selected(history):
     """Position of the epoch to keep: best robust validation accuracy, then clean, then the later one."""
-    keys = [(np.nan_to_num(h["val_robust_accuracy"], nan=0.0), h["val_accuracy"], h["epoch"]) for h in history]
+    columns = ("val_robust_accuracy", "val_accuracy", "epoch")
+    keys = [tuple(np.nan_to_num(row[c], nan=0.0) for c in columns) for row in history]
     return keys.index(max(keys))
 
 
@@ -216,10 +219,6 @@ def _class_weights(labels, num_classes):
 
 def _copy(model):
     return {k: v.detach().clone() for k, v in model.state_dict().items()}
-
-
-def _epoch_seed(seed, epoch):
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
 
 
 def _fingerprint(model, train, val, recipe, attacks, val_attack, seed):
