@@ -267,29 +267,23 @@ def _decode(files, names, folder, *, size, aspect, ct, remedy):
     sizes = np.empty((len(files), 2), dtype=np.int64)
     histogram = np.zeros(256)
     bad = []
-    # Pillow has a global switch that fills up truncated files with grey; someone else may have set it.
-    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        for i, path in enumerate(files):
-            try:
-                image = read_grey(path, ct=ct)
-            except DataError as error:
-                bad.append(f"{names[i]} {error}")
-                continue
-            sizes[i] = image.size
-            histogram += image.histogram()
-            images[i] = np.asarray(fit_square(image, size=size, aspect=aspect))
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+    for i, path in enumerate(files):
+        try:
+            image = read_grey(path, ct=ct)
+        except DataError as error:
+            bad.append(f"{names[i]} {error}")
+            continue
+        sizes[i] = image.size
+        histogram += image.histogram()
+        images[i] = np.asarray(fit_square(image, size=size, aspect=aspect))
     if bad:
         raise DataError(f"{len(bad)} of {len(files)} files in {folder} cannot be used: {_few(bad)}. {remedy}")
     greys = histogram / histogram.sum()
     middle = greys[MID_GREYS].sum()
     if ct and middle < MIN_MID_SHARE:
         raise DataError(
-            f"The images in {folder} were preprocessed (thresholded): {middle:.1%} of their pixels have a grey "
-            f"of {MID_GREYS.start}..{MID_GREYS.stop - 1}, where CT slices have most, and {greys[0]:.1%} are 0. "
-            f"{remedy}"
+            f"The images in {folder} were thresholded: {middle:.1%} of their pixels have a grey of "
+            f"{MID_GREYS.start}..{MID_GREYS.stop - 1} (CT slices: most), {greys[0]:.1%} are 0. {remedy}"
         )
     return images, sizes
 
@@ -303,6 +297,8 @@ def read_grey(path, *, ct=True):
     """
     if path.stat().st_size == 0:
         raise DataError("is empty (0 bytes)")
+    # Pillow has a global switch that fills truncated files up with grey; someone else may have set it.
+    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         with Image.open(path, formats=_PILLOW_FORMATS) as image:
             _check_header(image, ct=ct)
@@ -313,6 +309,8 @@ def read_grey(path, *, ct=True):
         raise DataError(f"is larger than {MAX_SIDE} px a side") from error
     except Exception as error:  # whatever a decoder stumbles over, the file is the cause
         raise DataError(f"is damaged or no image ({str(error).replace(str(path), 'file')})") from error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
     if image.mode not in ("L", "RGB"):
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema()[0] < 255:
