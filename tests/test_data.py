@@ -162,7 +162,7 @@ def test_load_refuses_every_truncation_and_never_returns_changed_pixels(a_slices
     assert refused > 100
 
 
-@pytest.mark.parametrize("kind", ["text", "npy", "other npz", "pickle", "other version"])
+@pytest.mark.parametrize("kind", ["text", "npy", "other npz", "other version"])
 def test_load_refuses_other_files(a_slices, tmp_path, kind):
     path = tmp_path / "s.npz"
     a_slices.save(path)
@@ -173,14 +173,32 @@ def test_load_refuses_other_files(a_slices, tmp_path, kind):
             np.save(file, np.zeros(3))
         elif kind == "other npz":
             np.savez(file, x=np.zeros(3))
-        elif kind == "pickle":
-            np.savez(file, format=np.array([{"a": 1}], dtype=object))
         else:
             arrays = dict(np.load(file))
             file.seek(0)
             np.savez(file, **arrays | {"format": np.asarray("fortify-slices-0")})
     with pytest.raises(DataError, match=r"s\.npz is not a readable slices file .*Delete it"):
         Slices.load(path)
+
+
+class Trap:
+    """Unpickling one runs ``mkdir``."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_load_runs_no_pickle(a_slices, tmp_path):
+    path = tmp_path / "s.npz"
+    a_slices.save(path)
+    trap = np.array([Trap(tmp_path / "sprung")], dtype=object)
+    np.savez(path, **dict(np.load(path)) | {"patients": trap})
+    with pytest.raises(DataError, match="not a readable slices file"):
+        Slices.load(path)
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_load_of_a_missing_file_says_which_notebook_writes_it(tmp_path):
@@ -383,6 +401,13 @@ def test_bad_files_are_not_cached_and_a_cache_does_not_hide_them(folder, tmp_pat
     for _ in range(2):
         with pytest.raises(DataError, match="empty"):
             load_folder(folder, size=32, cache=tmp_path / "cache")
+
+
+def test_what_was_cached_without_the_ct_checks_does_not_pass_them(folder, tmp_path):
+    threshold(folder, low=120)
+    load_folder(folder, size=32, cache=tmp_path / "cache", ct=False)
+    with pytest.raises(DataError, match="thresholded"):
+        load_folder(folder, size=32, cache=tmp_path / "cache")
 
 
 # --- what is refused
