@@ -20,7 +20,7 @@ _SPACING = 0.03  # between slices: about 6 mm in a chest that fills the image
 
 
 class Phantoms(NamedTuple):
-    """``images`` uint8 (N, size, size); ``labels``, ``patients`` int64 (N,); ``names`` unique; ``class_names``."""
+    """``images`` uint8 (N, size, size); ``labels``, ``patients`` int64 (N,); ``names`` are unique."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -103,17 +103,17 @@ def _stack(seed, number, label, count, size):
 
 def _anatomy(rng):
     """Everything but the lesion, as a dict of lengths, shapes and 3-D segments (from, to, radius, HU)."""
-    zoom = rng.uniform(0.9, 1.08)
+    zoom = rng.uniform(0.92, 1.08)
     body = np.array([0.86, 0.62]) * zoom * rng.uniform(0.96, 1.04, 2)
     fat = rng.uniform(0.03, 0.09)
     cage = body - fat - 0.07 * zoom
     lungs = []
     for side in (-1, 1):
-        half = np.array([0.31, 0.44]) * zoom * rng.uniform(0.93, 1.07, 2)
+        half = np.array([0.31, 0.44]) * zoom * rng.uniform(0.9, 1.08, 2)
         centre = np.array([side * (cage[0] - half[0] - 0.01), -0.01 + rng.normal(0, 0.015)])
         lungs.append((centre, half, side * rng.uniform(0.05, 0.22), _wobble(rng, 0.04)))
     shape = {
-        "centre": rng.normal(0, [0.025, 0.02]) + [0, -0.07],
+        "centre": rng.normal(0, [0.05, 0.03]) + [0, -0.07],
         "drift": rng.normal(0, 0.06, 2),  # of the centre with z
         "level": rng.uniform(0, 1),  # 0 at the top of the lungs, 1 at the diaphragm
         "body": body,
@@ -130,7 +130,7 @@ def _anatomy(rng):
         "table": (rng.uniform(0.70, 0.80), rng.uniform(1.1, 1.9), rng.uniform(0.05, 0.09)),
     }
     # The diaphragm bulges into a lung: soft tissue as large as a tumour, in any class.
-    dome = rng.uniform() < 0.15
+    dome = rng.uniform() < 0.12
     shape["dome"] = (rng.integers(2), rng.uniform(0.10, 0.2), rng.normal(0, 0.4)) if dome else None
     segments = []
     for centre, half, _, _ in lungs:
@@ -138,7 +138,7 @@ def _anatomy(rng):
         hilum = np.array([centre[0] - side * half[0] * 0.75, 0.03, rng.normal(0, 0.05)])
         for angle in np.arange(4) * 0.75 - 1.15 + rng.normal(0, 0.2, 4):
             direction = np.array([side * np.cos(angle), np.sin(angle) * 1.3, rng.normal(0, 0.25)])
-            _grow(rng, segments, hilum, direction, 0.17 * zoom, 0.022 * zoom, 3)
+            _grow(rng, segments, hilum, direction, 0.17 * zoom, 0.020 * zoom, 3)
         segments += _distractors(rng, centre, half)
     shape["segments"] = segments
     return shape
@@ -162,7 +162,7 @@ def _grow(rng, segments, start, direction, length, radius, depth):
 def _distractors(rng, centre, half):
     """What is bright in a lung and no lesion: calcified dots, scars from the pleura, vessels along z."""
     found = []
-    for kind, rate in (("dot", 0.6), ("scar", 0.4), ("along", 1.0)):
+    for kind, rate in (("dot", 0.6), ("scar", 0.4), ("along", 0.7)):
         for _ in range(rng.poisson(rate)):
             angle, reach = rng.uniform(0, 2 * np.pi), np.sqrt(rng.uniform(0, 0.8))
             at = np.append(
@@ -172,7 +172,7 @@ def _distractors(rng, centre, half):
                 found.append((at, at + [0, 0, 0.02], rng.uniform(0.015, 0.028), 300.0))
             elif kind == "along":
                 tilt = np.append(rng.normal(0, 0.1, 2), 1.0) * 0.3
-                found.append((at - tilt, at + tilt, rng.uniform(0.018, 0.034), 30.0))
+                found.append((at - tilt, at + tilt, rng.uniform(0.016, 0.028), 30.0))
             else:
                 rim = np.append(centre + half * np.array([np.cos(angle), np.sin(angle)]), at[2])
                 inner = rim + np.append(rng.normal(0, 0.3, 2) - [np.cos(angle), np.sin(angle)], 0) * 0.16
@@ -189,7 +189,7 @@ def _lesion(rng, anatomy, label, top):
     if CLASS_NAMES[label] == "normal":
         return None
     benign = CLASS_NAMES[label] == "benign"
-    radius = rng.uniform(0.09, 0.115) if benign else rng.uniform(0.15, 0.22)
+    radius = rng.uniform(0.10, 0.135) if benign else rng.uniform(0.16, 0.22)
     spicules = (
         np.zeros((0, 3)) if benign else rng.uniform([0, 0.5, -1], [0.45, 1.1, 1], (rng.integers(7, 12), 3))
     )
@@ -276,17 +276,29 @@ class _Canvas:
 
     def blob(self, centre, half, *, tilt=0.0, wobble=None):
         """Cover in [0, 1] of an ellipse with a wavy outline."""
-        x, y = self.x - centre[0], self.y - centre[1]
+        half = np.asarray(half)
+        part = self._window(np.subtract(centre, 1.5 * half.max()), np.add(centre, 1.5 * half.max()))
+        x, y = self.x[part] - centre[0], self.y[part] - centre[1]
         u = (np.cos(tilt) * x + np.sin(tilt) * y) / half[0]
         v = (np.cos(tilt) * y - np.sin(tilt) * x) / half[1]
-        rho = np.hypot(u, v)
-        slope = np.hypot(u / half[0], v / half[1]) / np.maximum(rho, 1e-9)
+        rho = np.maximum(np.hypot(u, v), 1e-9)
+        slope = np.hypot(u / half[0], v / half[1]) / rho + 1e-9
         if wobble is not None:
-            amplitude, phase, drift = wobble
             theta = np.arctan2(v, u)
-            for k, (a, p, d) in enumerate(zip(amplitude, phase, drift, strict=True), start=2):
-                rho = rho - a * np.cos(k * theta + p + d * self.z)
-        return np.clip(0.5 - (rho - 1) / np.maximum(slope, 1e-9) / self.pixel, 0, 1)
+            for k, (amplitude, phase, drift) in enumerate(zip(*wobble, strict=True), start=2):
+                rho = rho - amplitude * np.cos(k * theta + phase + drift * self.z)
+        cover = np.zeros_like(self.hu)
+        cover[part] = np.clip(0.5 - (rho - 1) / slope / self.pixel, 0, 1)
+        return cover
+
+    def _window(self, low, high):
+        """The pixels between two corners (x, y), as a pair of slices."""
+        low, high = ((np.asarray(c) + self.centre + 1) / self.pixel for c in (low, high))
+        (c0, r0), (c1, r1) = (
+            np.maximum(np.floor(low), 0).astype(int),
+            np.maximum(np.ceil(high), 0).astype(int),
+        )
+        return np.s_[r0:r1, c0:c1]
 
     def segment(self, start, end, radius, hu, *, inside=None):
         """Paint where this slice cuts a rounded 3-D segment (start and end are x, y, z)."""
@@ -294,13 +306,7 @@ class _Canvas:
         reach = radius + self.pixel
         if not min(start[2], end[2]) - reach < self.z < max(start[2], end[2]) + reach:
             return
-        low = (np.minimum(start, end)[:2] - reach + self.centre + 1) / self.pixel
-        high = (np.maximum(start, end)[:2] + reach + self.centre + 1) / self.pixel
-        (c0, r0), (c1, r1) = (
-            np.clip(np.floor(low), 0, None).astype(int),
-            np.clip(np.ceil(high), 0, None).astype(int),
-        )
-        part = np.s_[r0:r1, c0:c1]
+        part = self._window(np.minimum(start, end)[:2] - reach, np.maximum(start, end)[:2] + reach)
         dx, dy, dz = self.x[part] - start[0], self.y[part] - start[1], self.z - start[2]
         ax, ay, az = end - start
         t = np.clip((dx * ax + dy * ay + dz * az) / max(ax * ax + ay * ay + az * az, 1e-12), 0, 1)

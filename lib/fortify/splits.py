@@ -1,0 +1,229 @@
+"""Train, validation and test: at random, or with near-duplicate slices kept on one side.
+
+A *split* is a dict ``{"train": index, "val": index, "test": index}`` of sorted int64 arrays that together
+hold every slice once. Slices of one patient are near-copies of each other, so a random split asks a model
+to recognise patients it has seen; :func:`grouped_split` does not.
+"""
+
+import re
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from sklearn.model_selection import train_test_split
+
+from fortify import runs
+
+PARTS = ("train", "val", "test")
+_BLOCK = 1024  # rows of the correlation matrix held at a time
+_TRIES = 256  # assignments drawn by grouped_split, of which the best-balanced is kept
+
+
+def near_duplicate_groups(slices, *, threshold=0.93, neighbour_threshold=0.80, side=56):
+    """Group ids 0..G-1, int64 (N,), of slices that are likely to show one patient.
+
+    Two slices are linked when the correlation r of their thumbnails (box-averaged to ``side`` pixels or the
+    slices' own size if that is smaller) exceeds ``threshold``; when they have consecutive file numbers in one
+    class, as neighbours of a scan do, and r exceeds ``neighbour_threshold``; and when their pixels are
+    identical. Groups are the connected components and may span classes: the data hold such pairs.
+    They stand in for unknown patients; report how the result depends on the thresholds.
+    """
+    exact = exact_duplicates(slices.images)
+    first = np.unique(exact, return_index=True)[1][exact]
+    links = [np.stack([np.arange(len(slices)), first])]
+    thumbnails = _thumbnails(slices.images, side)
+    links += [np.stack(pair[:2]) for pair in _correlated(thumbnails, threshold)]
+    before, after = _neighbours(slices)
+    near = (thumbnails[before] * thumbnails[after]).sum(1) > neighbour_threshold
+    links.append(np.stack([before[near], after[near]]))
+    row, column = np.concatenate(links, axis=1)
+    graph = coo_array((np.ones(len(row), bool), (row, column)), shape=(len(slices), len(slices)))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def exact_duplicates(images):
+    """Ids 0..K-1, int64 (N,), in order of appearance; images share one when their pixels are identical."""
+    seen = {}
+    return np.array([seen.setdefault(image.tobytes(), len(seen)) for image in images], dtype=np.int64)
+
+
+def label_conflicts(slices, *, threshold=0.99, side=56):
+    """Pairs of nearly identical slices in different classes, most alike first, as a DataFrame.
+
+    Columns: name, class_name, twin, twin_class_name and r, the correlation of their thumbnails (> threshold).
+    """
+    pairs = list(_correlated(_thumbnails(slices.images, side), threshold))
+    i, j, r = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+    across = slices.labels[i] != slices.labels[j]
+    names, classes = np.array(slices.names, object), np.array(slices.class_names, object)[slices.labels]
+    columns = {"name": names[i], "class_name": classes[i], "twin": names[j], "twin_class_name": classes[j]}
+    table = pd.DataFrame(columns | {"r": r.astype(float)})[across]
+    return table.sort_values(["r", "name", "twin"], ascending=[False, True, True], ignore_index=True)
+
+
+def twin_share(slices, split, *, threshold=0.99, side=56):
+    """Share of test slices with a training slice whose thumbnail correlates above ``threshold``."""
+    thumbnails = _thumbnails(slices.images, side)
+    return float(
+        np.mean((thumbnails[split["test"]] @ thumbnails[split["train"]].T).max(1, initial=-1) > threshold)
+    )
+
+
+def random_split(labels, *, seed, fractions=(0.7, 0.15, 0.15)):
+    """Split slices at random, stratified by ``labels`` (N,), into train, val and test.
+
+    Validation and test are rounded down: 1,097 slices become 769, 164 and 164. Raises ValueError for
+    fractions that do not sum to 1 and when a class cannot be in every part.
+    """
+    labels = np.asarray(labels)
+    _check(labels, fractions, np.arange(len(labels)))
+    val, test = (int(len(labels) * fraction + 1e-9) for fraction in fractions[1:])
+    everything = np.arange(len(labels), dtype=np.int64)
+    if min(val, test) < len(np.unique(labels)):
+        raise ValueError(f"{len(labels)} slices leave {val} for validation and {test} for test: use more.")
+    rest, test = train_test_split(everything, test_size=test, stratify=labels, random_state=seed)
+    train, val = train_test_split(rest, test_size=val, stratify=labels[rest], random_state=seed)
+    split = dict(zip(PARTS, map(np.sort, (train, val, test)), strict=True))
+    missing = [
+        part for part, index in split.items() if len(np.unique(labels[index])) < len(np.unique(labels))
+    ]
+    if missing:
+        raise ValueError(f"a class has no slice in {', '.join(missing)}: use another seed or more slices.")
+    return split
+
+
+def grouped_split(labels, groups, *, seed, fractions=(0.7, 0.15, 0.15)):
+    """Split whole groups into train, val and test, each class as near to ``fractions`` as the groups allow.
+
+    Groups differ much in size, so many seeded assignments are drawn - each takes the groups in a random order
+    and puts each where its classes are missed most - and the one nearest to the wanted counts is kept.
+    Raises ValueError as :func:`random_split`, and for a class with fewer than three groups.
+    """
+    labels, groups = np.asarray(labels), np.asarray(groups)
+    _check(labels, fractions, groups)
+    classes, label = np.unique(labels, return_inverse=True)
+    ids, group = np.unique(groups, return_inverse=True)
+    held = np.zeros((len(ids), len(classes)))  # slices of each class in each group
+    np.add.at(held, (group, label), 1)
+    held /= held.sum(0)  # a rare class counts as much as a frequent one
+    wanted = np.array(fractions)[:, None]
+    order = np.random.default_rng(seed).permuted(np.tile(np.arange(len(ids)), (_TRIES, 1)), axis=1)
+    filled = np.zeros((_TRIES, len(PARTS), len(classes)))
+    part_of, rows = np.zeros((_TRIES, len(ids)), np.int64), np.arange(_TRIES)
+    for picked in order.T:
+        share = held[picked]
+        part = np.einsum("tpc,tc->tp", wanted - filled, share).argmax(1)
+        filled[rows, part] += share
+        part_of[rows, picked] = part
+    deviation = (np.abs(filled - wanted) / wanted).sum((1, 2))
+    deviation[(filled == 0).any((1, 2))] = np.inf
+    best = deviation.argmin()
+    if np.isinf(deviation[best]):
+        raise ValueError(
+            f"none of {_TRIES} assignments of {len(ids)} groups puts every class into every part; "
+            "group less strictly (a higher threshold) or use more data."
+        )
+    return {part: np.flatnonzero(part_of[best][group] == number) for number, part in enumerate(PARTS)}
+
+
+def split_table(slices, split):
+    """One row a slice, in the slices' order: name, label, class_name, group, part."""
+    _check_complete(split, len(slices))
+    part = np.empty(len(slices), object)
+    for name, index in split.items():
+        part[index] = name
+    names = [slices.class_names[label] for label in slices.labels]
+    columns = {"name": slices.names, "label": slices.labels, "class_name": names, "group": slices.groups}
+    return pd.DataFrame(columns | {"part": part})
+
+
+def write_split(path, slices, split):
+    """Write :func:`split_table` as CSV, atomically."""
+    runs.write_csv(path, split_table(slices, split))
+
+
+def read_split(path, slices, *, grouped=False):
+    """Read a split that :func:`write_split` wrote for these ``slices``.
+
+    Raises ValueError, naming file and slice, when a name is repeated, missing or unknown, a label differs, a
+    part is unknown or empty or, with ``grouped``, a group of the file or of ``slices`` lies in two parts.
+    """
+    table = pd.read_csv(path, keep_default_na=False)
+    remedy = f"{path} does not belong to these slices or was edited: run again the notebook that wrote it."
+    absent = [column for column in ("name", "label", "group", "part") if column not in table]
+    if absent:
+        raise ValueError(f"no column {', '.join(absent)}. {remedy}")
+    repeated = table.name[table.name.duplicated()]
+    if len(repeated):
+        raise ValueError(f"{repeated.iloc[0]} appears more than once. {remedy}")
+    odd = sorted(set(table.name) ^ set(slices.names))
+    if odd:
+        where = "the file" if odd[0] in set(table.name) else "the slices"
+        raise ValueError(f"{len(odd)} names differ, for example {odd[0]}, only in {where}. {remedy}")
+    table = table.set_index("name").loc[list(slices.names)]
+    wrong = np.flatnonzero(table.label.to_numpy() != slices.labels)
+    if len(wrong):
+        raise ValueError(f"{slices.names[wrong[0]]} has another label in the file. {remedy}")
+    strange = set(table.part) ^ set(PARTS)
+    if strange:
+        raise ValueError(f"unknown or empty parts {sorted(strange)}; they must be {PARTS}. {remedy}")
+    if grouped:
+        for groups in (table.group.to_numpy(), slices.groups):
+            spread = table.part.groupby(groups).nunique()
+            if (spread > 1).any():
+                group = spread.index[spread > 1][0]
+                names = [n for n, g in zip(slices.names, groups, strict=True) if g == group]
+                raise ValueError(
+                    f"group {group} ({', '.join(names[:3])}, ...) lies in more than one part, so "
+                    f"near-copies of training slices are tested. {remedy}"
+                )
+    return {part: np.flatnonzero(table.part.to_numpy() == part) for part in PARTS}
+
+
+def _thumbnails(images, side):
+    """Box-averaged, zero-mean, unit-length thumbnails, float32 (N, side * side): dot products are r."""
+    side = min(side, *images.shape[1:])
+    small = [Image.fromarray(i.astype(np.float32)).resize((side, side), Image.Resampling.BOX) for i in images]
+    flat = np.array([np.asarray(i).ravel() for i in small], dtype=np.float32).reshape(len(images), -1)
+    flat -= flat.mean(1, keepdims=True)
+    return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
+
+
+def _correlated(thumbnails, threshold):
+    """Yield (i, j, r) arrays of the pairs i < j with r above ``threshold``, block by block."""
+    for start in range(0, len(thumbnails), _BLOCK):
+        r = thumbnails[start : start + _BLOCK] @ thumbnails[start:].T
+        i, j = np.nonzero(np.triu(r > threshold, k=1))
+        yield i + start, j + start, r[i, j]
+
+
+def _neighbours(slices):
+    """Index arrays (before, after) of slices with consecutive file numbers in one class."""
+    numbered = {}
+    for index, (name, label) in enumerate(zip(slices.names, slices.labels, strict=True)):
+        digits = re.findall(r"\d+", name.rsplit("/", 1)[-1].rsplit(".", 1)[0])
+        if digits:
+            numbered[label, int(digits[-1])] = index
+    pairs = [(i, numbered[c, n + 1]) for (c, n), i in numbered.items() if (c, n + 1) in numbered]
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+
+
+def _check(labels, fractions, groups):
+    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9:
+        raise ValueError(f"fractions must be three positive shares that sum to 1, not {tuple(fractions)}.")
+    if labels.shape != groups.shape or labels.ndim != 1:
+        raise ValueError(f"one group for each label: {groups.shape} groups for {labels.shape} labels.")
+    for label in np.unique(labels):
+        count = len(np.unique(groups[labels == label]))
+        if count < 3:
+            raise ValueError(f"class {label} has {count} groups or slices; three parts need at least 3 each.")
+
+
+def _check_complete(split, count):
+    if set(split) != set(PARTS):
+        raise ValueError(f"a split has the parts {PARTS}, not {tuple(split)}.")
+    index = np.sort(np.concatenate([split[part] for part in PARTS]))
+    if not np.array_equal(index, np.arange(count)):
+        raise ValueError(f"the parts hold {len(index)} indices; they must hold each of {count} slices once.")
