@@ -1,0 +1,151 @@
+"""The paper's Table 1, ours beside the printed one, as CSV, Markdown, LaTeX and plain text.
+
+A *display* table holds strings only, so that its precision is the same wherever it is shown.
+"""
+
+import re
+import textwrap
+from pathlib import Path
+
+import pandas as pd
+
+from fortify.runs import write_csv, write_text
+
+COLUMNS = ("clean", "pgd", "fgsm", "cw", "combined")  # of Table 1, in its order
+TITLES = {"clean": "Clean", "pgd": "PGD", "fgsm": "FGSM", "cw": "CW", "combined": "Combined"}
+MODELS = ("normal", "adversarial")
+
+PRINTED_SOURCE = (
+    "Menasagi et al., Fortifying Deep Learning Models Against Adversarial Threats using "
+    "Adversarial Training, Table 1"
+)
+# Test accuracy in %; the paper states no norm, budget, number of steps, split sizes or seeds.
+PRINTED = pd.DataFrame(
+    [(93.12, 43.08, 45.9, 40.9, 43.29), (95.0, 93.2, 95.0, 92.8, 93.6)],
+    index=pd.Index(MODELS, name="model"),
+    columns=pd.Index(COLUMNS, name="attack"),
+)
+
+
+def table1(accuracy, *, split, protocol="adaptive"):
+    """Table 1 as tidy rows (model, attack): ours in %, k of n and interval, and the ``printed`` value.
+
+    ``accuracy`` is :func:`fortify.evaluation.accuracy_table`. Raises ValueError naming what it lacks.
+    """
+    ours = accuracy[accuracy.split.eq(split) & accuracy.protocol.eq(protocol)].set_index(["model", "attack"])
+    wanted = pd.MultiIndex.from_product([MODELS, COLUMNS], names=["model", "attack"])
+    missing = wanted.difference(ours.index)
+    if len(missing):
+        raise ValueError(f"Table 1 ({split} split, {protocol}) lacks {', '.join(map('/'.join, missing))}.")
+    table = ours.loc[wanted, ["k", "n", "accuracy", "low", "high", "sd", "seeds"]]
+    fractions = ["accuracy", "low", "high", "sd"]
+    table[fractions] *= 100
+    table["printed"] = PRINTED.stack()
+    return table.reset_index().rename(columns={name: f"{name}_percent" for name in fractions})
+
+
+def layout1(table):
+    """The display table of :func:`table1`, in the layout of the paper, percent to one decimal.
+
+    Each training has the lines accuracy, interval, k/n, where there are several seeds their sd, and printed.
+    """
+    lines = []
+    for model in MODELS:
+        cells = table[table.model.eq(model)].set_index("attack").loc[list(COLUMNS)].reset_index()
+        shown = {
+            "accuracy (%)": cells.accuracy_percent.map("{:.1f}".format),
+            "95 % interval": [f"{c.low_percent:.1f}–{c.high_percent:.1f}" for c in cells.itertuples()],
+            "k/n": cells.k.map(str) + "/" + cells.n.map(str),
+            "sd over seeds": cells.sd_percent.map("{:.1f}".format),
+            "printed (%)": cells.printed.map(str),  # as many decimals as the paper prints
+        }
+        if cells.seeds.max() == 1:
+            del shown["sd over seeds"]
+        for i, (name, values) in enumerate(shown.items()):
+            lines.append([model if i == 0 else "", name, *values])
+    return pd.DataFrame(lines, columns=["Training", "", *TITLES.values()])
+
+
+def caption(*, split, protocol, eps_255, cw_l2, seeds, source, profile):
+    """The sentences under Table 1: what was measured, on which images (``source``), and how far to trust it.
+
+    ``eps_255``: Linf budget in grey levels; ``cw_l2``: L2 budget, image in [0, 1]; ``seeds``: their number.
+    """
+    crafted = {
+        "adaptive": "crafted on the model under test",
+        "static": "crafted on the normally trained model",
+    }
+    return (
+        f"Accuracy on the test set in percent, {split} split, {protocol} attacks ({crafted[protocol]}). "
+        f"FGSM and PGD: Linf budget {eps_255:g}/255. CW: L2 budget {cw_l2:g}, image in [0, 1]. "
+        f"Combined: pooled over the three attacks. {seeds} seed{'s' if seeds != 1 else ''}; 95 % Wilson "
+        f"intervals, each image counted once. Images: {source}. Profile: {profile}. "
+        f"Printed: {PRINTED_SOURCE}."
+    )
+
+
+def to_markdown(display, *, caption=None):
+    """A display table as a GitHub Markdown table, its first two columns to the left, the rest right."""
+    header = list(display.columns)
+    rule = ["---" if i < 2 else "---:" for i in range(len(header))]
+    rows = [header, rule, *display.astype(str).to_numpy().tolist()]
+    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
+    return "\n".join([*lines, *(["", caption] if caption else [])]) + "\n"
+
+
+def to_latex(display, *, caption=None, label=None):
+    """A display table as a LaTeX table (booktabs), special characters escaped."""
+    styler = display.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
+    text = styler.to_latex(
+        column_format="ll" + "r" * (display.shape[1] - 2),
+        hrules=True,
+        caption=re.sub(r"([%&_#$])", r"\\\1", caption) if caption else None,
+        label=label,
+        position="t",
+        position_float="centering",
+    )
+    return text.replace("–", "--")
+
+
+def to_text(display, *, title, width=100):
+    """A display table for a terminal, aligned, under its wrapped title; cells wrap to stay in ``width``."""
+    rows = [list(map(str, display.columns)), *display.astype(str).to_numpy().tolist()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    while sum(widths) + 2 * len(widths) - 2 > width:
+        widths[widths.index(max(widths))] -= 1
+    lines = [*textwrap.wrap(title, width), ""]
+    for i, row in enumerate(rows):
+        cells = [textwrap.wrap(cell, w) or [""] for cell, w in zip(row, widths, strict=True)]
+        for j in range(max(map(len, cells))):
+            parts = [cell[j] if j < len(cell) else "" for cell in cells]
+            aligned = [
+                p.ljust(w) if k < 2 else p.rjust(w)
+                for k, (p, w) in enumerate(zip(parts, widths, strict=True))
+            ]
+            lines.append("  ".join(aligned).rstrip())
+        if i == 0:
+            lines.append("  ".join("-" * w for w in widths))
+    return "\n".join(lines) + "\n"
+
+
+def write_table1(folder, accuracy, *, split, protocol="adaptive", eps_255, cw_l2, source, profile):
+    """Write ``table1_<split>`` (static: ``table1_<split>_static``) as .csv, .md and .tex; return their paths.
+
+    The CSV holds :func:`table1`'s numbers; the other two its layout with the :func:`caption`.
+    """
+    table = table1(accuracy, split=split, protocol=protocol)
+    name = f"table1_{split}" + ("" if protocol == "adaptive" else f"_{protocol}")
+    paths = {suffix: Path(folder) / f"{name}.{suffix}" for suffix in ("csv", "md", "tex")}
+    words = caption(
+        split=split,
+        protocol=protocol,
+        eps_255=eps_255,
+        cw_l2=cw_l2,
+        seeds=int(table.seeds.max()),
+        source=source,
+        profile=profile,
+    )
+    write_csv(paths["csv"], table)
+    write_text(paths["md"], to_markdown(layout1(table), caption=words))
+    write_text(paths["tex"], to_latex(layout1(table), caption=words, label=f"tab:{name}"))
+    return paths

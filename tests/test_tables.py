@@ -1,0 +1,154 @@
+"""Table 1: the printed numbers, ours beside them, and the same strings in every format."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from fortify import evaluation, tables
+
+# The paper's Table 1, typed a second time: normal and adversarial training on clean, PGD, FGSM, CW, combined.
+PAPER = {"normal": "93.12 43.08 45.9 40.9 43.29", "adversarial": "95.0 93.2 95.0 92.8 93.6"}
+ATTACKS = ("clean", "pgd", "fgsm", "cw", "combined")
+CORRECT = {"normal": (149, 72, 75, 67, 214), "adversarial": (152, 150, 152, 149, 451)}
+
+
+def accuracy(*, splits=("random",), seeds=1, protocols=("adaptive",)):
+    """An accuracy table of 160 images, as evaluation makes them."""
+    rows = []
+    for split in splits:
+        for protocol in protocols:
+            for model, counts in CORRECT.items():
+                for attack, k in zip(ATTACKS, counts, strict=True):
+                    n = 480 if attack == "combined" else 160
+                    low, high = evaluation.wilson(round(k * 160 / n), 160)
+                    sd = np.nan if seeds == 1 else 0.0123
+                    rows.append((split, model, protocol, attack, k, n, k / n, low, high, 160, seeds, sd))
+    names = "split model protocol attack k n accuracy low high images seeds sd"
+    return pd.DataFrame(rows, columns=names.split())
+
+
+WORDS = {"split": "random", "eps_255": 1, "cw_l2": 0.5, "source": "100 % phantoms_of & #1", "profile": "test"}
+
+
+@pytest.mark.parametrize("model", PAPER)
+def test_printed_values_are_the_papers(model):
+    assert [str(v) for v in tables.PRINTED.loc[model]] == PAPER[model].split()
+    assert tuple(tables.PRINTED.columns) == ATTACKS
+
+
+def test_table1_holds_ours_in_percent_beside_the_printed_value():
+    table = tables.table1(accuracy(), split="random")
+    assert list(zip(table.model, table.attack, strict=True)) == [(m, a) for m in PAPER for a in ATTACKS]
+    assert table.k.tolist() == [*CORRECT["normal"], *CORRECT["adversarial"]]
+    assert np.allclose(table.accuracy_percent, 100 * table.k / table.n, rtol=1e-12)
+    assert [str(v) for v in table.printed] == " ".join(PAPER.values()).split()
+    clean = table.iloc[0]
+    assert (clean.low_percent, clean.high_percent) == pytest.approx(
+        [100 * v for v in evaluation.wilson(149, 160)], rel=1e-12
+    )
+
+
+def test_table1_takes_its_split_and_protocol_only():
+    both = accuracy(splits=("grouped", "random"), protocols=("static", "adaptive"))
+    both.loc[~(both.split.eq("random") & both.protocol.eq("static")), "k"] = -1
+    table = tables.table1(both, split="random", protocol="static")
+    assert table.k.tolist() == [*CORRECT["normal"], *CORRECT["adversarial"]]
+
+
+def test_an_incomplete_table_names_what_is_missing():
+    some = accuracy()
+    some = some[~(some.model.eq("normal") & some.attack.isin(["cw", "combined"]))]
+    with pytest.raises(ValueError, match=r"random split, adaptive.* lacks normal/combined, normal/cw\."):
+        tables.table1(some, split="random")
+    with pytest.raises(ValueError, match="grouped split"):
+        tables.table1(accuracy(), split="grouped")
+
+
+def test_the_layout_is_the_papers_to_one_decimal():
+    shown = tables.layout1(tables.table1(accuracy(), split="random"))
+    assert list(shown.columns) == ["Training", "", "Clean", "PGD", "FGSM", "CW", "Combined"]
+    assert shown.iloc[0].tolist() == ["normal", "accuracy (%)", "93.1", "45.0", "46.9", "41.9", "44.6"]
+    assert shown.iloc[1].tolist()[:3] == ["", "95 % interval", "88.1–96.1"]
+    assert shown.iloc[2].tolist() == ["", "k/n", "149/160", "72/160", "75/160", "67/160", "214/480"]
+    assert shown.iloc[3].tolist() == ["", "printed (%)", *PAPER["normal"].split()]
+    assert shown["Training"].tolist() == ["normal", "", "", "", "adversarial", "", "", ""]
+
+
+def test_a_spread_is_shown_where_there_are_seeds():
+    shown = tables.layout1(tables.table1(accuracy(seeds=3), split="random"))
+    assert shown.iloc[3].tolist() == ["", "sd over seeds", *["1.2"] * 5]
+    assert "sd over seeds" not in tables.layout1(tables.table1(accuracy(), split="random")).to_string()
+
+
+def test_the_caption_says_what_a_reader_must_know():
+    text = tables.caption(**WORDS, protocol="adaptive", seeds=1)
+    for said in (
+        "random split", "adaptive attacks (crafted on the model under test)", "Linf budget 1/255",
+        "L2 budget 0.5, image in [0, 1]", "1 seed;", "95 % Wilson", "each image counted once",
+        "Images: 100 % phantoms_of & #1.", "Profile: test.", "Menasagi et al.",
+    ):  # fmt: skip
+        assert said in text
+    assert "3 seeds;" in tables.caption(**WORDS, protocol="static", seeds=3)
+    assert "crafted on the normally trained model" in tables.caption(**WORDS, protocol="static", seeds=3)
+
+
+def test_the_three_files_hold_the_same_table(tmp_path):
+    paths = tables.write_table1(tmp_path, accuracy(), **WORDS)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"table1_random.{s}" for s in ("csv", "md", "tex")]
+    csv, md, tex = (paths[s].read_text(encoding="utf-8") for s in ("csv", "md", "tex"))
+    pd.testing.assert_frame_equal(
+        pd.read_csv(paths["csv"]), tables.table1(accuracy(), split="random"), rtol=1e-8
+    )
+    assert csv.startswith(
+        "model,attack,k,n,accuracy_percent,low_percent,high_percent,sd_percent,seeds,printed\n"
+    )
+    for cell in ("149/160", "451/480", "93.1", "93.12", "95.0"):
+        assert f"| {cell} |" in md
+        assert f"& {cell} " in tex
+    assert "| 88.1–96.1 |" in md and "& 88.1--96.1 &" in tex
+    assert "100 % phantoms_of & #1" in md and r"100 \% phantoms\_of \& \#1" in tex
+
+
+def test_a_static_table_does_not_replace_the_adaptive_one(tmp_path):
+    table = accuracy(protocols=("adaptive", "static"))
+    tables.write_table1(tmp_path, table, **WORDS)
+    paths = tables.write_table1(tmp_path, table, protocol="static", **WORDS)
+    assert paths["tex"].name == "table1_random_static.tex"
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_markdown_is_a_table_of_equal_rows():
+    shown = tables.layout1(tables.table1(accuracy(), split="random"))
+    lines = tables.to_markdown(shown).splitlines()
+    assert len(lines) == 2 + len(shown)
+    assert lines[1] == "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
+    assert {line.count("|") for line in lines} == {8}
+    assert r"a\|b" in tables.to_markdown(pd.DataFrame({"x": ["a|b"], "y": ["c"]}))
+
+
+def test_latex_uses_booktabs_and_escapes():
+    shown = tables.layout1(tables.table1(accuracy(), split="random"))
+    text = tables.to_latex(shown, label="tab:one")
+    for rule in (r"\toprule", r"\midrule", r"\bottomrule", r"\begin{tabular}{llrrrrr}", r"\label{tab:one}"):
+        assert text.count(rule) == 1
+    assert r"95 \% interval" in text
+    assert "–" not in text
+    assert text.count(r" \\") == 1 + len(shown)
+
+
+def test_text_fits_a_terminal_and_is_aligned():
+    shown = tables.layout1(tables.table1(accuracy(seeds=3), split="random"))
+    title = tables.caption(**WORDS, protocol="adaptive", seeds=3)
+    text = tables.to_text(shown, title=title)
+    assert max(map(len, text.splitlines())) <= 100
+    assert " ".join(text.split("\n\n")[0].split()) == title
+    body = text.split("\n\n")[1].splitlines()
+    assert len(body) == 2 + len(shown)
+    assert len({len(line) for line in body}) == 1  # the last column is to the right
+
+
+def test_text_wraps_cells_rather_than_lose_any():
+    wide = pd.DataFrame({"a": ["x" * 50], "b": ["one two three four five"], "c": ["1"]})
+    text = tables.to_text(wide, title="t", width=40)
+    assert max(map(len, text.splitlines())) <= 40
+    assert text.count("x") == 50
+    assert all(word in text for word in wide.b[0].split())
