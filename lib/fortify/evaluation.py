@@ -297,3 +297,36 @@ def evaluate(model, images, labels, attacks, *, index, model_name, split, seed, 
         )
         kept |= {name: crafted.images.numpy() for name, wanted in (keep or {}).items() if wanted == attack}
     return pd.concat(rows, ignore_index=True), kept
+
+
+def score_static(model, images, labels, crafted, *, index, eps_255, model_name, split, seed):
+    """Rows of attacks that were crafted on another model (protocol ``static``).
+
+    ``crafted`` maps fgsm, pgd and cw to float32 arrays (N, 1, H, W) made from the same ``images``, FGSM and
+    PGD at ``eps_255``.
+    """
+    import torch
+
+    rows = []
+    for attack in ATTACKS:
+        adversarial = torch.from_numpy(crafted[attack])
+        if adversarial.shape != images.shape:
+            raise ValueError(
+                f"static {attack} images are {tuple(adversarial.shape)}, the test images {tuple(images.shape)}: "
+                "they come from another split or size; run notebook 03 again."
+            )
+        budget = np.nan if attack == "cw" else eps_255
+        ids = {"index": index, "model_name": model_name, "split": split, "seed": seed}
+        rows.append(
+            score(
+                model,
+                images,
+                labels,
+                attack=attack,
+                eps_255=budget,
+                adversarial=adversarial,
+                protocol="static",
+                **ids,
+            )
+        )
+    return pd.concat(rows, ignore_index=True)

@@ -210,7 +210,7 @@ def notebook_parameters(namespace):
 
 
 def banner(run, source, *, device=None, **facts):
-    """One Markdown line for a notebook's top: profile, data, what was trained, and what it must not pass for."""
+    """Markdown for a notebook's top: profile, data, what was trained, and what it must not pass for."""
     parts = [f"Profile **{run.profile}**", source]
     parts += [f"{name} {value}" for name, value in facts.items()]
     parts += [describe_device(device)] if device is not None else []

@@ -1,0 +1,56 @@
+# What people do: make demo, make test, make laptop, make paper, make lab. `make help` lists all.
+.DELETE_ON_ERROR:
+.PHONY: help demo test laptop paper publish data lab clean
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PROFILE ?= laptop
+CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+ENV := .venv/.installed
+# The environment's programs and kernel before any other.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export JUPYTER_PREFER_ENV_PATH := 1
+SNAKEMAKE = snakemake --cores $(CORES) --quiet rules --config
+
+help:
+	@echo "make demo     the whole paper on embedded phantoms, minutes on two cores; prints Table 1"
+	@echo "make test     ruff, unit tests, every notebook twice (papermill and nbmake)"
+	@echo "make data     download the IQ-OTH/NCCD slices to data/iq-oth-nccd"
+	@echo "make laptop   the real slices, a small ResNet at 112 px, about 45 minutes on two cores"
+	@echo "make paper    the reference run: ResNet-50 at 224 px, five seeds, one GPU"
+	@echo "make publish  executed notebooks, figures and tables of PROFILE=laptop (or paper) for committing"
+	@echo "make lab      JupyterLab with the notebooks"
+	@echo "make clean    remove build/ (results), not the environment"
+
+$(ENV): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --requirement requirements.lock
+	.venv/bin/pip install --quiet --no-deps --editable .
+	@touch $@
+
+demo: $(ENV)
+	$(SNAKEMAKE) profile=demo
+	@cat build/demo/tables/table1.txt
+	@echo "Figures: build/demo/figures   Tables: build/demo/tables   Notebooks: build/demo/html/index.html"
+
+test: $(ENV)
+	ruff check
+	ruff format --check
+	python -m pytest
+	$(SNAKEMAKE) profile=test --forceall
+	rm -rf build/nbmake && TQDM_DISABLE=1 python -m pytest --nbmake notebooks -p no:cacheprovider
+
+data: $(ENV)
+	python -m fortify.download
+
+laptop paper: $(ENV)
+	$(SNAKEMAKE) profile=$@
+	@cat build/$@/tables/table1.txt
+
+publish: $(ENV)
+	python -m fortify.publish commit build/$(PROFILE)
+
+lab: $(ENV)
+	jupyter lab notebooks
+
+clean:
+	rm -rf build .snakemake

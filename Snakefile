@@ -1,0 +1,195 @@
+"""The order of the notebooks: one rule each, papermill runs it. `make demo` calls this with profile=demo.
+
+    snakemake --cores all --config profile=laptop
+
+Results lie in build/<profile>/: data/, <split>-s<seed>/ per run, tables/, figures/, html/.
+A rule is redone when its notebook, one of its parameters, a module it computes with, or an input changes.
+"""
+import json
+import os
+from pathlib import Path
+
+from fortify.profiles import ProfileError, load_profile
+from snakemake.exceptions import WorkflowError
+
+# Executed notebooks hold no progress bars, and their kernel is this environment's.
+os.environ |= {"TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
+
+PROFILE = config.get("profile", "demo")
+BUILD = f"build/{PROFILE}"
+NOTEBOOKS = sorted(Path("notebooks").glob("[0-9]*.ipynb"))
+try:
+    PARAMETERS = load_profile(f"notebooks/profiles/{PROFILE}.yaml", NOTEBOOKS)
+except ProfileError as error:
+    raise WorkflowError(str(error))
+
+SPLITS = PARAMETERS["01_data"]["splits"]
+SEEDS = PARAMETERS["01_data"]["seeds"]
+RUNS = [f"{split}-s{seed}" for seed in SEEDS for split in SPLITS]
+
+
+def lib(*modules):
+    """The modules whose change makes a result stale. Figures and tables are left out: style retrains nothing."""
+    return [f"lib/fortify/{module}.py" for module in modules]
+
+
+def values(notebook, run):
+    """The notebook's parameters as the YAML that papermill takes, with the run's folder, split and seed."""
+
+    def filled(wildcards):
+        own = PARAMETERS[notebook] | {"run": run.format(**wildcards)}
+        own |= {k: int(v) if k == "seed" else v for k, v in wildcards.items()}
+        return json.dumps(own, sort_keys=True)
+
+    return filled
+
+
+def papermill(notebook):
+    # --cwd makes it run where JupyterLab would; the executed copy is a log so that a failed one is kept.
+    return (
+        f"papermill notebooks/{notebook}.ipynb {{log.notebook}} --kernel python3 --cwd notebooks "
+        "--no-progress-bar --yaml {params.values:q} >{log.text} 2>&1 || { tail -n 25 {log.text} >&2; exit 1; }"
+    ).replace("|| { tail", "|| {{ tail").replace("exit 1; }", "exit 1; }}")
+
+
+wildcard_constraints:
+    split="[a-z]+",
+    seed="[0-9]+",
+
+
+rule all:
+    input:
+        f"{BUILD}/html/index.html",
+
+
+rule data:
+    input:
+        "notebooks/01_data.ipynb",
+        lib("data", "phantom", "splits"),
+    output:
+        f"{BUILD}/data/slices.npz",
+        f"{BUILD}/data/01_data.json",
+        expand(f"{BUILD}/data/splits/{{split}}-s{{seed}}.csv", split=SPLITS, seed=SEEDS),
+    params:
+        values=values("01_data", f"{BUILD}/data"),
+    log:
+        notebook=f"{BUILD}/notebooks/01_data.ipynb",
+        text=f"{BUILD}/notebooks/01_data.log",
+    benchmark:
+        f"{BUILD}/benchmarks/01_data.tsv"
+    shell:
+        papermill("01_data")
+
+
+rule baseline:
+    input:
+        "notebooks/02_baseline.ipynb",
+        lib("models", "attacks", "augmentation", "training"),
+        f"{BUILD}/data/slices.npz",
+        f"{BUILD}/data/splits/{{split}}-s{{seed}}.csv",
+    output:
+        f"{BUILD}/{{split}}-s{{seed}}/normal.safetensors",
+        f"{BUILD}/{{split}}-s{{seed}}/normal_history.csv",
+        f"{BUILD}/{{split}}-s{{seed}}/02_baseline.json",
+    params:
+        values=values("02_baseline", f"{BUILD}/{{split}}-s{{seed}}"),
+    log:
+        notebook=f"{BUILD}/notebooks/{{split}}-s{{seed}}/02_baseline.ipynb",
+        text=f"{BUILD}/notebooks/{{split}}-s{{seed}}/02_baseline.log",
+    benchmark:
+        f"{BUILD}/benchmarks/{{split}}-s{{seed}}/02_baseline.tsv"
+    threads: workflow.cores
+    shell:
+        papermill("02_baseline")
+
+
+rule attacks:
+    input:
+        "notebooks/03_attacks.ipynb",
+        lib("models", "attacks", "evaluation"),
+        f"{BUILD}/data/slices.npz",
+        f"{BUILD}/{{split}}-s{{seed}}/normal.safetensors",
+    output:
+        f"{BUILD}/{{split}}-s{{seed}}/normal_predictions.csv",
+        f"{BUILD}/{{split}}-s{{seed}}/normal_attacked.npz",
+        f"{BUILD}/{{split}}-s{{seed}}/03_attacks.json",
+    params:
+        values=values("03_attacks", f"{BUILD}/{{split}}-s{{seed}}"),
+    log:
+        notebook=f"{BUILD}/notebooks/{{split}}-s{{seed}}/03_attacks.ipynb",
+        text=f"{BUILD}/notebooks/{{split}}-s{{seed}}/03_attacks.log",
+    benchmark:
+        f"{BUILD}/benchmarks/{{split}}-s{{seed}}/03_attacks.tsv"
+    threads: workflow.cores
+    shell:
+        papermill("03_attacks")
+
+
+rule adversarial_training:
+    input:
+        "notebooks/04_adversarial_training.ipynb",
+        lib("models", "attacks", "augmentation", "training", "evaluation"),
+        f"{BUILD}/data/slices.npz",
+        f"{BUILD}/{{split}}-s{{seed}}/normal_attacked.npz",
+    output:
+        f"{BUILD}/{{split}}-s{{seed}}/adversarial.safetensors",
+        f"{BUILD}/{{split}}-s{{seed}}/adversarial_history.csv",
+        f"{BUILD}/{{split}}-s{{seed}}/adversarial_predictions.csv",
+        f"{BUILD}/{{split}}-s{{seed}}/adversarial_attacked.npz",
+        f"{BUILD}/{{split}}-s{{seed}}/04_adversarial_training.json",
+    params:
+        values=values("04_adversarial_training", f"{BUILD}/{{split}}-s{{seed}}"),
+    log:
+        notebook=f"{BUILD}/notebooks/{{split}}-s{{seed}}/04_adversarial_training.ipynb",
+        text=f"{BUILD}/notebooks/{{split}}-s{{seed}}/04_adversarial_training.log",
+    benchmark:
+        f"{BUILD}/benchmarks/{{split}}-s{{seed}}/04_adversarial_training.tsv"
+    threads: workflow.cores
+    shell:
+        papermill("04_adversarial_training")
+
+
+rule results:
+    input:
+        "notebooks/05_results.ipynb",
+        lib("evaluation", "tables", "figures"),
+        f"{BUILD}/data/slices.npz",
+        expand(f"{BUILD}/{{run}}/normal_predictions.csv", run=RUNS),
+        expand(f"{BUILD}/{{run}}/adversarial_predictions.csv", run=RUNS),
+    output:
+        expand(f"{BUILD}/tables/table1_{{split}}.{{kind}}", split=SPLITS, kind=["csv", "md", "tex"]),
+        f"{BUILD}/tables/table1.txt",
+        f"{BUILD}/tables/accuracy.csv",
+        f"{BUILD}/tables/robustness_scores.csv",
+        f"{BUILD}/results/05_results.json",
+        expand(
+            f"{BUILD}/figures/{{figure}}.{{kind}}",
+            figure=[
+                "fig1_system",
+                "fig3_normal_clean",
+                "fig4_normal_attacked",
+                "fig5_adversarial_benign",
+                "fig6_adversarial_malignant_normal",
+            ],
+            kind=["pdf", "png"],
+        ),
+    params:
+        values=values("05_results", f"{BUILD}/results"),
+    log:
+        notebook=f"{BUILD}/notebooks/05_results.ipynb",
+        text=f"{BUILD}/notebooks/05_results.log",
+    benchmark:
+        f"{BUILD}/benchmarks/05_results.tsv"
+    shell:
+        papermill("05_results")
+
+
+rule html:
+    input:
+        f"{BUILD}/results/05_results.json",
+    output:
+        f"{BUILD}/html/index.html",
+    params:
+        build=BUILD,
+    shell:
+        "python -m fortify.publish html {params.build}"

@@ -1,0 +1,168 @@
+"""From a finished profile to what readers open: HTML pages, and the executed notebooks that are committed.
+
+python -m fortify.publish html build/demo       HTML copies and an index, in build/demo/html
+python -m fortify.publish commit build/laptop   notebooks/, figures/, paper/tables and README.md
+"""
+
+import hashlib
+import html
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+
+from fortify.runs import find_root, write_text
+
+
+class PublishError(RuntimeError):
+    """What was executed is not what would be published; the message says what to rerun."""
+
+
+def executed_notebooks(build, stems):
+    """{stem: path} of the executed copies: of notebooks run once per split and seed, the first run's.
+
+    The first is random-s0 where there is one: the paper's split.
+    """
+    found = {}
+    for stem in stems:
+        candidates = [*build.glob(f"notebooks/{stem}.ipynb")]
+        candidates += sorted(
+            build.glob(f"notebooks/*/{stem}.ipynb"), key=lambda p: (p.parts[-2][0] != "r", str(p))
+        )
+        if not candidates:
+            raise PublishError(f"{build}/notebooks holds no executed {stem}; run that profile first")
+        found[stem] = candidates[0]
+    return found
+
+
+def source_sha256(notebook):
+    """SHA-256 over a notebook's cell sources and types: what an executed copy must have been made from."""
+    digest = hashlib.sha256()
+    for cell in notebook.cells:
+        digest.update(f"{cell.cell_type}\0{cell.source}\0".encode())
+    return digest.hexdigest()
+
+
+def with_outputs(source, executed, *, profile):
+    """A copy of the notebook ``source`` with the outputs of ``executed``, papermill's additions left out.
+
+    Raises PublishError when a code cell's source differs, or when a cell failed.
+    """
+    made = {cell.id: cell for cell in executed.cells}
+    published, count = nbformat.from_dict(source), 0
+    for cell in published.cells:
+        ran = made.get(cell.id)
+        if ran is None or ran.source != cell.source:
+            raise PublishError(
+                f"cell {cell.id} changed since it was executed; run the {profile} profile again"
+            )
+        if cell.cell_type != "code":
+            continue
+        if any(output.output_type == "error" for output in ran.outputs):
+            raise PublishError(f"cell {cell.id} failed when it was executed")
+        count += 1
+        cell.execution_count, cell.outputs = count, ran.outputs
+        for output in cell.outputs:
+            if output.output_type == "execute_result":
+                output.execution_count = count
+    published.metadata["fortify"] = {"profile": profile, "source_sha256": source_sha256(published)}
+    return published
+
+
+def commit(build):
+    """Put a profile's executed notebooks, figures and tables where readers look; returns what was written.
+
+    Only the ``paper`` profile writes ``figures/`` and ``paper/tables/`` themselves; any other writes to
+    their subfolder of its name, so that nothing smaller passes for the reference run.
+    """
+    build, root = Path(build).resolve(), find_root()
+    profile = build.name
+    below = "" if profile == "paper" else profile
+    sources = {p.stem: p for p in sorted((root / "notebooks").glob("[0-9]*.ipynb"))}
+    ready = {}
+    for stem, path in executed_notebooks(build, sources).items():
+        source = nbformat.read(sources[stem], as_version=4)
+        published = with_outputs(source, nbformat.read(path, as_version=4), profile=profile)
+        ready[sources[stem]] = text = nbformat.writes(published) + "\n"
+        if str(root) in text or str(Path.home()) + "/" in text:
+            raise PublishError(
+                f"the executed {stem} shows a path of this machine; publish from clean outputs"
+            )
+    for path, text in ready.items():  # only once all of them have passed
+        write_text(path, text)
+    written = list(ready)
+    for kind, target in (("figures", root / "figures"), ("tables", root / "paper" / "tables")):
+        folder = target / below
+        shutil.rmtree(folder, ignore_errors=True) if below else None
+        folder.mkdir(parents=True, exist_ok=True)
+        written += [Path(shutil.copy(p, folder)) for p in sorted((build / kind).iterdir()) if p.is_file()]
+    update_readme(root, profile)
+    return written
+
+
+def update_readme(root, profile):
+    """Rewrite README.md between its ``generated`` markers from the tables of ``profile``."""
+    readme = root / "README.md"
+    tables = root / "paper" / "tables" / ("" if profile == "paper" else profile)
+    figures = Path("figures") / ("" if profile == "paper" else profile)
+    parts = []
+    for split in ("random", "grouped"):
+        table = tables / f"table1_{split}.md"
+        if table.exists():
+            parts.append(f"**Table 1, {split} split**\n\n{table.read_text(encoding='utf-8')}")
+    parts.append(f"![Accuracy against the attack budget, both splits]({figures / 'robustness_curves.png'})\n")
+    text = readme.read_text(encoding="utf-8")
+    start, end = "<!-- generated: results -->", "<!-- /generated -->"
+    if text.count(start) != 1 or text.count(end) != 1:
+        raise PublishError(f"README.md must hold {start} and {end} once each")
+    before, rest = text.split(start)
+    after = rest.split(end)[1]
+    write_text(readme, f"{before}{start}\n" + "\n".join(parts) + f"{end}{after}")
+
+
+def html_pages(build):
+    """Write an HTML copy of every executed notebook of ``build`` and an index with Table 1 first."""
+    from nbconvert import HTMLExporter
+
+    build = Path(build)
+    exporter, links = HTMLExporter(), []
+    for path in sorted((build / "notebooks").rglob("*.ipynb")):
+        name = "_".join(path.relative_to(build / "notebooks").with_suffix("").parts)
+        page, _ = exporter.from_filename(str(path))
+        write_text(build / "html" / f"{name}.html", page)
+        title = re.sub(r"^# ", "", nbformat.read(path, as_version=4).cells[0].source.splitlines()[0])
+        run = "" if path.parent.name == "notebooks" else f" ({path.parent.name})"
+        links.append(f'<li><a href="{name}.html">{html.escape(title + run)}</a></li>')
+    table = html.escape((build / "tables" / "table1.txt").read_text(encoding="utf-8"))
+    page = (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Table 1 and the notebooks</title>'
+        "<style>body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
+        f"pre{{overflow-x:auto}}</style><h1>Table 1</h1><p>Profile <b>{html.escape(build.name)}</b></p>"
+        f"<pre>{table}</pre><h1>Notebooks</h1><ul>{''.join(links)}</ul></html>\n"
+    )
+    # The index last: where it is, the pages are.
+    write_text(build / "html" / "index.html", page)
+
+
+def main(arguments):
+    """``html FOLDER`` or ``commit FOLDER``; returns the exit code."""
+    if len(arguments) != 2 or arguments[0] not in ("html", "commit"):
+        print(__doc__, file=sys.stderr)
+        return 2
+    action, build = arguments
+    try:
+        if action == "html":
+            html_pages(build)
+        else:
+            for path in commit(build):
+                print(path.relative_to(find_root()))
+    except (PublishError, FileNotFoundError) as error:
+        print(f"publish: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

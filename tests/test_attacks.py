@@ -1,0 +1,179 @@
+"""What must be true of every attack, whatever the model."""
+
+import foolbox as fb
+import pytest
+import torch
+
+from fortify.attacks import CW, FGSM, PGD, craft, craft_batch, frozen, margin, perturbation_norms
+from fortify.models import predict
+
+ONE_ULP = 255 * 2**-23  # grey levels: rounding of x + eps near white
+LINF = [FGSM(4), PGD(4, steps=3), PGD(4, steps=3, loss="margin"), PGD(4, steps=2, restarts=3)]
+CW_FEW = CW(binary_search_steps=2, steps=20, stepsize=0.05)
+
+
+def known(model, images, labels, count=24):
+    """Images that the model reads rightly."""
+    right = (predict(model, images).argmax(1) == labels).nonzero().squeeze(1)[:count]
+    assert len(right) == count, "the fixture's model must read at least that many images rightly"
+    return images[right], labels[right]
+
+
+@pytest.mark.parametrize("attack", [*LINF, CW_FEW], ids=repr)
+def test_stays_in_bounds_and_reports_what_the_model_says(model, images, labels, attack):
+    adversarial, success = craft(model, images, labels, attack)
+    assert adversarial.shape == images.shape and adversarial.dtype == torch.float32
+    assert adversarial.min() >= 0 and adversarial.max() <= 1
+    assert torch.equal(success, predict(model, adversarial).argmax(1) != labels)
+    if not isinstance(attack, CW):
+        linf_255, _ = perturbation_norms(images, adversarial)
+        assert linf_255.max() <= attack.eps_255 + ONE_ULP
+        assert linf_255.max() > attack.eps_255 - 0.01, "a budget that is not used is not attacked with"
+
+
+@pytest.mark.parametrize("attack", [FGSM(0), PGD(0)], ids=repr)
+def test_no_budget_changes_nothing_bit_for_bit(model, images, labels, attack):
+    assert torch.equal(craft(model, images, labels, attack).images, images)
+
+
+@pytest.mark.parametrize("attack", [FGSM(4), PGD(4, steps=5), CW_FEW], ids=repr)
+def test_breaks_a_normally_trained_model(model, images, labels, attack):
+    x, y = known(model, images, labels)
+    assert craft(model, x, y, attack).success.float().mean() > 0.5
+
+
+def test_stronger_in_the_order_that_it_must_be(model, images, labels):
+    x, y = known(model, images, labels)
+
+    def broken(attack):
+        return craft(model, x, y, attack).success.sum()
+
+    assert (
+        broken(FGSM(1)) <= broken(PGD(1, steps=10)) <= broken(PGD(4, steps=10)) <= broken(PGD(32, steps=10))
+    )
+    # Random noise of the same size is no attack: an attack that only matches it would not follow the gradient.
+    noise = (torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1).sign() * 4 / 255
+    assert (predict(model, (x + noise).clamp(0, 1)).argmax(1) != y).sum() < broken(PGD(4, steps=10))
+
+
+def test_restarts_only_add(model, images, labels):
+    one = craft(model, images, labels, PGD(1, steps=2)).success
+    three = craft(model, images, labels, PGD(1, steps=2, restarts=3)).success
+    assert (three | ~one).all(), "an image that fell to the first start is still fallen"
+
+
+def test_same_seed_same_bytes_and_another_seed_another_start(model, images, labels):
+    attack = PGD(4, steps=2)
+    first, again, other = (craft(model, images, labels, attack, seed=s).images for s in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_batch_size_does_not_matter(model, images, labels):
+    attack = PGD(4, steps=3)
+    whole = craft(model, images, labels, attack, batch_size=120)
+    parts = craft(model, images, labels, attack, batch_size=7)
+    assert torch.equal(whole.success, parts.success)
+    # The start is the same; only the rounding of the convolutions may flip the sign of a gradient near zero.
+    assert (whole.images != parts.images).float().mean() < 0.02
+
+
+def test_failed_cw_returns_the_clean_image(model, images, labels):
+    x, y = known(model, images, labels)
+    weak = CW(binary_search_steps=1, steps=1, stepsize=1e-6, initial_const=1e-6)
+    fmodel = fb.PyTorchModel(model.eval(), bounds=(0, 1))
+    raw = fb.attacks.L2CarliniWagnerAttack(
+        binary_search_steps=1, steps=1, stepsize=1e-6, initial_const=1e-6
+    ).run(fmodel, x, fb.criteria.Misclassification(y))
+    assert (raw == 0).all(), "Foolbox returns black images here: the trap that craft is there for"
+    adversarial, success = craft(model, x, y, weak)
+    assert torch.equal(adversarial, x)
+    assert not success.any()
+
+
+def test_cw_changes_less_than_the_linf_attacks(model, images, labels):
+    x, y = known(model, images, labels)
+    found = craft(model, x, y, CW(binary_search_steps=4, steps=60, stepsize=0.02))
+    fgsm = craft(model, x, y, FGSM(4))
+    both = found.success & fgsm.success
+    assert both.sum() > 5
+    l2 = perturbation_norms(x, found.images)[1][both]
+    assert (l2 < perturbation_norms(x, fgsm.images)[1][both]).all()
+
+
+def test_leaves_the_model_as_it_was(model, images, labels):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.zero_grad(set_to_none=True)
+    model.train()
+    model[1].stem[1].eval()  # a layer that somebody froze
+    model[1].fc.weight.requires_grad_(False)
+    state = torch.get_rng_state()
+    try:
+        for attack in (FGSM(4), PGD(4, steps=2), CW(1, 3)):
+            craft(model, images[:8], labels[:8], attack)
+        assert model.training and model[1].fc.training and not model[1].stem[1].training
+        wanted = [name for name, p in model.named_parameters() if not p.requires_grad]
+        assert wanted == ["1.fc.weight"]
+        assert all(p.grad is None for p in model.parameters())
+        assert torch.equal(state, torch.get_rng_state())
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "BatchNorm was updated"
+    finally:
+        model[1].fc.weight.requires_grad_(True)
+        model.eval()
+
+
+def test_works_inside_no_grad(model, images, labels):
+    with torch.no_grad():
+        inside = craft(model, images[:8], labels[:8], FGSM(4)).images
+    assert torch.equal(inside, craft(model, images[:8], labels[:8], FGSM(4)).images)
+
+
+def test_pgd_is_foolbox_pgd(model, images, labels):
+    """The loop is Foolbox's own: without a random start it gives the library's result bit for bit."""
+    x, y = images[:16], labels[:16]
+    ours = craft(model, x, y, PGD(4, steps=5, random_start=False)).images
+    theirs = fb.attacks.LinfPGD(rel_stepsize=0.5, steps=5, random_start=False).run(
+        fb.PyTorchModel(model.eval(), bounds=(0, 1)), x, fb.criteria.Misclassification(y), epsilon=4 / 255
+    )
+    assert (ours - theirs).abs().max() <= 2**-23
+
+
+def test_margin_is_the_best_other_logit_minus_the_true_one():
+    logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 7.0]])
+    assert torch.equal(margin(logits, torch.tensor([0, 1])), torch.tensor([-1.0, 2.0]))
+
+
+def test_start_noise_moves_craft_batch(model, images, labels):
+    x, y = images[:4], labels[:4]
+    with frozen(model):
+        still = craft_batch(model, x, y, PGD(4, steps=1, rel_stepsize=0.0))
+        moved = craft_batch(model, x, y, PGD(4, steps=1, rel_stepsize=0.0), noise=torch.ones_like(x))
+    assert torch.equal(still, x)
+    assert torch.allclose(moved, (x + 4 / 255).clamp(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (x * 255, y), "divide by 255"),
+        (lambda x, y: (x - 0.5, y), r"\[0, 1\]"),
+        (lambda x, y: (x.clone().fill_(torch.nan), y), r"\[0, 1\]"),
+        (lambda x, y: (x.squeeze(1), y), r"\(N, 1, H, W\)"),
+        (lambda x, y: (x.expand(-1, 3, -1, -1), y), r"\(N, 1, H, W\)"),
+        (lambda x, y: ((x * 255).byte(), y), "to_tensor"),
+        (lambda x, y: (x, y[:-1]), "one an image"),
+        (lambda x, y: (x, y.float()), "integers"),
+        (lambda x, y: (x, y + 3), "0..2"),
+        (lambda x, y: (x[:0], y[:0]), "no images"),
+    ],
+)
+def test_bad_input_is_named(model, images, labels, change, message):
+    x, y = change(images[:4], labels[:4])
+    with pytest.raises(ValueError, match=message):
+        craft(model, x, y, FGSM(4))
+
+
+@pytest.mark.parametrize("arguments", [{"loss": "hinge"}, {"steps": 0}, {"restarts": 0}])
+def test_impossible_pgd_is_refused(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        PGD(4, **arguments)

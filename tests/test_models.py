@@ -1,0 +1,115 @@
+"""Models: grey in, normalisation inside, safe on disk."""
+
+import pickle
+
+import pytest
+import torch
+from torchvision.models import resnet50
+
+from fortify.models import build_model, load_model, predict, save_model
+
+
+@pytest.mark.parametrize("arch", ["resnet_small", "resnet50", "densenet121", "squeezenet1_1", "googlenet"])
+def test_any_classifier_takes_grey_images_and_gives_logits(arch):
+    model = build_model(arch, num_classes=3, seed=0).train()
+    assert model(torch.rand(2, 1, 64, 64)).shape == (2, 3)
+
+
+def test_normalisation_and_channel_repeat_are_the_first_layer():
+    x = torch.rand(2, 1, 8, 8)
+    normalised = build_model("resnet_small", num_classes=3)[0](x)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = (x.expand(-1, 3, -1, -1) - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+    assert torch.equal(normalised, expected)
+
+
+def test_resnet50_is_torchvisions():
+    ours = {k[2:]: v.shape for k, v in build_model("resnet50", num_classes=3).state_dict().items()}
+    assert ours == {k: v.shape for k, v in resnet50(num_classes=3).state_dict().items()}
+
+
+def test_seed_fixes_the_weights_and_leaves_the_global_generator():
+    state = torch.get_rng_state()
+    a, b, c = (build_model("resnet_small", num_classes=3, seed=s)[1].fc.weight for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_imagenet_weights_fill_all_but_the_head(monkeypatch):
+    import torchvision
+
+    donor = resnet50(num_classes=1000)
+    weights = torchvision.models.ResNet50_Weights.DEFAULT
+    monkeypatch.setattr(type(weights), "get_state_dict", lambda self, **_: donor.state_dict())
+    net = build_model("resnet50", num_classes=3, weights="imagenet", seed=0)[1]
+    assert torch.equal(net.layer4[2].conv3.weight, donor.layer4[2].conv3.weight)
+    assert net.fc.weight.shape == (3, 2048)
+
+
+def test_no_network_is_one_clear_error(monkeypatch):
+    import torchvision
+
+    def refuse(self, **_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.models.ResNet50_Weights, "get_state_dict", refuse)
+    with pytest.raises(OSError, match="weights=None"):
+        build_model("resnet50", num_classes=3, weights="imagenet")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"arch": "resnet51"}, "unknown arch"),
+        ({"arch": "fcn_resnet50"}, "unknown arch"),  # a segmentation net
+        ({"arch": "resnet50", "weights": "best"}, "imagenet"),
+        ({"arch": "resnet_small", "weights": "imagenet"}, "no ImageNet"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(num_classes=3, **arguments)
+
+
+def test_colour_batches_are_refused():
+    with pytest.raises(ValueError, match=r"\(B, 1, H, W\)"):
+        build_model("resnet_small", num_classes=3)(torch.rand(2, 3, 8, 8))
+
+
+def test_round_trip_through_the_file(model, images, tmp_path):
+    save_model(tmp_path / "m.safetensors", model, info={"class_names": ["a", "b", "c"]})
+    loaded = load_model(tmp_path / "m.safetensors")
+    assert torch.equal(predict(loaded, images), predict(model, images))
+    assert loaded.arch == "resnet_small" and loaded.info == {"class_names": ["a", "b", "c"]}
+    assert not loaded.training
+
+
+def test_predict_is_in_eval_mode_and_restores_the_mode(model, images):
+    model.train()
+    probabilities = predict(model, images, batch_size=7)
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        assert torch.allclose(probabilities, model(images).softmax(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-100], lambda b: b"", lambda b: pickle.dumps({"a": 1})])
+def test_a_damaged_or_foreign_file_is_refused(model, tmp_path, damage):
+    path = tmp_path / "m.safetensors"
+    save_model(path, model)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_model(path)
+
+
+def test_weights_of_another_architecture_are_refused(model, tmp_path):
+    other = build_model("resnet18", num_classes=3)
+    other.arch = "resnet_small"
+    save_model(tmp_path / "m.safetensors", other)
+    with pytest.raises(ValueError, match="resnet_small"):
+        load_model(tmp_path / "m.safetensors")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="m.safetensors"):
+        load_model(tmp_path / "m.safetensors")

@@ -1,0 +1,131 @@
+"""Publishing: outputs travel to the committed notebook, and only from what was really executed."""
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from fortify import publish
+from fortify.publish import PublishError, source_sha256, with_outputs
+
+
+def source():
+    return new_notebook(
+        cells=[
+            new_markdown_cell("# 1 · A question\n\ntext", id="a"),
+            new_code_cell("x = 1", id="b", metadata={"tags": ["parameters"]}),
+            new_code_cell("x", id="c"),
+        ]
+    )
+
+
+def executed(value="2"):
+    made = source()
+    made.cells.insert(2, new_code_cell("x = 2", id="p", metadata={"tags": ["injected-parameters"]}))
+    for count, cell in enumerate((c for c in made.cells if c.cell_type == "code"), 1):
+        cell.execution_count = count
+        cell.metadata["papermill"] = {"duration": 1.5}
+    made.metadata["papermill"] = {"start_time": "now"}
+    made.cells[3].outputs = [new_output("execute_result", {"text/plain": value}, execution_count=3)]
+    return made
+
+
+def test_outputs_travel_and_papermills_additions_stay_behind():
+    made = with_outputs(source(), executed(), profile="laptop")
+    assert [c.id for c in made.cells] == ["a", "b", "c"]
+    assert made.cells[2].outputs[0].data["text/plain"] == "2"
+    assert [c.execution_count for c in made.cells[1:]] == [1, 2]
+    assert made.cells[2].outputs[0].execution_count == 2
+    assert "papermill" not in str(made.metadata) + "".join(str(c.metadata) for c in made.cells)
+    assert made.metadata.fortify == {"profile": "laptop", "source_sha256": source_sha256(source())}
+    nbformat.validate(made)
+
+
+def test_a_changed_cell_is_not_published():
+    changed = source()
+    changed.cells[2].source = "x + 1"
+    with pytest.raises(PublishError, match="cell c changed"):
+        with_outputs(changed, executed(), profile="laptop")
+
+
+def test_changed_prose_is_not_published_either():
+    changed = source()
+    changed.cells[0].source += "!"
+    with pytest.raises(PublishError, match="cell a changed"):
+        with_outputs(changed, executed(), profile="laptop")
+
+
+def test_a_failed_cell_is_not_published():
+    failed = executed()
+    failed.cells[3].outputs = [new_output("error", ename="E", evalue="", traceback=[])]
+    with pytest.raises(PublishError, match="cell c failed"):
+        with_outputs(source(), failed, profile="laptop")
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    (tmp_path / "lib/fortify").mkdir(parents=True)
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.setenv("FORTIFY_ROOT", str(tmp_path))
+    nbformat.write(source(), tmp_path / "notebooks/01_a.ipynb")
+    for folder in ("notebooks", "figures", "tables"):
+        (tmp_path / "build/laptop" / folder).mkdir(parents=True)
+    nbformat.write(executed(), tmp_path / "build/laptop/notebooks/01_a.ipynb")
+    (tmp_path / "build/laptop/figures/robustness_curves.png").write_bytes(b"png")
+    (tmp_path / "build/laptop/tables/table1_random.md").write_text("| a |\n")
+    (tmp_path / "build/laptop/tables/table1.txt").write_text("Table 1 <text>\n")
+    (tmp_path / "README.md").write_text("top\n<!-- generated: results -->old<!-- /generated -->\nend\n")
+    return tmp_path
+
+
+def test_commit_writes_notebooks_figures_tables_and_readme(checkout):
+    assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
+    notebook = nbformat.read(checkout / "notebooks/01_a.ipynb", as_version=4)
+    assert notebook.cells[2].outputs[0].data["text/plain"] == "2"
+    assert (checkout / "figures/laptop/robustness_curves.png").read_bytes() == b"png"
+    assert not list((checkout / "figures").glob("*.png")), "only the paper profile writes there"
+    readme = (checkout / "README.md").read_text()
+    assert (
+        readme.startswith("top\n")
+        and readme.endswith("\nend\n")
+        and "| a |" in readme
+        and "old" not in readme
+    )
+
+
+def test_the_paper_profile_writes_the_figures_themselves(checkout):
+    (checkout / "build/laptop").rename(checkout / "build/paper")
+    assert publish.main(["commit", str(checkout / "build/paper")]) == 0
+    assert (checkout / "figures/robustness_curves.png").exists()
+
+
+def test_a_path_of_the_machine_stops_it_before_anything_is_written(checkout, capsys):
+    before = (checkout / "notebooks/01_a.ipynb").read_text()
+    nbformat.write(executed(f"{checkout}/secret"), checkout / "build/laptop/notebooks/01_a.ipynb")
+    assert publish.main(["commit", str(checkout / "build/laptop")]) == 1
+    assert "path of this machine" in capsys.readouterr().err
+    assert (checkout / "notebooks/01_a.ipynb").read_text() == before
+
+
+def test_an_unfinished_profile_is_named(checkout, capsys):
+    (checkout / "build/laptop/notebooks/01_a.ipynb").unlink()
+    assert publish.main(["commit", str(checkout / "build/laptop")]) == 1
+    assert "no executed 01_a" in capsys.readouterr().err
+
+
+def test_of_several_runs_the_random_split_is_shown(tmp_path):
+    for run in ("grouped-s0", "random-s1", "random-s0"):
+        (tmp_path / "notebooks" / run).mkdir(parents=True)
+        (tmp_path / "notebooks" / run / "02_b.ipynb").touch()
+    assert publish.executed_notebooks(tmp_path, ["02_b"])["02_b"].parent.name == "random-s0"
+
+
+def test_html_has_table_1_first_and_a_page_a_notebook(checkout):
+    assert publish.main(["html", str(checkout / "build/laptop")]) == 0
+    index = (checkout / "build/laptop/html/index.html").read_text()
+    assert "Table 1 &lt;text&gt;" in index and 'href="01_a.html">1 · A question' in index
+    assert "A question" in (checkout / "build/laptop/html/01_a.html").read_text()
+
+
+def test_usage_is_printed(capsys):
+    assert publish.main(["what"]) == 2
+    assert "commit" in capsys.readouterr().err

@@ -1,0 +1,149 @@
+"""Files of a run: written whole or not at all, found where they should be, named when they are not."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fortify import runs
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    (tmp_path / "lib" / "fortify").mkdir(parents=True)
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.delenv("FORTIFY_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path / "notebooks")
+    return tmp_path
+
+
+def finished(folder, name="normal.safetensors", age=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(str(folder))
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+def test_root_is_found_from_a_subfolder(checkout):
+    assert runs.find_root() == checkout
+
+
+def test_outside_a_checkout_the_error_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FORTIFY_ROOT", raising=False)
+    with pytest.raises(FileNotFoundError, match="FORTIFY_ROOT"):
+        runs.find_root()
+
+
+def test_a_named_run_reads_and_writes_its_own_folder(checkout):
+    path = finished(checkout / "build/demo/random-s0")
+    run = runs.open_run("build/demo/random-s0", needs=["normal.safetensors"])
+    assert run.read("normal.safetensors") == path
+    assert run.write("x.csv") == checkout / "build/demo/random-s0/x.csv"
+    assert run.write("data/slices.npz") == checkout / "build/demo/data/slices.npz"
+    assert run.write("figures") == checkout / "build/demo/figures"
+    assert run.profile == "demo"
+
+
+def test_by_hand_reads_the_newest_run_and_writes_beside_it(checkout):
+    finished(checkout / "build/demo/random-s0", age=60)
+    newest = finished(checkout / "build/laptop/grouped-s0", age=30)
+    finished(checkout / "build/paper/random-s0", name="other.csv", age=0)
+    run = runs.open_run(needs=["normal.safetensors"])
+    assert run.read("normal.safetensors") == newest
+    assert run.write("x.csv") == checkout / "build/by-hand/x.csv"
+    assert run.profile == "laptop"
+
+
+def test_by_hand_prefers_what_was_made_by_hand(checkout):
+    finished(checkout / "build/demo/random-s0")
+    own = finished(checkout / "build/by-hand", age=60)
+    run = runs.open_run(needs=["normal.safetensors"])
+    assert run.read("normal.safetensors") == own
+    assert run.profile == "by hand"
+
+
+@pytest.mark.parametrize("run", ["", "build/demo/random-s0"])
+def test_a_missing_file_names_the_notebook_that_writes_it(checkout, run):
+    with pytest.raises(FileNotFoundError, match="02_baseline.*make demo"):
+        runs.open_run(run, needs=["normal.safetensors"])
+
+
+def test_siblings_are_the_finished_runs_of_the_profile(checkout):
+    for name in ("random-s0", "grouped-s0"):
+        finished(checkout / "build/demo" / name)
+    finished(checkout / "build/demo/random-s1", name="half.csv")
+    finished(checkout / "build/laptop/random-s0")
+    found = runs.open_run("build/demo/results").siblings(["normal.safetensors"])
+    assert [r.source.name for r in found] == ["grouped-s0", "random-s0"]
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_litter(tmp_path):
+    path = tmp_path / "table.csv"
+    runs.write_text(path, "old")
+    with pytest.raises(RuntimeError), runs.atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["table.csv"]
+
+
+def test_a_killed_write_never_shows_half_a_file(tmp_path):
+    path = tmp_path / "table.csv"
+    runs.write_text(path, "old")
+    code = (
+        "import os, signal; from fortify.runs import atomic_path\n"
+        f"with atomic_path({str(path)!r}) as t:\n"
+        " t.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    assert path.read_text() == "old"
+
+
+def test_written_tables_have_the_same_bytes_and_numbers(tmp_path):
+    table = pd.DataFrame({"a": [1, 2], "b": [0.1, 1 / 3], "c": ["x", "y"]})
+    runs.write_csv(tmp_path / "1.csv", table)
+    runs.write_csv(tmp_path / "2.csv", table)
+    assert (tmp_path / "1.csv").read_bytes() == (tmp_path / "2.csv").read_bytes()
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "1.csv"), table, rtol=1e-8)
+
+
+def test_arrays_round_trip(tmp_path):
+    x = np.random.default_rng(0).random((3, 1, 4, 4), dtype=np.float32)
+    runs.write_arrays(tmp_path / "a.npz", fgsm=x)
+    with np.load(tmp_path / "a.npz") as file:
+        assert np.array_equal(file["fgsm"], x) and file.files == ["fgsm"]
+
+
+def test_parameters_are_the_plain_literals(tmp_path):
+    namespace = {"eps_255": 4, "splits": ["random"], "_hidden": 1, "In": [], "np": np, "f": len, "run": ""}
+    assert runs.notebook_parameters(namespace) == {"eps_255": 4, "splits": ["random"], "run": ""}
+
+
+def test_manifest_says_what_made_a_result(tmp_path):
+    made = runs.manifest(parameters={"seed": 0}, data_sha256="abc", device="cpu")
+    runs.write_json(tmp_path / "m.json", made)
+    read = json.loads((tmp_path / "m.json").read_text())
+    assert read["parameters"] == {"seed": 0} and read["data_sha256"] == "abc"
+    assert read["versions"]["torch"] and len(read["code"]["lib_sha256"]) == 64
+    assert read["device"].startswith("CPU")
+
+
+def test_only_the_paper_profile_passes_for_the_reference_run(checkout):
+    finished(checkout / "build/paper/random-s0"), finished(checkout / "build/laptop/random-s0")
+    lines = [
+        runs.banner(runs.open_run(f"build/{p}/random-s0"), "slices", seed=0) for p in ("paper", "laptop")
+    ]
+    assert "not" not in lines[0] and "**not** the reference run" in lines[1]
+    assert all("seed 0" in line for line in lines)
+
+
+def test_import_of_the_package_loads_no_torch():
+    code = "import sys, fortify, fortify.runs, fortify.data, fortify.evaluation; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,208 @@
+"""Training: one loop, resumable to the same weights, that learns and says when it cannot."""
+
+import numpy as np
+import pytest
+import torch
+
+import fortify.training as training
+from fortify.attacks import FGSM, PGD, craft
+from fortify.augmentation import Augmentation, augment
+from fortify.models import build_model, predict
+from fortify.training import Recipe, class_weights, fit
+
+STILL = Augmentation(flip=False, degrees=0, scale=0, translate=0)
+THIRDS = {FGSM(4): 1 / 3, PGD(4, steps=2): 1 / 3, PGD(4, steps=2, loss="margin"): 1 / 3}
+
+
+def weights(model):
+    return torch.cat([v.flatten().float() for v in model.state_dict().values()])
+
+
+@pytest.fixture(scope="module")
+def parts(phantoms):
+    index = np.arange(len(phantoms))
+    return phantoms.subset(index[index % 3 != 0]), phantoms.subset(index[index % 3 == 0])
+
+
+def small():
+    return build_model("resnet_small", num_classes=3, seed=0)
+
+
+def test_learns_what_it_is_shown(model, phantoms, images, labels):
+    seen = slice(0, None, 3)
+    assert (predict(model, images[seen]).argmax(1) == labels[seen]).float().mean() > 0.9
+
+
+def test_adversarial_training_holds_where_normal_training_falls(phantoms, images, labels):
+    """On the training images themselves, so that it tests the loop and not the generalisation."""
+    some = phantoms.subset(range(0, 120, 2))
+    x, y = images[::2], labels[::2]
+    recipe = Recipe(epochs=25, batch_size=20, lr=3e-3, augmentation=STILL, label_smoothing=0)
+    normal, robust = small(), small()
+    fit(normal, some, some, recipe, progress=False)
+    attack = PGD(8, steps=4)
+    fit(robust, some, some, recipe, attacks={attack: 1.0}, val_attack=attack, progress=False)
+    stands = [1 - craft(m, x, y, PGD(8, steps=10)).success.float().mean() for m in (normal, robust)]
+    assert stands[1] > stands[0] + 0.3
+
+
+def test_history_has_a_row_an_epoch_and_one_selected(parts):
+    model = small()
+    history = fit(
+        model, *parts, Recipe(epochs=4, batch_size=16), attacks=THIRDS, val_attack=FGSM(4), progress=False
+    )
+    assert history.epoch.tolist() == [1, 2, 3, 4]
+    best = history.sort_values(["val_robust_accuracy", "val_accuracy", "epoch"]).iloc[-1]
+    assert history[history.selected].epoch.tolist() == [best.epoch]
+    x, y = torch.from_numpy(parts[1].images)[:, None] / 255, torch.from_numpy(parts[1].labels)
+    assert (predict(model, x).argmax(1) == y).float().mean().item() == pytest.approx(best.val_accuracy)
+    assert not model.training
+
+
+def test_same_seed_same_weights(parts):
+    recipe, models = Recipe(epochs=1, batch_size=16), [small(), small(), small()]
+    for model, seed in zip(models, (5, 5, 6), strict=True):
+        fit(model, *parts, recipe, attacks=THIRDS, seed=seed, progress=False)
+    assert torch.equal(weights(models[0]), weights(models[1]))
+    assert not torch.equal(weights(models[0]), weights(models[2]))
+
+
+@pytest.mark.parametrize("attacks", [None, THIRDS], ids=["normal", "adversarial"])
+def test_an_interrupted_training_ends_in_the_same_weights(parts, tmp_path, monkeypatch, attacks):
+    recipe, val_attack = Recipe(epochs=3, batch_size=16), PGD(4, steps=2) if attacks else None
+    arguments = dict(attacks=attacks, val_attack=val_attack, seed=1, progress=False)
+    whole = small()
+    expected = fit(whole, *parts, recipe, **arguments)
+
+    save = training._State.save
+
+    def killed_after_two(state, file):
+        save(state, file)
+        if state.epoch == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training._State, "save", killed_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        fit(small(), *parts, recipe, checkpoints=tmp_path, **arguments)
+    monkeypatch.undo()
+    epochs = []
+    one_epoch = training._epoch
+    monkeypatch.setattr(training, "_epoch", lambda *a: epochs.append(1) or one_epoch(*a))
+    resumed = small()
+    history = fit(resumed, *parts, recipe, checkpoints=tmp_path, **arguments)
+    assert len(epochs) == 1, "two of the three epochs were on disk"
+    assert torch.equal(weights(resumed), weights(whole))
+    assert history.equals(expected)
+
+
+def test_a_checkpoint_of_another_recipe_is_not_read(parts, tmp_path):
+    fit(small(), *parts, Recipe(epochs=1, batch_size=16), checkpoints=tmp_path, progress=False)
+    plain, beside = small(), small()
+    recipe = Recipe(epochs=1, batch_size=16, lr=1e-4)
+    fit(plain, *parts, recipe, progress=False)
+    fit(beside, *parts, recipe, checkpoints=tmp_path, progress=False)
+    assert torch.equal(weights(plain), weights(beside))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_a_loss_that_is_not_finite_stops_with_epoch_batch_and_checkpoint(parts, tmp_path, monkeypatch):
+    one_epoch = training._epoch
+
+    def diverges(state, *arguments):
+        losses, correct = one_epoch(state, *arguments)
+        if state.epoch == 1:  # the second epoch
+            losses[2] = torch.nan
+        return losses, correct
+
+    monkeypatch.setattr(training, "_epoch", diverges)
+    with pytest.raises(FloatingPointError, match=r"epoch 2, batch 3 of 5.*checkpoint is .*safetensors"):
+        fit(small(), *parts, Recipe(epochs=3, batch_size=16), checkpoints=tmp_path, progress=False)
+
+
+def test_the_batch_holds_the_shares_asked_for(model, images, labels):
+    x, y = images[:30], labels[:30]
+    generator = torch.Generator().manual_seed(0)
+    joined, joined_labels = training._with_attacked(model, x, y, 0.5, THIRDS, generator)
+    assert len(joined) == len(joined_labels) == 15 + 30
+    assert torch.equal(joined[:15], x[:15])
+    moved = (joined[15:] - x).flatten(1).abs().amax(1) * 255
+    assert torch.allclose(moved, torch.full_like(moved, 4.0), atol=1e-3), "each image is attacked once"
+    assert torch.equal(joined_labels, torch.cat([y[:15], y]))
+
+
+def test_class_weights_are_inverse_frequencies_with_mean_one_over_examples():
+    labels = np.array([0] * 1 + [1] * 4 + [2] * 5)
+    found = class_weights(labels, 3)
+    assert found * np.bincount(labels) == pytest.approx([10 / 3] * 3)
+    assert found[labels].mean() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attacks": {FGSM(4): 0.7, PGD(4): 0.7}}, "sum to at most 1"),
+        ({"attacks": {FGSM(4): 0}}, "positive"),
+        ({"recipe": Recipe(clean_share=0)}, "nothing to train on"),
+    ],
+)
+def test_impossible_mixes_are_named(parts, arguments, message):
+    recipe = arguments.pop("recipe", Recipe(epochs=1))
+    with pytest.raises(ValueError, match=message):
+        fit(small(), *parts, recipe, progress=False, **arguments)
+
+
+def test_an_absent_class_and_an_empty_set_are_named(parts, phantoms):
+    with pytest.raises(ValueError, match="class 2"):
+        fit(small(), phantoms.subset(phantoms.labels < 2), parts[1], Recipe(epochs=1), progress=False)
+    with pytest.raises(ValueError, match="neither may be empty"):
+        fit(small(), parts[0], phantoms.subset([]), Recipe(epochs=1), progress=False)
+
+
+@pytest.mark.parametrize("arguments", [{"epochs": 0}, {"batch_size": 1}, {"clean_share": 1.5}])
+def test_impossible_recipes_are_refused(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        Recipe(**arguments)
+
+
+# Augmentation
+
+
+def test_no_ranges_no_change(images):
+    views = augment(images, STILL, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(views, images, atol=1e-5)
+
+
+def test_views_differ_between_images_and_seeds_and_stay_in_range(images):
+    strong = Augmentation(gamma=0.4, gain=0.3, level=0.2, noise=0.05)
+    same = images[:1].expand(6, -1, -1, -1).contiguous()
+    views, again, other = (
+        augment(same, strong, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)
+    )
+    assert views.shape == same.shape and views.min() >= 0 and views.max() <= 1
+    assert torch.equal(views, again) and not torch.equal(views, other)
+    assert len({v.numpy().tobytes() for v in views}) == 6
+
+
+def test_flips_are_exact_mirror_images(images):
+    same = images[5:6].expand(32, -1, -1, -1).contiguous()
+    views = augment(
+        same, Augmentation(degrees=0, scale=0, translate=0), generator=torch.Generator().manual_seed(0)
+    )
+    mirrors = [images[5], images[5].flip(1), images[5].flip(2), images[5].flip(1, 2)]
+    nearest = [min(range(4), key=lambda m: (v - mirrors[m]).abs().max()) for v in views]  # noqa: B023
+    assert set(nearest) == {0, 1, 2, 3}
+    assert all((v - mirrors[m]).abs().max() < 1e-4 for v, m in zip(views, nearest, strict=True))
+
+
+def test_level_and_gain_move_greys_within_their_ranges():
+    grey = torch.full((200, 1, 8, 8), 0.5)
+    still = dict(flip=False, degrees=0, scale=0, translate=0)
+    for change, low, high in (
+        (dict(level=0.1), 0.4, 0.6),
+        (dict(gain=0.2), 0.4, 0.6),
+        (dict(gamma=1.0), 0.25, 0.5**0.5),
+    ):
+        means = augment(
+            grey, Augmentation(**still, **change), generator=torch.Generator().manual_seed(0)
+        ).mean((1, 2, 3))
+        assert low - 1e-6 <= means.min() < low + 0.02 and high - 0.02 < means.max() <= high + 1e-6
