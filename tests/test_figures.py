@@ -8,10 +8,11 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from fortify import figures
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
+
+from fortify import figures
 
 NAMES = ("benign", "malignant", "normal")
 RNG = np.random.default_rng(0)
@@ -109,7 +110,8 @@ def test_every_figure_is_of_printed_size_and_saves_to_the_same_bytes(name, tmp_p
 @pytest.mark.parametrize("name", ALL)
 def test_no_text_is_cut_off_or_overlaps_another(name):
     fig = ALL[name]()
-    fig.draw_without_rendering()
+    with mpl.style.context(figures.STYLE):  # as it is saved
+        fig.draw_without_rendering()
     page = fig.bbox
     boxes = [(t.get_text(), t.get_window_extent()) for t in texts(fig)]
     for text, box in boxes:
