@@ -66,6 +66,27 @@ def layout1(table):
     return pd.DataFrame(lines, columns=["Training", "", *TITLES.values()])
 
 
+def accuracy_layout(accuracy):
+    """A display table of :func:`fortify.evaluation.accuracy_table`: a line per model, protocol and attack."""
+    recalls = [column for column in accuracy if column.startswith("recall_")]
+
+    def percent(fractions):
+        return fractions.mul(100).map("{:.1f}".format)
+
+    shown = pd.DataFrame(
+        {"model, protocol": accuracy.model + ", " + accuracy.protocol, "attack": accuracy.attack}
+    )
+    shown["accuracy"] = percent(accuracy.accuracy)
+    shown["95 % interval"] = percent(accuracy.low) + "–" + percent(accuracy.high)
+    shown["k/n"] = accuracy.k.astype(str) + "/" + accuracy.n.astype(str)
+    if accuracy.seeds.max() > 1:
+        shown["sd over seeds"] = percent(accuracy.sd)
+    shown["balanced"] = percent(accuracy.balanced_accuracy)
+    for column in recalls:
+        shown[column.replace("recall_", "recall ")] = percent(accuracy[column])
+    return shown
+
+
 def caption(*, split, protocol, eps_255, cw_l2, seeds, source, profile):
     """The sentences under Table 1: what was measured, on which images (``source``), and how far to trust it.
 
@@ -115,7 +136,7 @@ def to_text(display, *, title, width=100):
         widths[widths.index(max(widths))] -= 1
     lines = [*textwrap.wrap(title, width), ""]
     for i, row in enumerate(rows):
-        cells = [textwrap.wrap(cell, w) or [""] for cell, w in zip(row, widths, strict=True)]
+        cells = [textwrap.wrap(cell, w) for cell, w in zip(row, widths, strict=True)]
         for j in range(max(map(len, cells))):
             parts = [cell[j] if j < len(cell) else "" for cell in cells]
             aligned = [
