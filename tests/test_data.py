@@ -14,9 +14,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image, ImageFile
+
 from fortify import data, download
 from fortify.data import IQ_OTH_NCCD, DataError, Slices, load_folder
-from PIL import Image, ImageFile
 
 
 def scan(seed=0, *, width=40, height=40):
@@ -637,7 +638,7 @@ def test_find_data_outside_a_checkout_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_an_incomplete_dataset_is_refused(whole, tmp_path):
-    copy = shutil.copytree(whole, tmp_path / "copy")
+    copy = shutil.copytree(whole, tmp_path / "copy", copy_function=os.link)
     (copy / "Normal cases" / "Normal case (7).jpg").unlink()
     with pytest.raises(DataError, match="'Normal cases' has 415 images, expected 416.*make data"):
         data.load_iq_oth_nccd(copy, size=32)
@@ -654,7 +655,7 @@ def kaggle(whole, tmp_path, monkeypatch):
     """Kaggle's archive in kagglehub's cache, nested as it is; only the network call is replaced."""
     cache = tmp_path / "kagglehub"
     name = "The IQ-OTHNCCD lung cancer dataset"
-    shutil.copytree(whole, cache / name / name)
+    shutil.copytree(whole, cache / name / name, copy_function=os.link)
     (cache / "Test cases").mkdir()
     asked = []
 
@@ -762,6 +763,12 @@ def test_describe_counts_sizes_and_duplicates(folder):
     assert table["count"].tolist() == [4, 4] and table["share"].tolist() == [0.5, 0.5]
     assert table["sizes"].tolist() == ["40 x 40 (4)", "40 x 40 (3), 60 x 40 (1)"]
     assert table["non_square"].tolist() == [0, 1] and table["duplicates"].tolist() == [1, 1]
+
+
+def test_equal_pixels_of_different_original_sizes_are_no_duplicates(a_slices):
+    images = a_slices.images[[0, 0, 0, 0]]
+    sizes = np.array([[40, 40], [40, 40], [80, 80], [40, 80]])
+    assert data.describe(replace(a_slices, images=images, original_sizes=sizes))["duplicates"].sum() == 1
 
 
 def test_describe_takes_slices_that_were_never_resized(a_slices):
