@@ -48,7 +48,7 @@ def papermill(notebook):
     # --cwd makes it run where JupyterLab would; the executed copy is a log so that a failed one is kept.
     return (
         f"papermill notebooks/{notebook}.ipynb {{log.notebook}} --kernel python3 --cwd notebooks "
-        "--no-progress-bar --yaml {params.values:q} >{log.text} 2>&1 || { tail -n 25 {log.text} >&2; exit 1; }"
+        "--no-progress-bar -y {params.values:q} >{log.text} 2>&1 || { tail -n 25 {log.text} >&2; exit 1; }"
     ).replace("|| { tail", "|| {{ tail").replace("exit 1; }", "exit 1; }}")
 
 

@@ -51,7 +51,7 @@ def test_stronger_in_the_order_that_it_must_be(model, images, labels):
     assert (
         broken(FGSM(1)) <= broken(PGD(1, steps=10)) <= broken(PGD(4, steps=10)) <= broken(PGD(32, steps=10))
     )
-    # Random noise of the same size is no attack: an attack that only matches it would not follow the gradient.
+    # Random noise of the same size is no attack: one that only matched it would not follow the gradient.
     noise = (torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1).sign() * 4 / 255
     assert (predict(model, (x + noise).clamp(0, 1)).argmax(1) != y).sum() < broken(PGD(4, steps=10))
 

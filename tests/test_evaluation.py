@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+
 from fortify import evaluation
 from fortify.runs import write_csv
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+
 from fortify import evaluation, tables
 
 # The paper's Table 1, typed a second time: normal and adversarial training on clean, PGD, FGSM, CW, combined.

@@ -189,7 +189,7 @@ def test_flips_are_exact_mirror_images(images):
         same, Augmentation(degrees=0, scale=0, translate=0), generator=torch.Generator().manual_seed(0)
     )
     mirrors = [images[5], images[5].flip(1), images[5].flip(2), images[5].flip(1, 2)]
-    nearest = [min(range(4), key=lambda m: (v - mirrors[m]).abs().max()) for v in views]  # noqa: B023
+    nearest = [min(range(4), key=lambda m: (v - mirrors[m]).abs().max()) for v in views]
     assert set(nearest) == {0, 1, 2, 3}
     assert all((v - mirrors[m]).abs().max() < 1e-4 for v, m in zip(views, nearest, strict=True))
 

@@ -312,8 +312,8 @@ def score_static(model, images, labels, crafted, *, index, eps_255, model_name, 
         adversarial = torch.from_numpy(crafted[attack])
         if adversarial.shape != images.shape:
             raise ValueError(
-                f"static {attack} images are {tuple(adversarial.shape)}, the test images {tuple(images.shape)}: "
-                "they come from another split or size; run notebook 03 again."
+                f"static {attack} images are {tuple(adversarial.shape)}, the test images "
+                f"{tuple(images.shape)}: they come from another split or size; run notebook 03 again."
             )
         budget = np.nan if attack == "cw" else eps_255
         ids = {"index": index, "model_name": model_name, "split": split, "seed": seed}

@@ -4,7 +4,7 @@ No function draws on the screen or leaves a pyplot figure open. Images are float
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib as mpl
@@ -338,3 +338,44 @@ def training_curves(history):
     rate.set(ylabel="learning rate", ylim=(0, None))
     fig.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return fig
+
+
+def pick_example(rows, slices, *, label, attack=None, eps_255=None, attacked=None):
+    """The first image of class ``label`` that the rows' model reads rightly when clean: an :class:`Example`.
+
+    Where it reads none rightly, the first of the class. ``rows`` are one model's on one split and seed;
+    ``attacked`` (N, 1, H, W) are that ``attack``'s images in the order of the clean rows (CW has no
+    ``eps_255``). Raises ValueError when the class is not in the rows.
+    """
+    clean = rows[rows.attack.eq("clean")].reset_index(drop=True)
+    own = clean[clean.label.eq(label)]
+    if own.empty:
+        raise ValueError(f"no test image of class {slices.class_names[label]!r}")
+    chosen = own[~own.success].head(1) if (~own.success).any() else own.head(1)
+    position, seen = chosen.index[0], chosen.iloc[0]
+    example = Example(
+        clean=slices.images[seen["index"]] / 255,
+        label=label,
+        clean_prediction=seen.prediction,
+        clean_probability=seen.probability,
+        class_names=slices.class_names,
+    )
+    if attack is None:
+        return example
+    budget = rows.eps_255.isna() if attack == "cw" else np.isclose(rows.eps_255, eps_255)
+    found = rows[
+        rows.attack.eq(attack) & rows.protocol.eq("adaptive") & budget & rows["index"].eq(seen["index"])
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"{len(found)} rows of {attack} at eps_255={eps_255} for image {seen['index']}, not one"
+        )
+    after = found.iloc[0]
+    return replace(
+        example,
+        attacked=attacked[position, 0],
+        prediction=after.prediction,
+        probability=after.probability,
+        attack=attack,
+        eps_255=None if attack == "cw" else eps_255,
+    )

@@ -88,7 +88,7 @@ def _stack(seed, number, label, count, size):
     scanner = {
         "low": rng.normal(-1250, 60),
         "width": 1650 * np.exp(rng.normal(0, 0.08)),
-        "noise": rng.uniform(15, 55),  # HU
+        "noise": rng.uniform(8, 30),  # HU
         "blur": rng.uniform(0.35, 0.6),  # pixels
     }
     lesion = _lesion(rng, anatomy, label, heights[-1])
@@ -103,7 +103,7 @@ def _stack(seed, number, label, count, size):
 
 def _anatomy(rng):
     """Everything but the lesion, as a dict of lengths, shapes and 3-D segments (from, to, radius, HU)."""
-    zoom = rng.uniform(0.92, 1.08)
+    zoom = rng.uniform(0.95, 1.08)
     body = np.array([0.86, 0.62]) * zoom * rng.uniform(0.96, 1.04, 2)
     fat = rng.uniform(0.03, 0.09)
     cage = body - fat - 0.07 * zoom
@@ -130,7 +130,7 @@ def _anatomy(rng):
         "table": (rng.uniform(0.70, 0.80), rng.uniform(1.1, 1.9), rng.uniform(0.05, 0.09)),
     }
     # The diaphragm bulges into a lung: soft tissue as large as a tumour, in any class.
-    dome = rng.uniform() < 0.12
+    dome = rng.uniform() < 0.08
     shape["dome"] = (rng.integers(2), rng.uniform(0.10, 0.2), rng.normal(0, 0.4)) if dome else None
     segments = []
     for centre, half, _, _ in lungs:
@@ -189,7 +189,7 @@ def _lesion(rng, anatomy, label, top):
     if CLASS_NAMES[label] == "normal":
         return None
     benign = CLASS_NAMES[label] == "benign"
-    radius = rng.uniform(0.10, 0.135) if benign else rng.uniform(0.16, 0.22)
+    radius = rng.uniform(0.105, 0.135) if benign else rng.uniform(0.17, 0.24)
     spicules = (
         np.zeros((0, 3)) if benign else rng.uniform([0, 0.5, -1], [0.45, 1.1, 1], (rng.integers(7, 12), 3))
     )
@@ -199,7 +199,7 @@ def _lesion(rng, anatomy, label, top):
         "height": max(1.3 * radius, 1.5 * top),  # so that the last slice still cuts it at 3/4 of its radius
         "outline": _wobble(rng, 0.03 if benign else 0.16),
         "spicules": spicules,
-        "hu": rng.uniform(-50, 80),
+        "hu": rng.uniform(-200, 50),
     }
 
 

@@ -59,7 +59,7 @@ def load_profile(path, notebooks):
 
 
 def _typed(value, default, *, where):
-    """``value`` if it is of the default's type; an integer passes for a float, element by element in lists."""
+    """``value`` if it is of the default's type, each element of a list too; an integer passes for a float."""
     if isinstance(default, list):
         if not isinstance(value, list) or not value:
             raise ProfileError(f"{where} must be a list like {default}, not {value!r}")

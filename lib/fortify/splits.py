@@ -114,7 +114,7 @@ def grouped_split(labels, groups, *, seed, fractions=(0.7, 0.15, 0.15)):
     part_of, rows = np.zeros((_TRIES, len(ids)), np.int64), np.arange(_TRIES)
     for picked in order.T:
         share = held[picked]
-        part = np.einsum("tpc,tc->tp", wanted - filled, share).argmax(1)
+        part = np.einsum("tpc,tc->tp", 1 - filled / wanted, share).argmax(1)
         filled[rows, part] += share
         part_of[rows, picked] = part
     deviation = (np.abs(filled - wanted) / wanted).sum((1, 2))

@@ -1,0 +1,281 @@
+"""Splits: complete, disjoint, stratified, and without near-copies across parts when they are grouped."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fortify import data, phantom, splits
+
+
+@pytest.fixture(scope="module")
+def slices():
+    return phantom.phantom_slices(patients=24, slices_per_patient=6, size=48, seed=0)
+
+
+@pytest.fixture(scope="module")
+def real():
+    try:
+        return data.load_iq_oth_nccd(size=224)
+    except FileNotFoundError as error:
+        pytest.skip(f"no real data: {error}")
+
+
+def with_groups(slices, groups):
+    return dataclasses.replace(slices, groups=groups)
+
+
+def pairwise(groups, patients):
+    """(precision, recall) of 'these two slices are of one patient', over all pairs."""
+    upper = np.triu_indices(len(groups), 1)
+    same_group = (groups[:, None] == groups)[upper]
+    same_patient = (patients[:, None] == patients)[upper]
+    both = (same_group & same_patient).sum()
+    return both / same_group.sum(), both / same_patient.sum()
+
+
+def assert_partition(split, count):
+    assert tuple(split) == splits.PARTS
+    assert np.array_equal(np.sort(np.concatenate(list(split.values()))), np.arange(count))
+    for index in split.values():
+        assert index.dtype == np.int64 and (np.diff(index) > 0).all()
+
+
+# --- near-duplicates ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_groups_find_the_virtual_patients(seed):
+    slices = phantom.phantom_slices(patients=30, slices_per_patient=6, size=64, seed=seed)
+    precision, recall = pairwise(splits.near_duplicate_groups(slices), slices.patients)
+    # What leaks is a patient torn apart, so recall is what counts. Neighbours in the numbering that are
+    # different patients may merge at the laxer threshold, which only makes a split stricter.
+    assert recall > 0.99 and precision > 0.5
+    strict = splits.near_duplicate_groups(slices, neighbour_threshold=0.93)
+    precision, recall = pairwise(strict, slices.patients)
+    assert recall > 0.97 and precision > 0.97
+
+
+def test_group_ids_are_0_to_g_minus_1_and_do_not_depend_on_the_order(slices):
+    groups = splits.near_duplicate_groups(slices)
+    assert groups.dtype == np.int64 and np.array_equal(np.unique(groups), np.arange(groups.max() + 1))
+    order = np.random.default_rng(0).permutation(len(slices))
+    shuffled = splits.near_duplicate_groups(slices.subset(order))
+    assert pairwise(shuffled, groups[order]) == (1, 1)
+
+
+def test_lower_thresholds_only_merge_groups(slices):
+    def groups(threshold):
+        return splits.near_duplicate_groups(slices, threshold=threshold, neighbour_threshold=1)
+
+    for low, high in ((0.8, 0.9), (0.9, 0.97), (0.97, 0.99)):
+        merged = pd.Series(groups(low)).groupby(groups(high)).nunique()
+        assert (merged == 1).all()
+
+
+def test_the_neighbour_rule_links_consecutive_numbers_of_one_class_only():
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0, 255, (16, 16))
+    similar = [0.65 * base + 0.35 * rng.uniform(0, 255, base.shape) for _ in range(5)]  # r about 0.8
+    names = ("A/A (1).png", "A/A (2).png", "A/A (4).png", "B/B (3).png", "B/B (5).png")
+    slices = data.Slices(
+        images=np.array(similar).astype(np.uint8),
+        labels=np.array([0, 0, 0, 1, 1]),
+        names=names,
+        class_names=("a", "b"),
+        source="",
+        sha256="",
+    )
+    groups = splits.near_duplicate_groups(slices, threshold=0.999, neighbour_threshold=0.5)
+    assert groups[0] == groups[1] and len(set(groups)) == 4
+
+
+def test_identical_pixels_are_linked_whatever_the_thresholds(slices):
+    images = slices.images.copy()
+    images[-1] = images[0]  # benign and normal: groups may span classes
+    images[50] = images[100] = 7  # constant images have no correlation
+    copied = dataclasses.replace(slices, images=images)
+    groups = splits.near_duplicate_groups(copied, threshold=1.1, neighbour_threshold=1.1)
+    assert groups[0] == groups[-1] and groups[50] == groups[100] and groups.max() + 1 == len(slices) - 2
+    assert np.array_equal(groups, splits.exact_duplicates(images))
+    conflicts = splits.label_conflicts(copied, threshold=0.999)
+    assert conflicts[["name", "twin"]].to_numpy().tolist() == [[slices.names[0], slices.names[-1]]]
+    assert conflicts[["class_name", "twin_class_name"]].to_numpy().tolist() == [["benign", "normal"]]
+    assert conflicts.r[0] == pytest.approx(1, abs=1e-5)
+
+
+def test_blocks_give_the_pairs_of_the_whole_matrix(slices, monkeypatch):
+    whole = splits.near_duplicate_groups(slices)
+    monkeypatch.setattr(splits, "_BLOCK", 7)
+    assert np.array_equal(splits.near_duplicate_groups(slices), whole)
+
+
+def test_no_conflicts_is_an_empty_table(slices):
+    table = splits.label_conflicts(slices, threshold=0.9999)
+    assert len(table) == 0 and list(table) == ["name", "class_name", "twin", "twin_class_name", "r"]
+
+
+# --- the two splits ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_split_has_the_sizes_of_the_paper_and_is_stratified(seed):
+    labels = np.repeat([0, 1, 2], [120, 561, 416])
+    split = splits.random_split(labels, seed=seed)
+    assert_partition(split, 1097)
+    assert [len(split[part]) for part in splits.PARTS] == [769, 164, 164]
+    for index, fraction in zip(split.values(), (0.7, 0.15, 0.15), strict=True):
+        assert np.abs(np.bincount(labels[index]) - fraction * np.bincount(labels)).max() <= 1.5
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_grouped_split_keeps_groups_whole_and_classes_balanced(seed):
+    rng = np.random.default_rng(seed)
+    group_class = np.repeat([0, 1, 2], [15, 40, 55])
+    sizes = rng.geometric(0.1, len(group_class))  # a few large groups, many small ones
+    groups, labels = np.repeat(np.arange(110) * 7, sizes), np.repeat(group_class, sizes)
+    split = splits.grouped_split(labels, groups, seed=seed)
+    assert_partition(split, len(labels))
+    parts = [set(groups[index]) for index in split.values()]
+    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+    for index, fraction in zip(split.values(), (0.7, 0.15, 0.15), strict=True):
+        share = np.bincount(labels[index], minlength=3) / np.bincount(labels)
+        assert np.abs(share - fraction).max() < 0.08
+
+
+def test_a_seed_fixes_the_split_and_another_changes_it(slices):
+    for draw in (
+        lambda seed: splits.random_split(slices.labels, seed=seed),
+        lambda seed: splits.grouped_split(slices.labels, slices.patients, seed=seed),
+    ):
+        first, again, other = draw(3), draw(3), draw(4)
+        assert all(np.array_equal(first[part], again[part]) for part in splits.PARTS)
+        assert not np.array_equal(first["test"], other["test"])
+
+
+def test_a_random_split_leaks_twins_and_a_grouped_one_does_not(slices):
+    random = splits.random_split(slices.labels, seed=0)
+    grouped = splits.grouped_split(slices.labels, splits.near_duplicate_groups(slices), seed=0)
+    assert splits.twin_share(slices, random, threshold=0.93) > 0.9
+    assert splits.twin_share(slices, grouped, threshold=0.93) == 0
+
+
+def test_bad_input_is_refused_with_the_reason():
+    labels = np.repeat([0, 1, 2], 20)
+    with pytest.raises(ValueError, match="sum to 1"):
+        splits.random_split(labels, seed=0, fractions=(0.7, 0.2, 0.2))
+    with pytest.raises(ValueError, match="sum to 1"):
+        splits.grouped_split(labels, labels, seed=0, fractions=(1.0, 0.0, 0.0))
+    with pytest.raises(ValueError, match="class 3 has 2"):
+        splits.random_split(np.append(labels, [3, 3]), seed=0)
+    with pytest.raises(ValueError, match="class 0 has 1 groups"):
+        splits.grouped_split(labels, labels, seed=0)
+    with pytest.raises(ValueError, match="one group for each label"):
+        splits.grouped_split(labels, np.arange(59), seed=0)
+    with pytest.raises(ValueError, match="use more"):
+        splits.random_split(np.repeat([0, 1, 2], 3), seed=0)
+    crossed = np.repeat([[0, 1, 2]], 20, axis=0).T.ravel()
+    groups = np.tile([0, 1, 2], 20)  # three groups that hold every class: one for each part
+    split = splits.grouped_split(crossed, groups, seed=0)
+    assert all(len(np.unique(crossed[index])) == 3 for index in split.values())
+    # Six groups, three a class, but one fraction too small for any: every part still gets each class.
+    split = splits.grouped_split(np.repeat([0, 1], 3), np.arange(6), seed=0, fractions=(0.98, 0.01, 0.01))
+    assert [len(index) for index in split.values()] == [2, 2, 2]
+
+
+# --- files ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(slices, tmp_path):
+    slices = with_groups(slices, splits.near_duplicate_groups(slices))
+    split = splits.grouped_split(slices.labels, slices.groups, seed=0)
+    splits.write_split(tmp_path / "split.csv", slices, split)
+    return tmp_path / "split.csv", slices, split
+
+
+def test_a_split_survives_its_file(written):
+    path, slices, split = written
+    read = splits.read_split(path, slices, grouped=True)
+    assert all(np.array_equal(read[part], split[part]) and read[part].dtype == np.int64 for part in split)
+    table = pd.read_csv(path)
+    assert list(table) == ["name", "label", "class_name", "group", "part"]
+    assert table.name.tolist() == list(slices.names)
+    order = np.random.default_rng(0).permutation(len(slices))  # rows are matched by name, not by place
+    read = splits.read_split(path, slices.subset(order), grouped=True)
+    assert set(order[read["test"]]) == set(split["test"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: pd.concat([t, t[:1]]), "appears more than once"),
+        (lambda t: t[1:], "only in the slices"),
+        (lambda t: t.assign(name=t.name.replace(t.name[0], "x.png")), "differ"),
+        (lambda t: t.assign(label=(t.label + 1) % 3), "another label"),
+        (lambda t: t.assign(part=t.part.replace("val", "valid")), "unknown or empty parts"),
+        (lambda t: t.assign(part=t.part.replace("val", "train")), "unknown or empty parts"),
+        (lambda t: t.drop(columns="part"), "no column part"),
+        (lambda t: t.assign(part=np.roll(t.part, 1)), "more than one part"),
+        (lambda t: t.assign(part=np.roll(t.part, 1), group=range(len(t))), "more than one part"),
+    ],
+)
+def test_a_damaged_file_is_refused(written, damage, message):
+    path, slices, _ = written
+    damage(pd.read_csv(path)).to_csv(path, index=False)
+    with pytest.raises(ValueError, match=message) as error:
+        splits.read_split(path, slices, grouped=True)
+    assert "run again the notebook" in str(error.value)
+
+
+def test_an_incomplete_or_overlapping_split_is_not_written(slices, tmp_path):
+    split = splits.random_split(slices.labels, seed=0)
+    for wrong in (
+        split | {"val": split["val"][1:]},
+        split | {"val": split["test"]},
+        {"train": split["train"], "test": split["test"]},
+    ):
+        with pytest.raises(ValueError, match="parts"):
+            splits.write_split(tmp_path / "split.csv", slices, wrong)
+    assert not (tmp_path / "split.csv").exists()
+
+
+# --- the real slices ----------------------------------------------------------------------
+
+
+@pytest.mark.real
+def test_real_groups_hold_the_two_scans_known_by_their_size(real):
+    groups = splits.near_duplicate_groups(real)
+    assert 90 <= groups.max() + 1 <= 110
+    number = np.array([int(re.findall(r"\d+", name)[-1]) for name in real.names])
+    malignant = np.array([real.class_names[label] == "malignant" for label in real.labels])
+    for first, last in ((200, 227), (228, 258)):  # 801 x 512 and 623 x 512 pixels in the original
+        scan = malignant & (number >= first) & (number <= last)
+        found = np.unique(groups[scan])
+        assert len(found) == 1 and np.array_equal(groups == found[0], scan)
+
+
+@pytest.mark.real
+def test_real_duplicates_and_label_conflicts_are_the_known_ones(real):
+    assert len(real) - len(np.unique(splits.exact_duplicates(real.images))) in (
+        42,
+        43,
+    )  # original, 224-px copy
+    conflicts = splits.label_conflicts(real, threshold=0.995)
+    pairs = {
+        tuple(re.findall(r"\((\d+)\)", a + b)) for a, b in zip(conflicts.name, conflicts.twin, strict=True)
+    }
+    assert pairs == {("34", "87"), ("34", "86"), ("33", "83"), ("33", "82")}
+    assert set(conflicts.class_name) == {"benign"} and set(conflicts.twin_class_name) == {"normal"}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("seed", range(3))
+def test_real_grouped_splits_are_balanced_and_hold_no_twins(real, seed):
+    grouped = splits.grouped_split(real.labels, splits.near_duplicate_groups(real), seed=seed)
+    for index, fraction in zip(grouped.values(), (0.7, 0.15, 0.15), strict=True):
+        assert np.abs(np.bincount(real.labels[index]) / np.bincount(real.labels) - fraction).max() < 0.03
+    assert splits.twin_share(real, grouped, threshold=0.93) == 0
+    assert splits.twin_share(real, splits.random_split(real.labels, seed=seed)) > 0.4
