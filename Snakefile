@@ -65,7 +65,7 @@ rule all:
 rule data:
     input:
         "notebooks/01_data.ipynb",
-        lib("data", "phantom", "splits"),
+        lib("data", "images", "phantom", "splits"),
     output:
         f"{BUILD}/data/slices.npz",
         f"{BUILD}/data/01_data.json",

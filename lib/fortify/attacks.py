@@ -76,7 +76,8 @@ class Adversarial(NamedTuple):
 def craft(model, images, labels, attack, *, seed=0, batch_size=64, progress=False):
     """Attack every image: returns :class:`Adversarial` (images, success), in the order given.
 
-    ``images`` (N, 1, H, W) float in [0, 1]; ``labels`` (N,) integers; the device is the model's.
+    ``images`` (N, 1, H, W) float in [0, 1] and ``labels`` (N,) integers are tensors or numpy arrays; the
+    device is the model's.
     FGSM and PGD stay within eps_255 / 255 in Linf. A CW that fails returns the clean image.
     The random start is drawn for the whole set from ``seed``, so results do not depend on
     ``batch_size`` beyond the rounding of the convolutions. The model's mode, its parameters' gradients
@@ -221,6 +222,7 @@ def _with_restarts(model, images, labels, attack, seed, batch_size, progress):
 
 
 def _checked(images, labels):
+    images, labels = torch.as_tensor(images), torch.as_tensor(labels)
     if images.ndim != 4 or images.shape[1] != 1 or not images.is_floating_point():
         kind = f"{tuple(images.shape)} {images.dtype}"
         raise ValueError(f"images must be float (N, 1, H, W) in [0, 1], not {kind}; see data.to_tensor")

@@ -7,7 +7,6 @@ with one subfolder a class. Both refuse files that would silently change a resul
 
 import contextlib
 import hashlib
-import itertools
 import os
 import re
 from collections import Counter
@@ -18,22 +17,15 @@ from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageChops, ImageFile, ImageOps
 
 from fortify import runs
+from fortify.images import MAX_SIDE, DataError, fit_square, read_grey
 
-MIN_SIDE, MAX_SIDE = 32, 4096  # pixels; a thumbnail or an icon is no CT slice, and nothing larger is one
-CHANNEL_TOLERANCE = 16  # grey levels by which JPEG may drive apart three channels that were equal
 MID_GREYS = slice(10, 120)  # two thirds of the pixels of the real slices have such a grey, in any one 39 %
 MIN_MID_SHARE = 0.1  # thresholded copies have next to none
 
 _EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"}
-_PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
 _FORMAT = "fortify-slices-1"  # raise it when the decoding or the file changes: old caches are then rebuilt
-
-
-class DataError(ValueError):
-    """The data are not what the code takes them for; the message names the files and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -286,84 +278,6 @@ def _decode(files, names, folder, *, size, aspect, ct, remedy):
             f"{MID_GREYS.start}..{MID_GREYS.stop - 1} (CT slices: most), {greys[0]:.1%} are 0. {remedy}"
         )
     return images, sizes
-
-
-def read_grey(path, *, ct=True):
-    """Decode one image file, upright as its EXIF tag says, to a Pillow image of mode ``L`` (8-bit grey).
-
-    Colour becomes luminance, which leaves equal channels as they are. DataError says what is wrong with
-    the file: empty, damaged, too large, several frames, not 8-bit grey or RGB, transparent, constant;
-    with ``ct``, also too small or coloured.
-    """
-    if path.stat().st_size == 0:
-        raise DataError("is empty (0 bytes)")
-    # Pillow has a global switch that fills truncated files up with grey; someone else may have set it.
-    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        with Image.open(path, formats=_PILLOW_FORMATS) as image:
-            _check_header(image, ct=ct)
-            image = ImageOps.exif_transpose(image)  # decodes all of it
-    except DataError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise DataError(f"is larger than {MAX_SIDE} px a side") from error
-    except Exception as error:  # whatever a decoder stumbles over, the file is the cause
-        raise DataError(f"is damaged or no image ({str(error).replace(str(path), 'file')})") from error
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
-    if image.mode not in ("L", "RGB"):
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
-            raise DataError("is partly transparent")
-        image = image.convert("RGB")
-    if image.mode == "RGB":
-        pairs = itertools.combinations(image.split(), 2)
-        spread = max(ImageChops.difference(*pair).getextrema()[1] for pair in pairs)
-        if ct and spread > CHANNEL_TOLERANCE:
-            raise DataError(f"is coloured (channels differ by up to {spread} grey levels)")
-        image = image.convert("L")
-    low, high = image.getextrema()
-    if low == high:
-        raise DataError(f"is constant (every pixel is {low})")
-    return image
-
-
-def _check_header(image, *, ct):
-    width, height = image.size
-    if max(image.size) > MAX_SIDE:  # before a pixel is decoded: a small file can hold a huge image
-        raise DataError(f"is larger than {MAX_SIDE} px a side ({width} x {height})")
-    if ct and min(image.size) < MIN_SIDE:
-        raise DataError(f"is smaller than {MIN_SIDE} px a side ({width} x {height})")
-    if getattr(image, "n_frames", 1) > 1:
-        raise DataError(f"has {image.n_frames} frames")
-    # Pillow decodes 16-bit RGB to 8 bits without a word; only the decoder's raw mode tells.
-    raw = next((str(tile.args) for tile in image.tile if ";16" in str(tile.args)), "")
-    if image.mode not in ("L", "LA", "RGB", "RGBA", "P") or raw:
-        raise DataError(f"is not 8-bit grey or RGB (mode {image.mode}{raw and ', stored as '}{raw})")
-
-
-def fit_square(image, *, size, aspect):
-    """Resize a grey Pillow image to ``size`` x ``size`` pixels; one of that size is returned as it is.
-
-    ``aspect="pad"`` keeps the proportions and centres the image between black borders; ``"squash"``
-    stretches it to the square. Either way the original shape stays visible to a classifier.
-    """
-    if image.size == (size, size):
-        return image
-    longest = max(image.size)
-    inner = (size, size)
-    if aspect == "pad":
-        inner = tuple(max(1, round(side * size / longest)) for side in image.size)
-    if inner != image.size:
-        # BOX averages the area that a new pixel covers: no aliasing, and no halos at the ribs, which filters
-        # with negative lobes (BICUBIC, LANCZOS) draw. Enlarging, it would only repeat pixels.
-        reducing = inner[0] <= image.width and inner[1] <= image.height
-        image = image.resize(inner, Image.Resampling.BOX if reducing else Image.Resampling.BICUBIC)
-    if inner == (size, size):
-        return image
-    square = Image.new("L", (size, size), 0)
-    square.paste(image, ((size - inner[0]) // 2, (size - inner[1]) // 2))
-    return square
 
 
 def describe(slices):

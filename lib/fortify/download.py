@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 
 from fortify import data
-from fortify.data import BY_HAND, IQ_OTH_NCCD, DataError
+from fortify.data import BY_HAND, IQ_OTH_NCCD
+from fortify.images import MIN_SIDE, DataError
 
 
 def download(target=None):
@@ -21,13 +22,13 @@ def download(target=None):
     target = Path(target) if target is not None else data.data_folder()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         try:
-            data.load_iq_oth_nccd(target, size=data.MIN_SIDE)
+            data.load_iq_oth_nccd(target, size=MIN_SIDE)
         except DataError as error:
             raise DataError(f"{target} is in the way: move it elsewhere and run again. {error}") from error
         return target
     fetched = Path(_fetch())
     try:
-        slices = data.load_iq_oth_nccd(fetched, size=data.MIN_SIDE)
+        slices = data.load_iq_oth_nccd(fetched, size=MIN_SIDE)
     except DataError as error:
         raise DataError(f"Kaggle's copy fails the check: delete {fetched} and run again. {error}") from error
     target.parent.mkdir(parents=True, exist_ok=True)

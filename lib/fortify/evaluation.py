@@ -279,16 +279,12 @@ def evaluate(model, images, labels, attacks, *, index, model_name, split, seed, 
     ``rows`` holds the clean predictions too. ``keep`` maps names to attacks of the list whose images
     are wanted: ``kept`` is then {name: float32 array (N, 1, H, W)}.
     """
-    import torch
-
     from fortify.attacks import craft
 
     ids = {"index": index, "model_name": model_name, "split": split, "seed": seed}
     rows, kept = [score(model, images, labels, attack="clean", eps_255=0, **ids)], {}
     for attack in attacks:
-        crafted = craft(
-            model, images, torch.as_tensor(labels), attack, seed=seed, batch_size=batch_size, progress=True
-        )
+        crafted = craft(model, images, labels, attack, seed=seed, batch_size=batch_size, progress=True)
         eps_255 = getattr(attack, "eps_255", np.nan)  # CW has no budget
         rows.append(
             score(

@@ -1,0 +1,82 @@
+"""The notebooks as a set: each is run by both runners, agrees with its neighbours, and is not stale."""
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from fortify.profiles import declared_parameters
+from fortify.publish import source_sha256
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+TEST_PROFILE = yaml.safe_load((ROOT / "notebooks/profiles/test.yaml").read_text())
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def parameters_cell(path):
+    return next(c for c in read(path).cells if "parameters" in c.metadata.get("tags", []))
+
+
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+
+
+def test_there_are_notebooks():
+    assert [p.stem[:2] for p in NOTEBOOKS] == [f"{i:02d}" for i in range(1, len(NOTEBOOKS) + 1)]
+
+
+@each
+def test_the_workflow_runs_it(path):
+    """``make test`` runs the Snakefile with the test profile, and nbmake over the folder."""
+    snakefile = (ROOT / "Snakefile").read_text()
+    assert f'papermill("{path.stem}")' in snakefile
+    makefile = (ROOT / "Makefile").read_text()
+    assert "profile=test" in makefile and "--nbmake notebooks" in makefile
+
+
+@each
+def test_nbmake_and_papermill_get_the_same_tiny_values(path):
+    mock = dict(parameters_cell(path).metadata["nbmake"]["mock"])
+    assert mock.pop("run").startswith("build/nbmake/")
+    assert mock == {k: v for k, v in TEST_PROFILE.items() if k in declared_parameters(path)}
+
+
+@each
+def test_it_opens_with_a_question_and_what_it_reads_and_writes(path):
+    first = read(path).cells[0].source
+    assert re.match(r"# \d+ · ", first) and "**Question.**" in first
+    assert "**Reads**" in first and "**Writes**" in first
+
+
+@each
+def test_every_parameter_is_a_literal_with_a_line_of_its_own(path):
+    lines = parameters_cell(path).source.splitlines()
+    assert len(lines) == len(declared_parameters(path))
+
+
+@each
+def test_it_is_readable(path):
+    code = [c.source for c in read(path).cells if c.cell_type == "code"]
+    assert sum(len([line for line in cell.splitlines() if line.strip()]) for cell in code) <= 135
+    names = [n for cell in code for n in ast.walk(ast.parse(cell)) if isinstance(n, ast.FunctionDef)]
+    assert all(n.end_lineno - n.lineno < 15 for n in names), "a longer function lives in lib"
+    assert not any("filterwarnings" in cell or "/home/" in cell for cell in code)
+    assert path.stat().st_size < 2_000_000, "GitHub shows no larger notebook"
+
+
+@each
+def test_committed_outputs_come_from_the_committed_source(path):
+    notebook = read(path)
+    if not any(c.get("outputs") for c in notebook.cells):
+        pytest.skip("not published yet: `make publish` writes the outputs")
+    assert notebook.metadata["fortify"]["source_sha256"] == source_sha256(notebook), (
+        "the source changed after it was executed: run the profile again and `make publish`"
+    )
+    outputs = [o for c in notebook.cells for o in c.get("outputs", [])]
+    assert not any(o.output_type in ("error", "stream") for o in outputs), "no error, no noise"

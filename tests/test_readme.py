@@ -1,0 +1,35 @@
+"""The README: its example runs, its results are the published tables, its links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_runs_as_printed(phantoms, tmp_path, monkeypatch, capsys):
+    for name, image in zip(phantoms.names, phantoms.images, strict=True):
+        path = tmp_path / "my-images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path.with_suffix(".png"))
+    monkeypatch.chdir(tmp_path)
+    example = re.search(r"<!-- example.*?-->\n```python\n(.*?)```", README, re.DOTALL).group(1)
+    exec(compile(example, "README.md", "exec"), {})
+    assert re.fullmatch(r"robust accuracy \d+\.\d%\n", capsys.readouterr().out)
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert len(links) > 8
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize("split", ["random", "grouped"])
+def test_the_results_are_the_published_tables(split):
+    generated = README.split("<!-- generated: results -->")[1].split("<!-- /generated -->")[0]
+    tables = ROOT / "paper" / "tables"
+    published = [p for p in (tables, *tables.glob("*/")) if (p / f"table1_{split}.md").exists()]
+    assert any((p / f"table1_{split}.md").read_text(encoding="utf-8") in generated for p in published)
