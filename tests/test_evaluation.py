@@ -147,6 +147,12 @@ def test_a_missing_budget_names_those_there_are():
         evaluation.at_budget(rows, eps_255=1, cw_l2=1)
 
 
+def test_a_budget_that_one_model_lacks_is_missing():
+    rows = pd.concat([make_rows(eps=1.0), make_rows(model="adversarial", eps=4.0)])
+    with pytest.raises(ValueError, match=r"eps_255=1 for \('adversarial', .*available: 4\."):
+        evaluation.at_budget(rows, eps_255=1, cw_l2=1)
+
+
 def test_only_the_asked_budget_is_kept():
     weaker = make_rows({"pgd": LABELS, "fgsm": LABELS}, eps=0.5)
     rows = pd.concat([weaker, make_rows()])  # indices repeat, as after any concatenation of files
