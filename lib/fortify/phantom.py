@@ -16,7 +16,7 @@ from scipy.ndimage import gaussian_filter
 CLASS_NAMES = ("benign", "malignant", "normal")
 _PATIENTS = (15, 40, 55)  # of each class among the 110 cases of IQ-OTH/NCCD
 _AIR, _FAT, _MUSCLE, _BONE = -1000.0, -90.0, 45.0, 420.0
-_SPACING = 0.03  # between slices: about 6 mm in a chest that fills the image
+_SPACING = 0.04  # between slices: about 8 mm in a chest that fills the image
 
 
 class Phantoms(NamedTuple):
@@ -88,7 +88,7 @@ def _stack(seed, number, label, count, size):
     scanner = {
         "low": rng.normal(-1250, 60),
         "width": 1650 * np.exp(rng.normal(0, 0.08)),
-        "noise": rng.uniform(8, 30),  # HU
+        "noise": rng.uniform(10, 40),  # HU
         "blur": rng.uniform(0.35, 0.6),  # pixels
     }
     lesion = _lesion(rng, anatomy, label, heights[-1])
@@ -103,7 +103,7 @@ def _stack(seed, number, label, count, size):
 
 def _anatomy(rng):
     """Everything but the lesion, as a dict of lengths, shapes and 3-D segments (from, to, radius, HU)."""
-    zoom = rng.uniform(0.95, 1.08)
+    zoom = rng.uniform(1.0, 1.13)
     body = np.array([0.86, 0.62]) * zoom * rng.uniform(0.96, 1.04, 2)
     fat = rng.uniform(0.03, 0.09)
     cage = body - fat - 0.07 * zoom
@@ -113,7 +113,7 @@ def _anatomy(rng):
         centre = np.array([side * (cage[0] - half[0] - 0.01), -0.01 + rng.normal(0, 0.015)])
         lungs.append((centre, half, side * rng.uniform(0.05, 0.22), _wobble(rng, 0.04)))
     shape = {
-        "centre": rng.normal(0, [0.05, 0.03]) + [0, -0.07],
+        "centre": rng.normal(0, [0.04, 0.03]) + [0, -0.07],
         "drift": rng.normal(0, 0.06, 2),  # of the centre with z
         "level": rng.uniform(0, 1),  # 0 at the top of the lungs, 1 at the diaphragm
         "body": body,
@@ -162,7 +162,7 @@ def _grow(rng, segments, start, direction, length, radius, depth):
 def _distractors(rng, centre, half):
     """What is bright in a lung and no lesion: calcified dots, scars from the pleura, vessels along z."""
     found = []
-    for kind, rate in (("dot", 0.6), ("scar", 0.4), ("along", 0.7)):
+    for kind, rate in (("dot", 0.6), ("scar", 0.3), ("along", 0.6)):
         for _ in range(rng.poisson(rate)):
             angle, reach = rng.uniform(0, 2 * np.pi), np.sqrt(rng.uniform(0, 0.8))
             at = np.append(
@@ -189,7 +189,7 @@ def _lesion(rng, anatomy, label, top):
     if CLASS_NAMES[label] == "normal":
         return None
     benign = CLASS_NAMES[label] == "benign"
-    radius = rng.uniform(0.105, 0.135) if benign else rng.uniform(0.17, 0.24)
+    radius = rng.uniform(0.115, 0.145) if benign else rng.uniform(0.18, 0.25)
     spicules = (
         np.zeros((0, 3)) if benign else rng.uniform([0, 0.5, -1], [0.45, 1.1, 1], (rng.integers(7, 12), 3))
     )
@@ -199,7 +199,7 @@ def _lesion(rng, anatomy, label, top):
         "height": max(1.3 * radius, 1.5 * top),  # so that the last slice still cuts it at 3/4 of its radius
         "outline": _wobble(rng, 0.03 if benign else 0.16),
         "spicules": spicules,
-        "hu": rng.uniform(-200, 50),
+        "hu": rng.uniform(-60, 60),
     }
 
 
