@@ -40,6 +40,20 @@ def test_outputs_travel_and_papermills_additions_stay_behind():
     nbformat.validate(made)
 
 
+def test_the_parameters_cell_shows_what_the_profile_changed():
+    made = with_outputs(source(), executed(), profile="laptop")
+    assert made.cells[1].source == "x = 1"
+    assert (
+        made.cells[1].outputs[0].data["text/markdown"] == "**Executed with the `laptop` profile**: `x = 2`."
+    )
+    same = executed()
+    same.cells[2].source = "# Parameters\nx = 1\n"
+    assert (
+        "the values above"
+        in with_outputs(source(), same, profile="paper").cells[1].outputs[0].data["text/plain"]
+    )
+
+
 def test_a_changed_cell_is_not_published():
     changed = source()
     changed.cells[2].source = "x + 1"

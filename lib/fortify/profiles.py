@@ -11,20 +11,26 @@ class ProfileError(ValueError):
     """A profile does not fit the notebooks; the message names the file, the parameter and the remedy."""
 
 
+def literals(source):
+    """{name: value} of lines of ``name = literal`` and comments. ValueError names a line that is not one."""
+    found = {}
+    for line in ast.parse(source).body:
+        try:
+            found[line.targets[0].id] = ast.literal_eval(line.value)
+        except (AttributeError, ValueError):
+            raise ValueError(f"{ast.unparse(line)} is no `name = literal`") from None
+    return found
+
+
 def declared_parameters(notebook):
     """{name: default} of the cell tagged ``parameters``, which must hold plain literals, one a line."""
     for cell in nbformat.read(notebook, as_version=4).cells:
         if "parameters" in cell.metadata.get("tags", []):
-            break
-    else:
-        raise ProfileError(f"{notebook} has no cell tagged parameters")
-    declared = {}
-    for line in ast.parse(cell.source).body:
-        try:
-            declared[line.targets[0].id] = ast.literal_eval(line.value)
-        except (AttributeError, ValueError):
-            raise ProfileError(f"{notebook}: {ast.unparse(line)} is no `name = literal`") from None
-    return declared
+            try:
+                return literals(cell.source)
+            except ValueError as error:
+                raise ProfileError(f"{notebook}: {error}") from None
+    raise ProfileError(f"{notebook} has no cell tagged parameters")
 
 
 def load_profile(path, notebooks):

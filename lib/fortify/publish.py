@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 
+from fortify.profiles import literals
 from fortify.runs import find_root, write_text
 
 
@@ -48,6 +49,7 @@ def source_sha256(notebook):
 def with_outputs(source, executed, *, profile):
     """A copy of the notebook ``source`` with the outputs of ``executed``, papermill's additions left out.
 
+    The parameters cell keeps the source's values and shows, as its output, those that the profile changed.
     Raises PublishError when a code cell's source differs, or when a cell failed.
     """
     made = {cell.id: cell for cell in executed.cells}
@@ -64,11 +66,25 @@ def with_outputs(source, executed, *, profile):
             raise PublishError(f"cell {cell.id} failed when it was executed")
         count += 1
         cell.execution_count, cell.outputs = count, ran.outputs
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.outputs = [_changed_parameters(cell, executed, profile)]
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = count
     published.metadata["fortify"] = {"profile": profile, "source_sha256": source_sha256(published)}
     return published
+
+
+def _changed_parameters(cell, executed, profile):
+    """An output that says which parameters the executed copy ran with, where they are not the cell's own."""
+    injected = [c.source for c in executed.cells if "injected-parameters" in c.metadata.get("tags", [])]
+    own, used = literals(cell.source), literals("".join(injected))
+    changed = [
+        f"{name} = {value!r}" for name, value in used.items() if own.get(name) != value and name != "run"
+    ]
+    words = ", ".join(f"`{change}`" for change in changed) or "the values above"
+    text = f"**Executed with the `{profile}` profile**: {words}."
+    return nbformat.v4.new_output("display_data", {"text/markdown": text, "text/plain": text})
 
 
 def commit(build):
