@@ -112,7 +112,7 @@ def test_a_network_learns_what_shortcuts_do_not_and_an_attack_undoes_it():
 
     On a random split the nearest neighbour is almost perfect: it recognises the patient. That is the leak.
     """
-    slices = phantom.phantom_slices(size=48)
+    slices = phantom.phantom_slices()
     split = splits.grouped_split(slices.labels, slices.patients, seed=0, fractions=(0.6, 0.1, 0.3))
     train, val, test = (slices.subset(split[part]) for part in splits.PARTS)
 
@@ -120,7 +120,7 @@ def test_a_network_learns_what_shortcuts_do_not_and_an_attack_undoes_it():
         classifier.fit(features[index["train"]], slices.labels[index["train"]])
         return classifier.score(features[index["test"]], slices.labels[index["test"]])
 
-    thumbnails = splits._thumbnails(slices.images, 48)
+    thumbnails = splits._thumbnails(slices.images, 56)
     histograms = np.array([np.histogram(image, 32, (0, 256))[0] for image in slices.images])
     nearest = shortcut(KNeighborsClassifier(1), thumbnails, split)
     histogram = shortcut(RandomForestClassifier(200, random_state=0), histograms, split)
@@ -131,8 +131,11 @@ def test_a_network_learns_what_shortcuts_do_not_and_an_attack_undoes_it():
     fit(model, train, val, Recipe(epochs=20, batch_size=32, lr=3e-3), seed=0, progress=False)
     images, labels = torch.from_numpy(test.images)[:, None] / 255, torch.from_numpy(test.labels)
     clean = (predict(model, images).argmax(1) == labels).float().mean().item()
-    robust = 1 - craft(model, images, labels, PGD(eps_255=4, steps=10), seed=0).success.float().mean().item()
+    robust = {}
+    for eps_255 in (4, 8):
+        success = craft(model, images, labels, PGD(eps_255, steps=10), seed=0).success
+        robust[eps_255] = 1 - success.float().mean().item()
     figures = dict(clean=clean, robust=robust, nearest=nearest, histogram=histogram)
-    assert clean > 0.65, figures
+    assert clean > 0.7, figures
     assert clean > nearest + 0.1 and clean > histogram + 0.1, figures
-    assert robust < clean - 0.3, figures
+    assert robust[4] < clean - 0.2 and robust[8] < 0.35, figures

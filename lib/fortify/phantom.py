@@ -108,8 +108,11 @@ def _anatomy(rng):
     fat = rng.uniform(0.03, 0.09)
     cage = body - fat - 0.07 * zoom
     lungs = []
+    breath = rng.uniform(
+        0.84, 1.1
+    )  # inflation varies more than a tumour takes up, or the grey levels would tell
     for side in (-1, 1):
-        half = np.array([0.31, 0.44]) * zoom * rng.uniform(0.9, 1.08, 2)
+        half = np.array([0.31, 0.44]) * zoom * breath * rng.uniform(0.94, 1.06, 2)
         centre = np.array([side * (cage[0] - half[0] - 0.01), -0.01 + rng.normal(0, 0.015)])
         lungs.append((centre, half, side * rng.uniform(0.05, 0.22), _wobble(rng, 0.04)))
     shape = {
@@ -183,13 +186,18 @@ def _distractors(rng, centre, half):
 
 def _lesion(rng, anatomy, label, top):
     """A benign or malignant nodule inside a lung that every slice of the stack cuts; None for normal."""
-    centre, half, _, _ = anatomy["lungs"][rng.integers(2)]
-    angle, reach = rng.uniform(0, 2 * np.pi), np.sqrt(rng.uniform(0, 0.45))
-    at = centre + half * reach * np.array([np.cos(angle), np.sin(angle)])
     if CLASS_NAMES[label] == "normal":
         return None
     benign = CLASS_NAMES[label] == "benign"
     radius = rng.uniform(0.115, 0.145) if benign else rng.uniform(0.18, 0.25)
+    canvas = _Canvas(64, np.zeros(2), 0.0)
+    lung, _ = _lungs(canvas, anatomy)
+    for _ in range(50):  # until heart, diaphragm and chest wall hide at most a fifth
+        centre, half, _, _ = anatomy["lungs"][rng.integers(2)]
+        angle, reach = rng.uniform(0, 2 * np.pi), np.sqrt(rng.uniform(0, 0.45))
+        at = centre + half * reach * np.array([np.cos(angle), np.sin(angle)])
+        if lung[np.hypot(canvas.x - at[0], canvas.y - at[1]) < radius].mean() > 0.8:
+            break
     spicules = (
         np.zeros((0, 3)) if benign else rng.uniform([0, 0.5, -1], [0.45, 1.1, 1], (rng.integers(7, 12), 3))
     )
@@ -212,16 +220,9 @@ def _wobble(rng, size):
     )
 
 
-def _render(anatomy, lesion, z, size):
-    """The density of the slice at height ``z``, float64 HU (size, size), before noise."""
-    canvas = _Canvas(size, anatomy["centre"] + anatomy["drift"] * z, z)
-    zoom, cage, level = anatomy["zoom"], anatomy["cage"], np.clip(anatomy["level"] + z, 0, 1)
-    canvas.table(*anatomy["table"])
-    body = canvas.blob((0, 0), anatomy["body"], wobble=anatomy["outline"])
-    canvas.paint(body, _FAT)
-    muscle = canvas.blob((0, 0), anatomy["body"] - anatomy["fat"], wobble=anatomy["outline"])
-    canvas.paint(muscle, _MUSCLE)
-
+def _lungs(canvas, anatomy):
+    """Cover of both lungs and of the heart between them, where the canvas cuts them."""
+    zoom, level = anatomy["zoom"], np.clip(anatomy["level"] + canvas.z, 0, 1)
     lung = np.zeros_like(canvas.hu)
     for centre, half, tilt, wobble in anatomy["lungs"]:
         grown = half * (0.86 + 0.14 * np.sin(np.pi * (0.25 + 0.5 * level)))
@@ -234,7 +235,21 @@ def _render(anatomy, lesion, z, size):
         which, radius, angle = anatomy["dome"]
         centre, half, _, _ = anatomy["lungs"][which]
         at = centre + half * 0.45 * np.array([np.sin(angle), np.cos(angle)])
-        lung *= 1 - canvas.blob(at, radius * np.array([1.15, 0.9]) * (1 + 1.5 * z))
+        lung *= 1 - canvas.blob(at, radius * np.array([1.15, 0.9]) * (1 + 1.5 * canvas.z))
+    return lung, heart
+
+
+def _render(anatomy, lesion, z, size):
+    """The density of the slice at height ``z``, float64 HU (size, size), before noise."""
+    canvas = _Canvas(size, anatomy["centre"] + anatomy["drift"] * z, z)
+    zoom, cage, level = anatomy["zoom"], anatomy["cage"], np.clip(anatomy["level"] + z, 0, 1)
+    canvas.table(*anatomy["table"])
+    body = canvas.blob((0, 0), anatomy["body"], wobble=anatomy["outline"])
+    canvas.paint(body, _FAT)
+    muscle = canvas.blob((0, 0), anatomy["body"] - anatomy["fat"], wobble=anatomy["outline"])
+    canvas.paint(muscle, _MUSCLE)
+
+    lung, heart = _lungs(canvas, anatomy)
     canvas.paint(lung, anatomy["lung_hu"] + anatomy["gravity"] * canvas.y)
 
     for start, end, radius, hu in anatomy["segments"]:
