@@ -153,3 +153,27 @@ def test_text_wraps_cells_rather_than_lose_any():
     assert max(map(len, text.splitlines())) <= 40
     assert text.count("x") == 50
     assert all(word in text for word in wide.b[0].split())
+
+
+def test_accuracy_layout_shows_every_group_in_percent():
+    accuracy = pd.DataFrame(
+        {
+            "split": ["random"] * 2,
+            "model": ["normal", "adversarial"],
+            "protocol": ["adaptive", "static"],
+            "attack": ["clean", "worst"],
+            "k": [9, 1],
+            "n": [10, 8],
+            "accuracy": [0.9, 0.125],
+            "low": [0.596, 0.0224],
+            "high": [0.982, 0.4709],
+            "seeds": [1, 1],
+            "sd": [float("nan")] * 2,
+            "balanced_accuracy": [0.5, 0.25],
+            "recall_benign": [float("nan"), 0.0],
+        }
+    )
+    shown = tables.accuracy_layout(accuracy)
+    assert shown.iloc[0].tolist() == ["normal, adaptive", "clean", "90.0", "59.6–98.2", "9/10", "50.0", "nan"]
+    assert shown.iloc[1]["k/n"] == "1/8" and "sd over seeds" not in shown
+    assert "sd over seeds" in tables.accuracy_layout(accuracy.assign(seeds=2, sd=0.1))

@@ -1,0 +1,119 @@
+"""From a model to rows: what is crafted is scored, and the rows say what the model said."""
+
+import numpy as np
+import pytest
+import torch
+
+from fortify.attacks import CW, FGSM, PGD
+from fortify.evaluation import COLUMNS, at_budget, check_rows, evaluate, score, score_static
+from fortify.figures import pick_example
+from fortify.models import build_model, predict
+
+IDS = {"model_name": "normal", "split": "random", "seed": 0}
+ATTACKS = [FGSM(4), PGD(4, steps=3), CW(binary_search_steps=2, steps=15, stepsize=0.05)]
+
+
+@pytest.fixture(scope="module")
+def part(phantoms):
+    """Positions 60..89, so that a row's index is not its place in the table."""
+    return np.arange(60, 90)
+
+
+@pytest.fixture(scope="module")
+def evaluated(model, images, labels, part):
+    keep = {"pgd": ATTACKS[1], "cw": ATTACKS[2]}
+    return evaluate(model, images[part], labels[part], ATTACKS, index=part, keep=keep, **IDS)
+
+
+def test_rows_are_complete_and_say_what_the_model_says(model, images, labels, part, evaluated):
+    rows, kept = evaluated
+    check_rows(rows)
+    assert tuple(rows.columns) == COLUMNS and len(rows) == 4 * len(part)
+    assert rows.attack.unique().tolist() == ["clean", "fgsm", "pgd", "cw"]
+    for name, adversarial in (("clean", images[part]), *((n, torch.from_numpy(x)) for n, x in kept.items())):
+        own = rows[rows.attack == name]
+        probability, prediction = predict(model, adversarial).max(1)
+        assert own["index"].tolist() == part.tolist()
+        assert own.label.tolist() == labels[part].tolist()
+        assert own.prediction.tolist() == prediction.tolist()
+        assert own.probability.to_numpy() == pytest.approx(probability.numpy())
+        assert own.l2.to_numpy() == pytest.approx((adversarial - images[part]).flatten(1).norm(dim=1).numpy())
+
+
+def test_budgets_are_grey_levels_and_cw_has_none(evaluated):
+    rows, _ = evaluated
+    assert (rows[rows.attack == "clean"].eps_255 == 0).all()
+    assert (rows[rows.attack == "pgd"].eps_255 == 4).all()
+    assert rows[rows.attack == "cw"].eps_255.isna().all()
+    linf = rows[rows.attack.isin(("fgsm", "pgd"))].linf_255
+    assert linf.max() == pytest.approx(4, abs=1e-3)
+
+
+def test_only_what_is_kept_is_returned(images, part, evaluated):
+    _, kept = evaluated
+    assert kept.keys() == {"pgd", "cw"}
+    assert kept["pgd"].shape == images[part].shape and kept["pgd"].dtype == np.float32
+
+
+def test_static_rows_are_another_model_on_the_same_images(model, images, labels, part):
+    crafted_rows, crafted = evaluate(
+        model,
+        images[part],
+        labels[part],
+        ATTACKS,
+        index=part,
+        keep=dict(zip(("fgsm", "pgd", "cw"), ATTACKS, strict=True)),
+        **IDS,
+    )
+    other = build_model("resnet_small", num_classes=3, seed=9).eval()
+    ids = IDS | {"model_name": "adversarial"}
+    rows = score_static(other, images[part], labels[part], crafted, index=part, eps_255=4, **ids)
+    assert set(rows.protocol) == {"static"} and set(rows.attack) == {"fgsm", "pgd", "cw"}
+    pgd = rows[rows.attack == "pgd"]
+    assert pgd.prediction.tolist() == predict(other, torch.from_numpy(crafted["pgd"])).argmax(1).tolist()
+    assert pgd.l2.tolist() == pytest.approx(crafted_rows[crafted_rows.attack == "pgd"].l2.tolist())
+
+
+def test_static_images_of_another_set_are_refused(model, images, labels, part):
+    crafted = {name: images[:5].numpy() for name in ("fgsm", "pgd", "cw")}
+    with pytest.raises(ValueError, match="run notebook 03 again"):
+        score_static(model, images[part], labels[part], crafted, index=part, eps_255=4, **IDS)
+
+
+def test_a_budget_of_nothing_leaves_cw_at_the_clean_prediction(evaluated):
+    rows, _ = evaluated
+    none, all_ = at_budget(rows, eps_255=4, cw_l2=0), at_budget(rows, eps_255=4, cw_l2=np.inf)
+    clean = none[none.attack == "clean"].prediction.tolist()
+    found = rows[rows.attack == "cw"]
+    stays = np.where(found.l2 > 0, clean, found.prediction)
+    assert none[none.attack == "cw"].prediction.tolist() == stays.tolist()
+    assert all_[all_.attack == "cw"].prediction.tolist() == found.prediction.tolist()
+
+
+def test_the_example_shown_is_the_first_read_rightly(model, phantoms, images, labels, part, evaluated):
+    rows, kept = evaluated
+    label = int(np.bincount(labels[part]).argmax())
+    right = (predict(model, images[part]).argmax(1) == labels[part]) & (labels[part] == label)
+    position = int(right.nonzero()[0])
+    shown = pick_example(rows, phantoms, label=label, attack="pgd", eps_255=4, attacked=kept["pgd"])
+    assert np.array_equal(shown.clean, phantoms.images[part[position]] / 255)
+    assert np.array_equal(shown.attacked, kept["pgd"][position, 0])
+    assert shown.prediction == predict(model, torch.from_numpy(kept["pgd"]))[position].argmax()
+    assert shown.clean_prediction == shown.label == label
+    plain = pick_example(rows, phantoms, label=label)
+    assert plain.attacked is None and np.array_equal(plain.clean, shown.clean)
+
+
+def test_an_example_that_is_not_there_is_named(phantoms, evaluated):
+    rows, kept = evaluated
+    with pytest.raises(ValueError, match="eps_255=3"):
+        pick_example(rows, phantoms, label=1, attack="pgd", eps_255=3, attacked=kept["pgd"])
+    absent = next(iter({0, 1, 2} - set(rows.label)), None)
+    if absent is not None:
+        with pytest.raises(ValueError, match="no test image of class"):
+            pick_example(rows, phantoms, label=absent)
+
+
+def test_clean_scoring_needs_no_adversarial(model, images, labels, part):
+    rows = score(model, images[part], labels[part], index=part, attack="clean", eps_255=0, **IDS)
+    assert (rows.l2 == 0).all() and (rows.linf_255 == 0).all()
