@@ -95,10 +95,12 @@ def test_the_neighbour_rule_links_consecutive_numbers_of_one_class_only():
 def test_identical_pixels_are_linked_whatever_the_thresholds(slices):
     images = slices.images.copy()
     images[-1] = images[0]  # benign and normal: groups may span classes
+    images[2] = images[1]  # one class: a duplicate, no conflict
     images[50] = images[100] = 7  # constant images have no correlation
     copied = dataclasses.replace(slices, images=images)
     groups = splits.near_duplicate_groups(copied, threshold=1.1, neighbour_threshold=1.1)
-    assert groups[0] == groups[-1] and groups[50] == groups[100] and groups.max() + 1 == len(slices) - 2
+    assert groups[0] == groups[-1] and groups[50] == groups[100] and groups[1] == groups[2]
+    assert groups.max() + 1 == len(slices) - 3
     assert np.array_equal(groups, splits.exact_duplicates(images))
     conflicts = splits.label_conflicts(copied, threshold=0.999)
     assert conflicts[["name", "twin"]].to_numpy().tolist() == [[slices.names[0], slices.names[-1]]]
@@ -228,6 +230,16 @@ def test_a_damaged_file_is_refused(written, damage, message):
     with pytest.raises(ValueError, match=message) as error:
         splits.read_split(path, slices, grouped=True)
     assert "run again the notebook" in str(error.value)
+
+
+def test_groups_that_straddle_in_the_file_alone_are_refused_and_are_fine_when_not_asked(written):
+    path, slices, _ = written
+    table = pd.read_csv(path)
+    table.assign(part=np.roll(table.part, 1)).to_csv(path, index=False)
+    ungrouped = with_groups(slices, np.arange(len(slices)))
+    with pytest.raises(ValueError, match="more than one part"):
+        splits.read_split(path, ungrouped, grouped=True)
+    assert_partition(splits.read_split(path, ungrouped), len(slices))
 
 
 def test_an_incomplete_or_overlapping_split_is_not_written(slices, tmp_path):
