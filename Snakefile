@@ -13,8 +13,7 @@ from fortify.profiles import ProfileError, load_profile
 from snakemake.exceptions import WorkflowError
 
 # Executed notebooks hold no progress bars, and their kernel is this environment's.
-# Threads that wait do not spin: on a busy machine spinning makes training ten times slower.
-os.environ |= {"TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1", "OMP_WAIT_POLICY": "passive"}
+os.environ |= {"TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
 
 PROFILE = config.get("profile", "demo")
 BUILD = f"build/{PROFILE}"
