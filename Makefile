@@ -8,7 +8,7 @@ ENV := .venv/.installed
 # The environment's programs and kernel before any other.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
-SNAKEMAKE = snakemake --cores $(CORES) --quiet rules --config
+SNAKEMAKE = snakemake --cores $(CORES) --rerun-incomplete --quiet rules --config
 
 help:
 	@echo "make demo     the whole paper on embedded phantoms, minutes on two cores; prints Table 1"
@@ -36,7 +36,6 @@ test: $(ENV)
 	ruff check
 	ruff format --check
 	python -m pytest
-	$(SNAKEMAKE) profile=test --forceall
 	rm -rf build/nbmake && TQDM_DISABLE=1 python -m pytest --nbmake notebooks -p no:cacheprovider
 
 data: $(ENV)

@@ -35,6 +35,13 @@ def test_values_override_and_defaults_stay(tmp_path, notebook):
     assert found == {"01_x": {"eps_255": 8, "lr": 1, "splits": ["random"], "flip": True, "arch": "x"}}
 
 
+def test_changes_go_over_the_file_and_are_checked_as_it_is(tmp_path, notebook):
+    path = profile(tmp_path, "eps_255: 8\nlr: 1\n")
+    assert load_profile(path, [notebook], changes={"eps_255": 2})["01_x"]["eps_255"] == 2
+    with pytest.raises(ProfileError, match="esp_255"):
+        load_profile(path, [notebook], changes={"esp_255": 2})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

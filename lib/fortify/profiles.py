@@ -33,12 +33,13 @@ def declared_parameters(notebook):
     raise ProfileError(f"{notebook} has no cell tagged parameters")
 
 
-def load_profile(path, notebooks):
+def load_profile(path, notebooks, *, changes=None):
     """Read a profile: {notebook stem: {name: value}}, each notebook with just the parameters it declares.
 
-    ``notebooks`` are paths. A name that the profile leaves out keeps the notebook's default and is
-    included, so that the result holds every parameter. Raises ProfileError for a file that is missing or
-    is no flat mapping, a name that no notebook declares, and a value of another type than the default.
+    ``notebooks`` are paths; ``changes`` {name: value} go over the file's values. A name that neither has
+    keeps the notebook's default, so that the result holds every parameter. Raises ProfileError for a file
+    that is missing or is no flat mapping, a name that no notebook declares, and a value of another type than
+    the default.
     """
     path = Path(path)
     if not path.is_file():
@@ -50,6 +51,7 @@ def load_profile(path, notebooks):
         raise ProfileError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ProfileError(f"{path} must be lines of `name: value`, not {type(values).__name__}")
+    values |= changes or {}
     declared = {Path(n).stem: declared_parameters(n) for n in notebooks}
     known = {name for parameters in declared.values() for name in parameters}
     unknown = sorted(map(str, set(values) - known))

@@ -1,0 +1,101 @@
+"""The workflow: papermill runs every notebook with the test profile, and redoes no more than it must."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from fortify.evaluation import check_rows, read_rows
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "test"
+
+
+def snakemake(*arguments, config=("profile=test",)):
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments, "--config", *config]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def jobs(output):
+    """{rule: count} of the table that a dry run prints."""
+    table = re.search(r"^job +count\n[- ]+\n(.*?)\n\n", output, re.MULTILINE | re.DOTALL)
+    return {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", table.group(1), re.MULTILINE)}
+
+
+@pytest.fixture(scope="module")
+def finished():
+    done = snakemake("--forceall", "--quiet", "rules")
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_every_notebook_ran_and_every_result_is_there(finished):
+    executed = sorted(
+        p.relative_to(BUILD / "notebooks").as_posix() for p in BUILD.glob("notebooks/**/*.ipynb")
+    )
+    per_run = ("02_baseline.ipynb", "03_attacks.ipynb", "04_adversarial_training.ipynb")
+    expected = [f"{split}-s0/{name}" for split in ("grouped", "random") for name in per_run]
+    assert executed == ["01_data.ipynb", "05_results.ipynb", *expected]
+    for path in executed:
+        cells = nbformat.read(BUILD / "notebooks" / path, as_version=4).cells
+        outputs = [o for c in cells if c.cell_type == "code" for o in c.outputs]
+        assert outputs and all(o.output_type in ("display_data", "execute_result") for o in outputs), (
+            f"{path} prints noise: {[o for o in outputs if o.output_type == 'stream'][:1]}"
+        )
+    for kind in ("pdf", "png"):
+        names = {p.stem.split("_")[0] for p in (BUILD / "figures").glob(f"*.{kind}")}
+        assert names >= {f"fig{i}" for i in range(1, 7)}
+
+
+def test_table_1_is_what_the_rows_say(finished):
+    """From the per-example rows to a cell of the printed table, by another road than the library's."""
+    rows = read_rows(BUILD / "random-s0" / "normal_predictions.csv")
+    check_rows(rows)
+    clean = rows[rows.attack == "clean"]
+    pgd = rows[(rows.attack == "pgd") & (rows.eps_255 == 4)]
+    table = pd.read_csv(BUILD / "tables" / "table1_random.csv").set_index(["model", "attack"])
+    for attack, own in (("clean", clean), ("pgd", pgd)):
+        k, n = (own.prediction == own.label).sum(), len(own)
+        assert (table.loc[("normal", attack), "k"], table.loc[("normal", attack), "n"]) == (k, n)
+        assert f"{k}/{n}" in (BUILD / "tables" / "table1.txt").read_text()
+
+
+def test_a_second_call_does_nothing(finished):
+    again = snakemake("--dry-run")
+    assert "Nothing to be done" in again.stdout + again.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "redone"),
+    [
+        ("train_pgd_steps=3", {"adversarial_training": 2, "results": 1, "html": 1, "all": 1}),
+        ("cw_steps=6", {"attacks": 2, "adversarial_training": 2, "results": 1, "html": 1, "all": 1}),
+    ],
+)
+def test_a_changed_parameter_redoes_only_what_depends_on_it(finished, change, redone):
+    assert jobs(snakemake("--dry-run", config=("profile=test", change)).stdout) == redone
+
+
+def test_the_reference_run_is_five_seeds_on_both_splits():
+    found = jobs(snakemake("--dry-run", config=("profile=paper",)).stdout)
+    assert {rule: found[rule] for rule in ("data", "baseline", "attacks", "adversarial_training")} == {
+        "data": 1,
+        "baseline": 10,
+        "attacks": 10,
+        "adversarial_training": 10,
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (("profile=test", "esp_255=4"), "no notebook has a parameter esp_255"),
+        (("profile=none",), "the profiles are"),
+    ],
+)
+def test_what_does_not_fit_is_one_clear_error(config, message):
+    refused = snakemake("--dry-run", config=config)
+    assert refused.returncode != 0 and message in refused.stdout + refused.stderr
