@@ -123,7 +123,7 @@ def test_leaves_the_model_as_it_was(model, images, labels):
 
 
 def test_works_inside_no_grad(model, images, labels):
-    with torch.no_grad():
+    with torch.no_grad(), torch.inference_mode():
         inside = craft(model, images[:8], labels[:8], FGSM(4)).images
     assert torch.equal(inside, craft(model, images[:8], labels[:8], FGSM(4)).images)
 

@@ -61,12 +61,64 @@ def test_by_hand_reads_the_newest_run_and_writes_beside_it(checkout):
     assert run.profile == "laptop"
 
 
-def test_by_hand_prefers_what_was_made_by_hand(checkout):
-    finished(checkout / "build/demo/random-s0")
+def stamped(folder, manifest, *, sha="abc", split=None, seed=0):
+    parameters = {"split": split, "seed": seed} if split else {}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / manifest).write_text(json.dumps({"data_sha256": sha, "parameters": parameters}))
+
+
+NEEDS = ["data/slices.npz", "data/splits/random-s0.csv", "normal.safetensors"]
+
+
+def profile_run(build, run, **facts):
+    finished(build / "data", "slices.npz")
+    for name in ("random-s0", "grouped-s0"):
+        finished(build / "data/splits", f"{name}.csv")
+    stamped(build / "data", "01_data.json")
+    stamped(build / run, "02_baseline.json", split=run.split("-")[0])
+    return finished(build / run, **facts)
+
+
+def test_by_hand_never_takes_another_splits_model(checkout):
+    """The model of the grouped split was trained on slices that the random split tests."""
+    own = profile_run(checkout / "build/laptop", "random-s0", age=60)
+    profile_run(checkout / "build/laptop", "grouped-s0", age=0)
+    assert runs.open_run(needs=NEEDS).read("normal.safetensors") == own
+    with pytest.raises(FileNotFoundError, match="No run of random-s3"):
+        runs.open_run(needs=[NEEDS[0], "data/splits/random-s3.csv", NEEDS[2]])
+
+
+def test_by_hand_prefers_what_was_made_by_hand_of_the_same_split(checkout):
+    base = profile_run(checkout / "build/laptop", "random-s0")
     own = finished(checkout / "build/by-hand", age=60)
-    run = runs.open_run(needs=["normal.safetensors"])
-    assert run.read("normal.safetensors") == own
-    assert run.profile == "by hand"
+    stamped(checkout / "build/by-hand", "02_baseline.json", split="random")
+    assert runs.open_run(needs=NEEDS).read("normal.safetensors") == own
+    for other in (
+        {"split": "grouped"},
+        {"split": "random", "seed": 1},
+        {"split": "random", "sha": "other data"},
+    ):
+        stamped(checkout / "build/by-hand", "02_baseline.json", **other)
+        assert runs.open_run(needs=NEEDS).read("normal.safetensors") == base
+
+
+def test_a_whole_run_made_by_hand_is_taken_if_it_belongs_together(checkout):
+    base = profile_run(checkout / "build/laptop", "random-s0")
+    by_hand = checkout / "build/by-hand"
+    for name in NEEDS:
+        own = finished((by_hand / name).parent, (by_hand / name).name)
+    stamped(by_hand / "data", "01_data.json")
+    stamped(by_hand, "02_baseline.json", split="random")
+    run = runs.open_run(needs=NEEDS)
+    assert run.read("normal.safetensors") == own and run.profile == "by hand"
+    stamped(by_hand, "02_baseline.json", split="grouped")
+    assert runs.open_run(needs=NEEDS).read("normal.safetensors") == base
+
+
+def test_a_cell_may_be_run_twice(checkout):
+    finished(checkout / "build/demo/random-s0")
+    run = runs.open_run("build/demo/random-s0")
+    assert runs.open_run(run) is run
 
 
 @pytest.mark.parametrize("run", ["", "build/demo/random-s0"])

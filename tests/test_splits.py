@@ -27,15 +27,6 @@ def with_groups(slices, groups):
     return dataclasses.replace(slices, groups=groups)
 
 
-def pairwise(groups, patients):
-    """(precision, recall) of 'these two slices are of one patient', over all pairs."""
-    upper = np.triu_indices(len(groups), 1)
-    same_group = (groups[:, None] == groups)[upper]
-    same_patient = (patients[:, None] == patients)[upper]
-    both = (same_group & same_patient).sum()
-    return both / same_group.sum(), both / same_patient.sum()
-
-
 def assert_partition(split, count):
     assert tuple(split) == splits.PARTS
     assert np.array_equal(np.sort(np.concatenate(list(split.values()))), np.arange(count))
@@ -49,13 +40,19 @@ def assert_partition(split, count):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_groups_find_the_virtual_patients(seed):
     slices = phantom.phantom_slices(patients=30, slices_per_patient=6, size=64, seed=seed)
-    precision, recall = pairwise(splits.near_duplicate_groups(slices), slices.patients)
+    precision, recall = splits.pairwise_agreement(splits.near_duplicate_groups(slices), slices.patients)
     # What leaks is a patient torn apart, so recall is what counts. Neighbours in the numbering that are
     # different patients may merge at the laxer threshold, which only makes a split stricter.
     assert recall > 0.99 and precision > 0.5
     strict = splits.near_duplicate_groups(slices, neighbour_threshold=0.93)
-    precision, recall = pairwise(strict, slices.patients)
+    precision, recall = splits.pairwise_agreement(strict, slices.patients)
     assert recall > 0.97 and precision > 0.97
+
+
+def test_agreement_of_pairs_by_hand():
+    """Pairs in one group: 01, 02, 12, 34; of one patient: 01, 23, 24, 34; in both: 01, 34."""
+    found = splits.pairwise_agreement(np.array([0, 0, 0, 1, 1]), np.array([7, 7, 8, 8, 8]))
+    assert found == (2 / 4, 2 / 4)
 
 
 def test_group_ids_are_0_to_g_minus_1_and_do_not_depend_on_the_order(slices):
@@ -63,7 +60,7 @@ def test_group_ids_are_0_to_g_minus_1_and_do_not_depend_on_the_order(slices):
     assert groups.dtype == np.int64 and np.array_equal(np.unique(groups), np.arange(groups.max() + 1))
     order = np.random.default_rng(0).permutation(len(slices))
     shuffled = splits.near_duplicate_groups(slices.subset(order))
-    assert pairwise(shuffled, groups[order]) == (1, 1)
+    assert splits.pairwise_agreement(shuffled, groups[order]) == (1, 1)
 
 
 def test_lower_thresholds_only_merge_groups(slices):

@@ -1,6 +1,7 @@
 """The workflow: papermill runs every notebook with the test profile, and redoes no more than it must."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ def jobs(output):
 
 @pytest.fixture(scope="module")
 def finished():
+    shutil.rmtree(BUILD, ignore_errors=True)
     done = snakemake("--forceall", "--quiet", "rules")
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -80,7 +82,7 @@ def test_a_changed_parameter_redoes_only_what_depends_on_it(finished, change, re
 
 
 def test_the_reference_run_is_five_seeds_on_both_splits():
-    found = jobs(snakemake("--dry-run", config=("profile=paper",)).stdout)
+    found = jobs(snakemake("--dry-run", "--forceall", config=("profile=paper",)).stdout)
     assert {rule: found[rule] for rule in ("data", "baseline", "attacks", "adversarial_training")} == {
         "data": 1,
         "baseline": 10,

@@ -15,7 +15,7 @@ import eagerpy as ep
 import foolbox as fb
 import torch
 
-from fortify.models import device_of
+from fortify.models import device_of, float32_convolutions
 from fortify.runs import progress_bar
 
 
@@ -92,7 +92,7 @@ def craft(model, images, labels, attack, *, seed=0, batch_size=64, progress=Fals
         # Drawn on the CPU: the same start on every device.
         noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     adversarial, success = [], []
-    with frozen(model):
+    with frozen(model), float32_convolutions(device):
         _check_labels(model, images, labels, device)
         for start in progress_bar(range(0, len(images), batch_size), desc=attack.name, show=progress):
             part = slice(start, start + batch_size)

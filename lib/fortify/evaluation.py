@@ -279,6 +279,8 @@ def evaluate(model, images, labels, attacks, *, index, model_name, split, seed, 
     ``rows`` holds the clean predictions too. ``keep`` maps names to attacks of the list whose images
     are wanted: ``kept`` is then {name: float32 array (N, 1, H, W)}.
     """
+    import torch
+
     from fortify.attacks import craft
 
     ids = {"index": index, "model_name": model_name, "split": split, "seed": seed}
@@ -286,12 +288,15 @@ def evaluate(model, images, labels, attacks, *, index, model_name, split, seed, 
     for attack in attacks:
         crafted = craft(model, images, labels, attack, seed=seed, batch_size=batch_size, progress=True)
         eps_255 = getattr(attack, "eps_255", np.nan)  # CW has no budget
-        rows.append(
-            score(
-                model, images, labels, attack=attack.name, eps_255=eps_255, adversarial=crafted.images, **ids
-            )
-        )
-        kept |= {name: crafted.images.numpy() for name, wanted in (keep or {}).items() if wanted == attack}
+        adversarial, about = crafted.images, {"attack": attack.name, "eps_255": eps_255}
+        scored = score(model, images, labels, adversarial=adversarial, **about, **ids)
+        if np.isnan(eps_255):
+            # CW stops on the boundary, where another batch size can round it back: that is a failed CW.
+            undone = torch.from_numpy((~scored.success & scored.l2.gt(0)).to_numpy()).view(-1, 1, 1, 1)
+            adversarial = torch.where(undone, images, adversarial)
+            scored = score(model, images, labels, adversarial=adversarial, **about, **ids)
+        rows.append(scored)
+        kept |= {name: adversarial.numpy() for name, wanted in (keep or {}).items() if wanted == attack}
     return pd.concat(rows, ignore_index=True), kept
 
 
@@ -299,9 +304,11 @@ def score_static(model, images, labels, crafted, *, index, eps_255, model_name, 
     """Rows of attacks that were crafted on another model (protocol ``static``).
 
     ``crafted`` maps fgsm, pgd and cw to float32 arrays (N, 1, H, W) made from the same ``images``, FGSM and
-    PGD at ``eps_255``.
+    PGD at ``eps_255``. Raises ValueError when they were made from other images or at another budget.
     """
     import torch
+
+    from fortify.attacks import perturbation_norms
 
     rows = []
     for attack in ATTACKS:
@@ -312,6 +319,12 @@ def score_static(model, images, labels, crafted, *, index, eps_255, model_name, 
                 f"{tuple(images.shape)}: they come from another split or size; run notebook 03 again."
             )
         budget = np.nan if attack == "cw" else eps_255
+        largest = perturbation_norms(images, adversarial)[0].max().item()
+        if attack != "cw" and abs(largest - eps_255) > 0.01:
+            raise ValueError(
+                f"static {attack} images differ from the test images by up to {largest:.4g} grey levels, not "
+                f"eps_255={eps_255:g}: run notebook 03 with the same eps_255 and split first."
+            )
         ids = {"index": index, "model_name": model_name, "split": split, "seed": seed}
         rows.append(
             score(

@@ -1,5 +1,6 @@
 """Classifiers that take grey images in [0, 1]: torchvision nets with normalisation as their first layer."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -31,6 +32,13 @@ class GreyNormalise(nn.Module):
         if x.ndim != 4 or x.shape[1] != 1:
             raise ValueError(f"the model takes grey images of shape (B, 1, H, W), not {tuple(x.shape)}")
         return (x - self.mean) / self.std
+
+
+class Float32(nn.Module):
+    """Logits in float32, under bf16 autocast too: losses and margins are not rounded to eight bits."""
+
+    def forward(self, x):
+        return x.float()
 
 
 class SmallResNet(nn.Module):
@@ -77,7 +85,7 @@ def build_model(arch, *, num_classes, weights=None, seed=None):
     """
     if weights not in (None, "imagenet"):
         raise ValueError(f'weights must be None or "imagenet", not {weights!r}')
-    with torch.random.fork_rng(enabled=seed is not None):
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):  # weights are drawn on the CPU
         if seed is not None:
             torch.manual_seed(seed)
         if arch == "resnet_small":
@@ -86,7 +94,7 @@ def build_model(arch, *, num_classes, weights=None, seed=None):
             net = SmallResNet(num_classes)
         else:
             net = _torchvision_net(arch, num_classes, weights)
-    model = nn.Sequential(GreyNormalise(), net)
+    model = nn.Sequential(GreyNormalise(), net, Float32())
     model.arch, model.num_classes = arch, num_classes
     return model
 
@@ -119,12 +127,22 @@ def predict(model, images, *, batch_size=256):
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), float32_convolutions(device_of(model)):
             parts = [model(x.to(device_of(model))).softmax(1).cpu() for x in images.split(batch_size)]
     finally:
         for module, mode in modes.items():
             module.training = mode
     return torch.cat(parts)
+
+
+def float32_convolutions(device):
+    """A context in which cuDNN convolves in float32, not in TF32 with its ten-bit mantissa, its default."""
+    if torch.device(device).type != "cuda":
+        return contextlib.nullcontext()
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(
+        enabled=True, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
+    )
 
 
 def device_of(model):

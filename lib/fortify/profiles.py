@@ -1,6 +1,7 @@
 """Profiles: flat YAML files of notebook parameters, checked against what the notebooks declare."""
 
 import ast
+import contextlib
 from pathlib import Path
 
 import nbformat
@@ -72,6 +73,9 @@ def _typed(value, default, *, where):
         if not isinstance(value, list) or not value:
             raise ProfileError(f"{where} must be a list like {default}, not {value!r}")
         return [_typed(v, default[0], where=where) for v in value]
+    if isinstance(default, float) and isinstance(value, str):  # YAML reads 5e-5, without a dot, as text
+        with contextlib.suppress(ValueError):
+            value = float(value)
     fits = type(value) is type(default) or (type(value) is int and type(default) is float)
     if not fits:
         raise ProfileError(f"{where} must be {type(default).__name__} like {default!r}, not {value!r}")

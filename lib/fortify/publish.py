@@ -128,6 +128,14 @@ def update_readme(root, profile):
         table = tables / f"table1_{split}.md"
         if table.exists():
             parts.append(f"**Table 1, {split} split**\n\n{table.read_text(encoding='utf-8')}")
+    what = {
+        "paper": "the reference run: ResNet-50 at 224 px, five seeds, one GPU",
+        "laptop": "a small ResNet at 112 px, one seed, on a CPU",
+    }
+    sentence = f"From the `{profile}` profile ({what.get(profile, 'see its YAML')})."
+    if profile != "paper":
+        sentence += " **Not** the reference run (`make paper`), which has yet to be published here."
+    parts.append(sentence + "\n")
     parts.append(f"![Accuracy against the attack budget, both splits]({figures / 'robustness_curves.png'})\n")
     text = readme.read_text(encoding="utf-8")
     start, end = "<!-- generated: results -->", "<!-- /generated -->"

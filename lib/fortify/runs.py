@@ -114,10 +114,15 @@ class Run:
 
         Raises FileNotFoundError, saying which notebook writes the file.
         """
-        for folder in (self.source, self.target):
-            path = _resolve(folder, name)
-            if path.exists():
-                return path
+        path = _resolve(self.source, name)
+        if self.target != self.source and not name.startswith("data/"):
+            # What was made by hand, if it was made of the same data, split and seed. Never another split's
+            # file: that model may have seen this one's test images.
+            own = _stamp(self.target, name)
+            if own is not None and own == _stamp(self.source, name) and _resolve(self.target, name).exists():
+                path = _resolve(self.target, name)
+        if path.exists():
+            return path
         raise FileNotFoundError(f"{_resolve(self.source, name)} does not exist. {_remedy(name)}")
 
     def write(self, name):
@@ -130,10 +135,14 @@ class Run:
 def open_run(run="", *, needs=()):
     """Open the run folder ``run`` (absolute, or below the checkout) and return a :class:`Run`.
 
-    ``run=""`` is a notebook run by hand: it reads the newest run below ``build/`` that holds every
-    file in ``needs`` and writes to ``build/by-hand``, so that no finished run is changed.
+    ``run=""`` is a notebook run by hand: it writes to ``build/by-hand``, so that no finished run is
+    changed, and reads what was made there before; what is not there comes from the newest run below
+    ``build/`` that has it. When a split's file is among the ``needs``, only runs of that split and seed
+    count: another's model has seen this one's test images.
     Raises FileNotFoundError naming the notebook to run first when a needed file is nowhere.
     """
+    if isinstance(run, Run):  # the cell was run twice
+        return run
     root = find_root()
     if run:
         folder = root / run
@@ -142,18 +151,43 @@ def open_run(run="", *, needs=()):
             opened.read(name)
         return opened
     by_hand = root / BY_HAND
-    candidates = [by_hand] if needs and _holds(by_hand, needs) else []
-    candidates += sorted(
-        (p for p in (root / "build").glob("*/*") if p.is_dir() and needs and _holds(p, needs)),
-        key=lambda p: max(_resolve(p, n).stat().st_mtime for n in needs),
-        reverse=True,
-    )
-    if needs and not candidates:
-        missing = [n for n in needs if not _resolve(by_hand, n).exists()]
+    names = {Path(n).stem for n in needs if n.startswith("data/splits/")}
+    if needs and _holds(by_hand, needs) and _belong_together(by_hand, needs, names):
+        return Run(by_hand, by_hand)
+    runs = [p for p in (root / "build").glob("*/*") if needs and _holds(p, needs)]
+    runs = [p for p in runs if not names or p.name in names]
+    if needs and not runs:
+        of = f" of {names.pop()}" if names else ""
+        missing = [n for n in needs if not _resolve(by_hand, n).exists()] or list(needs)
         raise FileNotFoundError(
-            f"No run below {root / 'build'} holds {', '.join(missing)}. {_remedy(missing[0])}"
+            f"No run{of} below {root / 'build'} holds {', '.join(missing)}. {_remedy(missing[-1])}"
         )
-    return Run(candidates[0] if candidates else by_hand, by_hand)
+    newest = max(runs, key=lambda p: max(_resolve(p, n).stat().st_mtime for n in needs), default=by_hand)
+    return Run(newest, by_hand)
+
+
+def _belong_together(folder, needs, names):
+    """Whether the files that notebooks left in one folder are of one data set, and of the named split."""
+    stamps = [_stamp(folder, name) for name in needs]
+    runs = {stamp[1] for stamp in stamps if stamp} - {None}
+    return len({stamp[0] for stamp in stamps if stamp}) == 1 and (not names or runs <= names)
+
+
+def _stamp(folder, name):
+    """(data hash, "<split>-s<seed>" or None) from the manifest of the notebook that wrote ``name``."""
+    manifest_of = (
+        ("data/", "data/01_data.json"),
+        ("normal_predictions", "03_attacks.json"),
+        ("normal_attacked", "03_attacks.json"),
+        ("normal", "02_baseline.json"),
+        ("adversarial", "04_adversarial_training.json"),
+    )
+    for prefix, written in manifest_of:
+        if name.startswith(prefix) and _resolve(folder, written).exists():
+            made = json.loads(_resolve(folder, written).read_text(encoding="utf-8"))
+            own = made["parameters"]
+            return made["data_sha256"], f"{own['split']}-s{own['seed']}" if "split" in own else None
+    return None
 
 
 def _resolve(folder, name):
@@ -258,8 +292,12 @@ def code_state():
     state = {"lib_sha256": digest.hexdigest(), "commit": None, "dirty": None}
     try:
         git = ["git", "-C", str(package)]
-        state["commit"] = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True, stderr=-3).strip()
-        state["dirty"] = bool(subprocess.check_output([*git, "status", "--porcelain"], stderr=-3).strip())
+        state["commit"] = subprocess.check_output(
+            [*git, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL
+        ).strip()
+        state["dirty"] = bool(
+            subprocess.check_output([*git, "status", "--porcelain"], stderr=subprocess.DEVNULL).strip()
+        )
     except (OSError, subprocess.CalledProcessError):
         return state  # an installed copy, or no git: the hash of the sources still names the code
     return state

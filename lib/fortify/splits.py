@@ -63,6 +63,19 @@ def label_conflicts(slices, *, threshold=0.99, side=56):
     return table.sort_values(["r", "name", "twin"], ascending=[False, True, True], ignore_index=True)
 
 
+def pairwise_agreement(groups, patients):
+    """(precision, recall) of "these two slices are of one patient", over all pairs of slices.
+
+    ``groups`` and ``patients`` (N,) are ids. A recall below 1 is a patient torn apart, which can leak; a
+    precision below 1 is patients merged, which only makes a grouped split stricter.
+    """
+    upper = np.triu_indices(len(groups), 1)
+    same_group = (groups[:, None] == groups)[upper]
+    same_patient = (patients[:, None] == patients)[upper]
+    both = (same_group & same_patient).sum()
+    return float(both / same_group.sum()), float(both / same_patient.sum())
+
+
 def twin_share(slices, split, *, threshold=0.99, side=56):
     """Share of test slices with a training slice whose thumbnail correlates above ``threshold``."""
     thumbnails = _thumbnails(slices.images, side)

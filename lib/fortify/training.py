@@ -63,7 +63,7 @@ def fit(model, train, val, recipe, *, attacks=None, val_attack=None, seed=0, che
     if device.type == "cuda":
         model.to(memory_format=torch.channels_last)
     x_train, y_train = _on_device(train, device)
-    x_val, y_val = (t.cpu() for t in _on_device(val, device))
+    x_val, y_val = _on_device(val, "cpu")
     weight = _class_weights(y_train, model.num_classes)
     state = _State(model, recipe, len(y_train))
     file = None
@@ -171,12 +171,10 @@ def _epoch(state, x_train, y_train, weight, recipe, attacks, seed):
     model.train()
     for index in order.tensor_split(state.batches):  # sizes differ by one: no tiny last batch for BatchNorm
         x = augment(x_train[index].float() / 255, recipe.augmentation, generator=generator)
-        if device.type == "cuda":
-            x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             x, y = _with_attacked(model, x, y_train[index], recipe.clean_share, attacks, generator)
-            logits = model(x)
-            loss = F.cross_entropy(logits, y, weight, label_smoothing=recipe.label_smoothing)
+            logits = model(x)  # float32, whatever the autocast
+        loss = F.cross_entropy(logits, y, weight, label_smoothing=recipe.label_smoothing)
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         state.optimizer.step()
