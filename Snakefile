@@ -1,14 +1,16 @@
 """The order of the notebooks: one rule each, papermill runs it. `make demo` calls this with profile=demo.
 
-    snakemake --cores all --config profile=laptop
+    snakemake --cores all --config profile=laptop            # one parameter changed: ... profile=laptop epochs=30
 
 Results lie in build/<profile>/: data/, <split>-s<seed>/ per run, tables/, figures/, html/.
 A rule is redone when its notebook, one of its parameters, a module it computes with, or an input changes.
 """
-import json
 import os
 from pathlib import Path
 
+import yaml
+
+from fortify.data import find_data
 from fortify.profiles import ProfileError, load_profile
 from snakemake.exceptions import WorkflowError
 
@@ -19,7 +21,8 @@ PROFILE = config.get("profile", "demo")
 BUILD = f"build/{PROFILE}"
 NOTEBOOKS = sorted(Path("notebooks").glob("[0-9]*.ipynb"))
 try:
-    PARAMETERS = load_profile(f"notebooks/profiles/{PROFILE}.yaml", NOTEBOOKS)
+    changes = {name: value for name, value in config.items() if name != "profile"}
+    PARAMETERS = load_profile(f"notebooks/profiles/{PROFILE}.yaml", NOTEBOOKS, changes=changes)
 except ProfileError as error:
     raise WorkflowError(str(error))
 
@@ -29,7 +32,7 @@ RUNS = [f"{split}-s{seed}" for seed in SEEDS for split in SPLITS]
 
 
 def lib(*modules):
-    """The modules whose change makes a result stale. Figures and tables are left out: style retrains nothing."""
+    """The modules whose change makes a result stale; style (figures, tables) and files (runs) retrain nothing."""
     return [f"lib/fortify/{module}.py" for module in modules]
 
 
@@ -39,17 +42,31 @@ def values(notebook, run):
     def filled(wildcards):
         own = PARAMETERS[notebook] | {"run": run.format(**wildcards)}
         own |= {k: int(v) if k == "seed" else v for k, v in wildcards.items()}
-        return json.dumps(own, sort_keys=True)
+        # YAML's own writer: JSON's 5e-05 would be read back as text. One line, for the shell.
+        return yaml.safe_dump(own, default_flow_style=True, width=float("inf")).strip()
 
     return filled
 
 
 def papermill(notebook):
     # --cwd makes it run where JupyterLab would; the executed copy is a log so that a failed one is kept.
-    return (
-        f"papermill notebooks/{notebook}.ipynb {{log.notebook}} --kernel python3 --cwd notebooks "
-        "--no-progress-bar -y {params.values:q} >{log.text} 2>&1 || { tail -n 25 {log.text} >&2; exit 1; }"
-    ).replace("|| { tail", "|| {{ tail").replace("exit 1; }", "exit 1; }}")
+    return f"papermill notebooks/{notebook}.ipynb" + (
+        " {log.notebook} --kernel python3 --cwd notebooks --no-progress-bar -y {params.values:q}"
+        " >{log.text} 2>&1 || {{ tail -n 25 {log.text} >&2; exit 1; }}"
+    )
+
+
+def data_folder(wildcards):
+    """Which files notebook 01 reads, so that other ones make its results stale; phantoms have none."""
+    own = PARAMETERS["01_data"]
+    if own["dataset"] == "phantom":
+        return ""
+    try:
+        folder = Path(own["data_dir"] or find_data())
+    except FileNotFoundError:
+        return "not there yet"
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return f"{len(files)} files, {sum(p.stat().st_size for p in files)} bytes"
 
 
 wildcard_constraints:
@@ -72,6 +89,7 @@ rule data:
         expand(f"{BUILD}/data/splits/{{split}}-s{{seed}}.csv", split=SPLITS, seed=SEEDS),
     params:
         values=values("01_data", f"{BUILD}/data"),
+        files=data_folder,
     log:
         notebook=f"{BUILD}/notebooks/01_data.ipynb",
         text=f"{BUILD}/notebooks/01_data.log",
@@ -84,7 +102,7 @@ rule data:
 rule baseline:
     input:
         "notebooks/02_baseline.ipynb",
-        lib("models", "attacks", "augmentation", "training"),
+        lib("data", "splits", "models", "attacks", "augmentation", "training", "evaluation"),
         f"{BUILD}/data/slices.npz",
         f"{BUILD}/data/splits/{{split}}-s{{seed}}.csv",
     output:
@@ -106,8 +124,9 @@ rule baseline:
 rule attacks:
     input:
         "notebooks/03_attacks.ipynb",
-        lib("models", "attacks", "evaluation"),
+        lib("data", "splits", "models", "attacks", "evaluation"),
         f"{BUILD}/data/slices.npz",
+        f"{BUILD}/data/splits/{{split}}-s{{seed}}.csv",
         f"{BUILD}/{{split}}-s{{seed}}/normal.safetensors",
     output:
         f"{BUILD}/{{split}}-s{{seed}}/normal_predictions.csv",
@@ -128,8 +147,9 @@ rule attacks:
 rule adversarial_training:
     input:
         "notebooks/04_adversarial_training.ipynb",
-        lib("models", "attacks", "augmentation", "training", "evaluation"),
+        lib("data", "splits", "models", "attacks", "augmentation", "training", "evaluation"),
         f"{BUILD}/data/slices.npz",
+        f"{BUILD}/data/splits/{{split}}-s{{seed}}.csv",
         f"{BUILD}/{{split}}-s{{seed}}/normal_attacked.npz",
     output:
         f"{BUILD}/{{split}}-s{{seed}}/adversarial.safetensors",
@@ -186,6 +206,7 @@ rule results:
 
 rule html:
     input:
+        lib("publish"),
         f"{BUILD}/results/05_results.json",
     output:
         f"{BUILD}/html/index.html",

@@ -292,7 +292,7 @@ def evaluate(model, images, labels, attacks, *, index, model_name, split, seed, 
         scored = score(model, images, labels, adversarial=adversarial, **about, **ids)
         if np.isnan(eps_255):
             # CW stops on the boundary, where another batch size can round it back: that is a failed CW.
-            undone = torch.from_numpy((~scored.success & scored.l2.gt(0)).to_numpy()).view(-1, 1, 1, 1)
+            undone = torch.tensor((~scored.success & scored.l2.gt(0)).to_numpy()).view(-1, 1, 1, 1)
             adversarial = torch.where(undone, images, adversarial)
             scored = score(model, images, labels, adversarial=adversarial, **about, **ids)
         rows.append(scored)
