@@ -4,7 +4,7 @@
     python benchmarks/cw_in_training.py --real      the IQ-OTH/NCCD slices at 112 px
 
 Trains the same network on the same split with thirds of FGSM, PGD and one of the two, and attacks both
-alike. Writes build/benchmarks/cw_in_training.csv, one row per variant and seed, and prints it.
+alike. Writes benchmarks/cw_in_training.csv, one row per variant and seed, and prints the means.
 """
 
 import argparse
@@ -72,10 +72,10 @@ def main():
         for variant, attack in VARIANTS.items():
             rows.append(measure(variant, attack, slices, seed, arguments.epochs))
             print(rows[-1], flush=True)
-    path = find_root() / "build" / "benchmarks" / "cw_in_training.csv"
+    path = find_root() / "benchmarks" / "cw_in_training.csv"
     write_csv(path, pd.DataFrame(rows).assign(source=slices.source))
     print(pd.DataFrame(rows).groupby("variant").mean(numeric_only=True).round(3).T.to_string())
-    print(path)
+    print(path.relative_to(find_root()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The notebooks as a set: each is run by both runners, agrees with its neighbours, and is not stale."""
 
 import ast
+import base64
 import re
 from pathlib import Path
 
@@ -71,10 +72,25 @@ def test_it_is_readable(path):
 @each
 def test_committed_outputs_come_from_the_committed_source(path):
     notebook = read(path)
-    if not any(c.get("outputs") for c in notebook.cells):
-        pytest.skip("not published yet: `make publish` writes the outputs")
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert any(c.outputs for c in code), "readers find no results: run a profile, then `make publish`"
     assert notebook.metadata["fortify"]["source_sha256"] == source_sha256(notebook), (
-        "the source changed after it was executed: run the profile again and `make publish`"
+        "the source changed after it was executed: run the profile again, then `make publish`"
     )
-    outputs = [o for c in notebook.cells for o in c.get("outputs", [])]
+    outputs = [o for c in code for o in c.outputs]
     assert not any(o.output_type in ("error", "stream") for o in outputs), "no error, no noise"
+
+
+def test_all_were_executed_with_one_profile():
+    assert len({read(path).metadata["fortify"]["profile"] for path in NOTEBOOKS}) == 1
+
+
+@each
+def test_the_figures_shown_are_the_published_ones(path):
+    notebook = read(path)
+    profile = notebook.metadata["fortify"]["profile"]
+    folder = ROOT / "figures" / ("" if profile == "paper" else profile)
+    published = {p.read_bytes() for p in folder.glob("*.png")}
+    outputs = [o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert outputs, "every notebook shows a figure"
+    assert all(base64.b64decode(o.data["image/png"]) in published for o in outputs)
