@@ -103,7 +103,8 @@ class Slices:
 
     def subset(self, index):
         """The slices at ``index`` (integers without repeats, or a boolean mask), in that order."""
-        index = np.arange(len(self))[np.asarray(index)]
+        index = np.asarray(index)
+        index = np.arange(len(self))[index if index.size else index.astype(np.int64)]  # [] is float to numpy
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         picked = {name: v[index] for name, v in values.items() if isinstance(v, np.ndarray)}
         return replace(self, names=tuple(self.names[i] for i in index), **picked)
