@@ -55,6 +55,7 @@ def test_by_hand_reads_the_newest_run_and_writes_beside_it(checkout):
     finished(checkout / "build/demo/random-s0", age=60)
     newest = finished(checkout / "build/laptop/grouped-s0", age=30)
     finished(checkout / "build/paper/random-s0", name="other.csv", age=0)
+    finished(checkout / "build/test/random-s0", age=0)  # tiny phantoms of the test suite
     run = runs.open_run(needs=["normal.safetensors"])
     assert run.read("normal.safetensors") == newest
     assert run.write("x.csv") == checkout / "build/by-hand/x.csv"

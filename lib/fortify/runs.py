@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 BY_HAND = "build/by-hand"  # where a notebook run outside the workflow writes
+_MEANINGLESS = ("test", "nbmake")  # profiles whose figures mean nothing: never read by hand
 
 _STAMPED = ("fortify", "torch", "torchvision", "foolbox", "numpy", "pandas", "scikit-learn", "scipy")
 
@@ -155,7 +156,7 @@ def open_run(run="", *, needs=()):
     if needs and _holds(by_hand, needs) and _belong_together(by_hand, needs, names):
         return Run(by_hand, by_hand)
     runs = [p for p in (root / "build").glob("*/*") if needs and _holds(p, needs)]
-    runs = [p for p in runs if not names or p.name in names]
+    runs = [p for p in runs if (not names or p.name in names) and p.parent.name not in _MEANINGLESS]
     if needs and not runs:
         of = f" of {names.pop()}" if names else ""
         missing = [n for n in needs if not _resolve(by_hand, n).exists()] or list(needs)
