@@ -22,6 +22,13 @@ import numpy as np
 BY_HAND = "build/by-hand"  # where a notebook run outside the workflow writes
 _MEANINGLESS = ("test", "nbmake")  # profiles whose figures mean nothing: never read by hand
 
+_WRITERS = (  # the first prefix that fits
+    ("data/", "01_data"),
+    ("normal_predictions", "03_attacks"),
+    ("normal_attacked", "03_attacks"),
+    ("normal", "02_baseline"),
+    ("adversarial", "04_adversarial_training"),
+)
 _STAMPED = ("fortify", "torch", "torchvision", "foolbox", "numpy", "pandas", "scikit-learn", "scipy")
 
 
@@ -176,19 +183,13 @@ def _belong_together(folder, needs, names):
 
 def _stamp(folder, name):
     """(data hash, "<split>-s<seed>" or None) from the manifest of the notebook that wrote ``name``."""
-    manifest_of = (
-        ("data/", "data/01_data.json"),
-        ("normal_predictions", "03_attacks.json"),
-        ("normal_attacked", "03_attacks.json"),
-        ("normal", "02_baseline.json"),
-        ("adversarial", "04_adversarial_training.json"),
-    )
-    for prefix, written in manifest_of:
-        if name.startswith(prefix) and _resolve(folder, written).exists():
-            made = json.loads(_resolve(folder, written).read_text(encoding="utf-8"))
-            own = made["parameters"]
-            return made["data_sha256"], f"{own['split']}-s{own['seed']}" if "split" in own else None
-    return None
+    notebook = _writer(name)
+    path = _resolve(folder, f"data/{notebook}.json" if name.startswith("data/") else f"{notebook}.json")
+    if not path.exists():
+        return None
+    made = json.loads(path.read_text(encoding="utf-8"))
+    own = made["parameters"]
+    return made["data_sha256"], f"{own['split']}-s{own['seed']}" if "split" in own else None
 
 
 def _resolve(folder, name):
@@ -200,17 +201,14 @@ def _holds(folder, names):
     return all(_resolve(folder, n).exists() for n in names)
 
 
+def _writer(name):
+    """The notebook that writes the file ``name``; None for a file that none of them is known to write."""
+    return next((notebook for prefix, notebook in _WRITERS if name.startswith(prefix)), None)
+
+
 def _remedy(name):
-    order = (
-        ("data/", "01_data"),
-        ("normal_predictions", "03_attacks"),
-        ("normal_attacked", "03_attacks"),
-        ("normal", "02_baseline"),
-        ("adversarial", "04_adversarial_training"),
-    )
-    for prefix, notebook in order:
-        if name.startswith(prefix):
-            return f"Notebook {notebook} writes it: run that first, or `make demo` for all of them."
+    if _writer(name):
+        return f"Notebook {_writer(name)} writes it: run that first, or `make demo` for all of them."
     return "Run the notebooks before this one first, or `make demo` for all of them."
 
 
