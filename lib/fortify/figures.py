@@ -41,11 +41,11 @@ class Example:
     eps_255: float | None = None  # Linf budget in grey levels; None or NaN for CW
 
 
-def _styled(function):
+def styled(function):
     """Draw in the paper's style, and lay the figure out once, for each further pass moves it a little."""
 
     @functools.wraps(function)
-    def styled(*args, **kwargs):
+    def drawn(*args, **kwargs):
         with mpl.style.context(STYLE):
             fig = function(*args, **kwargs)
             for _ in range(2):  # the ticks that fit are known after the first
@@ -53,7 +53,7 @@ def _styled(function):
             fig.set_layout_engine("none")
             return fig
 
-    return styled
+    return drawn
 
 
 def save(fig, folder, name):
@@ -69,7 +69,7 @@ def save(fig, folder, name):
     return path
 
 
-@_styled
+@styled
 def fig1_system():
     """Figure 1, the system: train normally, craft attacks, train adversarially, evaluate both models."""
     fig = Figure(figsize=(DOUBLE, 3.0), layout=None)
@@ -119,14 +119,14 @@ def fig1_system():
     return fig
 
 
-def _grid(rows, columns, width, *, below=0.0, top=0.0, aspect=1.0):
+def image_grid(rows, columns, width, *, below=0.0, top=0.0, aspect=1.0):
     """A Figure of ``rows`` x ``columns`` square images, with room in inches for text below and on top."""
     height = rows * (width / columns * aspect + below) + top
     fig = Figure(figsize=(width, height), layout="compressed")
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 
-def _show(ax, image, *, vmin=0.0, vmax=1.0, wrong=None, **kwargs):
+def show_image(ax, image, *, vmin=0.0, vmax=1.0, wrong=None, **kwargs):
     """Draw an image without ticks; a wrong prediction has a thick frame and a cross in the corner."""
     drawn = ax.imshow(image, vmin=vmin, vmax=vmax, **kwargs)
     ax.set(xticks=[], yticks=[])
@@ -137,13 +137,13 @@ def _show(ax, image, *, vmin=0.0, vmax=1.0, wrong=None, **kwargs):
     return drawn
 
 
-@_styled
+@styled
 def fig2_samples(images, labels, class_names, per_class=4, names=None):
     """Figure 2: ``per_class`` slices of each class, spread evenly over its (N, H, W) images.
 
     ``names`` (N,) are written below the slices. Images are uint8, or float in [0, 1].
     """
-    fig, axes = _grid(len(class_names), per_class, DOUBLE, below=0.14 if names is not None else 0)
+    fig, axes = image_grid(len(class_names), per_class, DOUBLE, below=0.14 if names is not None else 0)
     white = 255 if np.asarray(images).dtype == np.uint8 else 1
     for row, class_name in enumerate(class_names):
         members = np.flatnonzero(np.asarray(labels) == row)
@@ -151,7 +151,7 @@ def fig2_samples(images, labels, class_names, per_class=4, names=None):
             raise ValueError(f"class {class_name!r} has {len(members)} slices, fewer than {per_class}.")
         chosen = members[np.linspace(0, len(members) - 1, per_class).round().astype(int)]
         for ax, index in zip(axes[row], chosen, strict=True):
-            _show(ax, images[index], vmax=white)
+            show_image(ax, images[index], vmax=white)
             if names is not None:
                 ax.set_xlabel(names[index], size=6.5, labelpad=2)
         axes[row, 0].set_ylabel(class_name, size=8)
@@ -161,7 +161,7 @@ def fig2_samples(images, labels, class_names, per_class=4, names=None):
 def _verdict(ax, image, example, prediction, probability):
     """An image above its true and its predicted class."""
     wrong = prediction != example.label
-    _show(ax, image, wrong=wrong)
+    show_image(ax, image, wrong=wrong)
     true, predicted = example.class_names[example.label], example.class_names[prediction]
     mark = "✗" if wrong else "✓"
     ax.set_xlabel(f"true class: {true}\n{mark} predicted: {predicted} ({probability:.2f})")
@@ -171,7 +171,7 @@ def _perturbation(example):
     return np.asarray(example.attacked, dtype=float) - np.asarray(example.clean, dtype=float)
 
 
-@_styled
+@styled
 def prediction_panel(examples):
     """Figures 3 to 6: images, their true class, and the class predicted with its probability.
 
@@ -183,17 +183,17 @@ def prediction_panel(examples):
     if len(set(attacked)) != 1:
         raise ValueError("prediction_panel takes clean examples or attacked ones, not both.")
     if not attacked[0]:
-        fig, axes = _grid(1, len(examples), SINGLE if len(examples) < 3 else DOUBLE, below=0.35)
+        fig, axes = image_grid(1, len(examples), SINGLE if len(examples) < 3 else DOUBLE, below=0.35)
         for ax, example in zip(axes[0], examples, strict=True):
             _verdict(ax, example.clean, example, example.clean_prediction, example.clean_probability)
         return fig
-    fig, axes = _grid(len(examples), 3, DOUBLE, below=0.3, top=0.15)
+    fig, axes = image_grid(len(examples), 3, DOUBLE, below=0.3, top=0.15)
     largest = max(np.abs(_perturbation(e)).max() for e in examples)
     factor = 2.0 ** max(0, np.floor(np.log2(0.5 / largest))) if largest > 0 else 1.0
     for row, example in zip(axes, examples, strict=True):
         delta = _perturbation(example)
         _verdict(row[0], example.clean, example, example.clean_prediction, example.clean_probability)
-        _show(row[1], delta * factor, vmin=-0.5, vmax=0.5)
+        show_image(row[1], delta * factor, vmin=-0.5, vmax=0.5)
         size = f"largest change {np.abs(delta).max() * 255:.2f}/255, $L_2$ {np.linalg.norm(delta):.2f}"
         budget = "minimum norm" if example.attack == "cw" else f"$L_\\infty$ at most {example.eps_255:g}/255"
         row[1].set_xlabel(f"{NAMES[example.attack]}, {budget}\n{size}")
@@ -207,7 +207,7 @@ def prediction_panel(examples):
     return fig
 
 
-@_styled
+@styled
 def perturbation_closeups(examples, *, crop=None):
     """One image under several attacks: perturbations, whole and enlarged, on one scale; mid-grey is zero.
 
@@ -226,11 +226,11 @@ def perturbation_closeups(examples, *, crop=None):
     top, left, side = crop
     window = (slice(top, top + side), slice(left, left + side))
     limit = min(size.max(), 3 * min((d.max() for d in size if d.any()), default=1 / 3)) or 1.0
-    fig, axes = _grid(2, len(examples) + 1, DOUBLE, top=0.1, aspect=0.88)
+    fig, axes = image_grid(2, len(examples) + 1, DOUBLE, top=0.1, aspect=0.88)
     for column, image in enumerate([examples[0].clean, *deltas]):
         scale = {} if column == 0 else {"vmin": -limit, "vmax": limit}
-        _show(axes[0, column], image, **scale)
-        drawn = _show(axes[1, column], image[window], **scale)
+        show_image(axes[0, column], image, **scale)
+        drawn = show_image(axes[1, column], image[window], **scale)
         edge = Rectangle((left - 0.5, top - 0.5), side, side, fill=False, lw=1.2, ec="#ffd60a")
         axes[0, column].add_patch(edge)
     for ax, example in zip(axes[0, 1:], examples, strict=True):
@@ -244,7 +244,7 @@ def perturbation_closeups(examples, *, crop=None):
     return fig
 
 
-@_styled
+@styled
 def confusion_matrices(matrices, *, split, class_names, protocol="adaptive"):
     """Confusion matrices of one split: a row per model, a column per attack; counts on row-normalised shade.
 
@@ -252,12 +252,12 @@ def confusion_matrices(matrices, *, split, class_names, protocol="adaptive"):
     """
     models = [m for m in COLOURS if (split, m, protocol, "clean") in matrices]
     attacks = [a for a in ("clean", "pgd", "fgsm", "cw") if (split, models[0], protocol, a) in matrices]
-    fig, axes = _grid(len(models), len(attacks), DOUBLE, top=0.3, aspect=0.9)
+    fig, axes = image_grid(len(models), len(attacks), DOUBLE, top=0.3, aspect=0.9)
     for row, model in zip(axes, models, strict=True):
         for ax, attack in zip(row, attacks, strict=True):
             counts = matrices[split, model, protocol, attack]
             shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-            drawn = _show(ax, shares, cmap="Blues")
+            drawn = show_image(ax, shares, cmap="Blues")
             for (true, predicted), count in np.ndenumerate(counts):
                 colour = "white" if shares[true, predicted] > 0.55 else "black"
                 ax.text(predicted, true, str(count), ha="center", va="center", color=colour)
@@ -272,7 +272,7 @@ def confusion_matrices(matrices, *, split, class_names, protocol="adaptive"):
     return fig
 
 
-@_styled
+@styled
 def robustness_curves(curve, *, protocol="adaptive", majority=None):
     """Accuracy in % against the Linf budget in grey levels, with Wilson bands; a panel per split.
 
@@ -308,7 +308,7 @@ def robustness_curves(curve, *, protocol="adaptive", majority=None):
     return fig
 
 
-@_styled
+@styled
 def training_curves(history):
     """Loss, accuracy in % and learning rate against the epoch; a line marks the epoch that was kept.
 
