@@ -74,14 +74,14 @@ def test_an_interrupted_training_ends_in_the_same_weights(parts, tmp_path, monke
     whole = small()
     expected = fit(whole, *parts, recipe, **arguments)
 
-    save = training._State.save
+    save = training.TrainingState.save
 
     def killed_after_two(state, file):
         save(state, file)
         if state.epoch == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training._State, "save", killed_after_two)
+    monkeypatch.setattr(training.TrainingState, "save", killed_after_two)
     with pytest.raises(KeyboardInterrupt):
         fit(small(), *parts, recipe, checkpoints=tmp_path, **arguments)
     monkeypatch.undo()

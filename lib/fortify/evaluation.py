@@ -28,7 +28,7 @@ ATTACKS = ("pgd", "fgsm", "cw")  # in the order of the paper's Table 1
 
 _MODEL = ["model", "split", "seed"]
 _GROUP = ["split", "model", "protocol", "attack"]
-_ORDER = ("normal", "adversarial", "random", "grouped", "adaptive", "static")
+_ORDER = ("normal", "published", "tone curves", "adversarial", "random", "grouped", "adaptive", "static")
 _RANK = {name: i for i, name in enumerate((*_ORDER, "clean", *ATTACKS, "combined", "worst"))}
 
 

@@ -62,13 +62,19 @@ def fit(model, train, val, recipe, *, attacks=None, val_attack=None, seed=0, che
     device = device_of(model)
     if device.type == "cuda":
         model.to(memory_format=torch.channels_last)
-    x_train, y_train = _on_device(train, device)
-    x_val, y_val = _on_device(val, "cpu")
+    x_train, y_train = on_device(train, device)
+    x_val, y_val = on_device(val, "cpu")
     weight = _class_weights(y_train, model.num_classes)
-    state = _State(model, recipe, len(y_train))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    batches = -(-len(y_train) // recipe.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=recipe.lr, total_steps=recipe.epochs * batches
+    )
+    state = TrainingState(model, optimizer, schedule)
     file = None
     if checkpoints is not None:
-        name = _fingerprint(model, train, val, recipe, attacks, val_attack, seed)
+        attacked = ([(repr(a), share) for a, share in attacks.items()], repr(val_attack))
+        name = fingerprint(model, train, val, asdict(recipe), attacked, seed)
         file = Path(checkpoints) / f"{name}.safetensors"
         state.resume(file)
     remaining = range(state.epoch + 1, recipe.epochs + 1)
@@ -77,8 +83,8 @@ def fit(model, train, val, recipe, *, attacks=None, val_attack=None, seed=0, che
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(epoch_seed)  # for nets with dropout: a resumed epoch draws the same
             losses, correct = _epoch(state, x_train, y_train, weight, recipe, attacks, epoch_seed)
-        _stop_if_not_finite(losses, epoch, file)
-        val_accuracy = _accuracy(model, x_val, y_val)
+        stop_if_not_finite(losses, epoch, file)
+        val_accuracy = accuracy(model, x_val, y_val)
         robust = np.nan
         if val_attack is not None:
             robust = 1 - craft(model, x_val / 255, y_val, val_attack, seed=seed).success.float().mean().item()
@@ -98,28 +104,35 @@ def class_weights(labels, num_classes):
     return counts.sum() / (num_classes * counts)
 
 
-class _State:
-    """What an interrupted training needs to go on: weights, best weights, optimiser, schedule, history."""
+class TrainingState:
+    """What an interrupted training needs to go on: weights, best weights, optimiser, schedule, history.
 
-    def __init__(self, model, recipe, examples):
+    ``keep`` says which epoch ends up in ``best``: the ``"best"`` on validation, or the ``"last"``.
+    """
+
+    def __init__(self, model, optimizer, schedule=None, *, keep="best"):
         self.model, self.epoch, self.history, self.best = model, 0, [], _copy(model)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-        self.batches = -(-examples // recipe.batch_size)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, max_lr=recipe.lr, total_steps=recipe.epochs * self.batches
-        )
+        self.optimizer, self.schedule, self.keep = optimizer, schedule, keep
 
     def record(self, epoch, loss, accuracy, val_accuracy, robust):
         self.epoch = epoch
         lr = self.optimizer.param_groups[0]["lr"]
         row = (epoch, lr, loss, accuracy, val_accuracy, robust)
         self.history.append(dict(zip(_HISTORY, row, strict=True)))
-        if _selected(self.history) == len(self.history) - 1:
+        if self._selected() == len(self.history) - 1:
             self.best = _copy(self.model)
 
     def table(self):
         table = pd.DataFrame(self.history, columns=_HISTORY)
-        return table.assign(selected=table.index == _selected(self.history))
+        return table.assign(selected=table.index == self._selected())
+
+    def _selected(self):
+        """Position of the epoch to keep: best robust validation accuracy, then clean, then the later one."""
+        if self.keep == "last":
+            return len(self.history) - 1
+        columns = ("val_robust_accuracy", "val_accuracy", "epoch")
+        keys = [tuple(np.nan_to_num(row[c], nan=0.0) for c in columns) for row in self.history]
+        return keys.index(max(keys))
 
     def save(self, file):
         tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
@@ -127,7 +140,8 @@ class _State:
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{k}": v for k, v in moments.items()}
         groups = self.optimizer.state_dict()["param_groups"]
-        schedule = {k: v for k, v in self.schedule.state_dict().items() if not callable(v)}
+        schedule = self.schedule.state_dict() if self.schedule else {}
+        schedule = {k: v for k, v in schedule.items() if not callable(v)}
         metadata = {"epoch": self.epoch, "history": self.history, "groups": groups, "schedule": schedule}
         # Copies, because safetensors refuses tensors that share memory.
         whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
@@ -148,18 +162,12 @@ class _State:
         self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model/")})
         self.best = {k[5:]: v.to(device) for k, v in tensors.items() if k.startswith("best/")}
         self.optimizer.load_state_dict({"state": moments, "param_groups": metadata["groups"]})
-        self.schedule.load_state_dict(metadata["schedule"])
+        if self.schedule:
+            self.schedule.load_state_dict(metadata["schedule"])
         self.epoch, self.history = metadata["epoch"], metadata["history"]
 
 
 _HISTORY = ("epoch", "lr", "train_loss", "train_accuracy", "val_accuracy", "val_robust_accuracy")
-
-
-def _selected(history):
-    """Position of the epoch to keep: best robust validation accuracy, then clean, then the later one."""
-    columns = ("val_robust_accuracy", "val_accuracy", "epoch")
-    keys = [tuple(np.nan_to_num(row[c], nan=0.0) for c in columns) for row in history]
-    return keys.index(max(keys))
 
 
 def _epoch(state, x_train, y_train, weight, recipe, attacks, seed):
@@ -169,7 +177,8 @@ def _epoch(state, x_train, y_train, weight, recipe, attacks, seed):
     order = torch.randperm(len(y_train), generator=generator, device=device)
     losses, correct, seen = [], torch.zeros((), device=device), 0
     model.train()
-    for index in order.tensor_split(state.batches):  # sizes differ by one: no tiny last batch for BatchNorm
+    batches = -(-len(y_train) // recipe.batch_size)
+    for index in order.tensor_split(batches):  # sizes differ by one: no tiny last batch for BatchNorm
         x = augment(x_train[index].float() / 255, recipe.augmentation, generator=generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             x, y = _with_attacked(model, x, y_train[index], recipe.clean_share, attacks, generator)
@@ -201,11 +210,13 @@ def _with_attacked(model, x, y, clean_share, attacks, generator):
     return torch.cat(xs), torch.cat(ys)
 
 
-def _accuracy(model, images, labels):
+def accuracy(model, images, labels):
+    """Share of uint8 ``images`` (N, 1, H, W) that the model reads rightly, clean."""
     return (predict(model, images / 255).argmax(1) == labels).float().mean().item()
 
 
-def _on_device(slices, device):
+def on_device(slices, device):
+    """The whole set of slices on a device: uint8 (N, 1, H, W) greys and int64 (N,) labels."""
     images = torch.from_numpy(np.ascontiguousarray(slices.images)).unsqueeze(1)
     return images.to(device), torch.from_numpy(np.asarray(slices.labels)).long().to(device)
 
@@ -219,19 +230,22 @@ def _copy(model):
     return {k: v.detach().clone() for k, v in model.state_dict().items()}
 
 
-def _fingerprint(model, train, val, recipe, attacks, val_attack, seed):
-    """Names a checkpoint after everything that decides the result, so that no other training reads it."""
+def fingerprint(model, train, val, *settings):
+    """Names a checkpoint after everything that decides the result, so that no other training reads it.
+
+    ``settings`` are JSON-able: recipe, attacks, seed.
+    """
     digest = hashlib.sha256()
     for part in (train, val):
         digest.update(np.ascontiguousarray(part.images).tobytes() + np.asarray(part.labels).tobytes())
     for name, tensor in model.state_dict().items():  # the initial weights: architecture, seed, pretraining
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    settings = (asdict(recipe), [(repr(a), s) for a, s in attacks.items()], repr(val_attack), seed)
     digest.update(json.dumps(settings, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 
-def _stop_if_not_finite(losses, epoch, file):
+def stop_if_not_finite(losses, epoch, file):
+    """FloatingPointError when a loss (batches,) is not finite; names epoch, batch and last checkpoint."""
     bad = (~torch.isfinite(losses)).nonzero()
     if len(bad):
         kept = f"The last good checkpoint is {file}." if file and file.exists() else "There is no checkpoint."
