@@ -29,6 +29,7 @@ except ProfileError as error:
 SPLITS = PARAMETERS["01_data"]["splits"]
 SEEDS = PARAMETERS["01_data"]["seeds"]
 RUNS = [f"{split}-s{seed}" for seed in SEEDS for split in SPLITS]
+FIRST_RUNS = [f"{split}-s{SEEDS[0]}" for split in SPLITS]  # what is looked at once: leakage, audit
 
 
 def lib(*modules):
@@ -204,10 +205,111 @@ rule results:
         papermill("05_results")
 
 
+rule published_protocol:
+    input:
+        "notebooks/06_published_protocol.ipynb",
+        lib("data", "splits", "models", "attacks", "training", "evaluation", "published", "printed"),
+        f"{BUILD}/data/slices.npz",
+        f"{BUILD}/data/splits/{{split}}-s{{seed}}.csv",
+        expand(f"{BUILD}/{{{{split}}}}-s{{{{seed}}}}/{{model}}.safetensors", model=["normal", "adversarial"]),
+        expand(f"{BUILD}/{{{{split}}}}-s{{{{seed}}}}/{{model}}_predictions.csv", model=["normal", "adversarial"]),
+    output:
+        f"{BUILD}/{{split}}-s{{seed}}/published.safetensors",
+        f"{BUILD}/{{split}}-s{{seed}}/tone_curves.safetensors",
+        f"{BUILD}/{{split}}-s{{seed}}/published_predictions.csv",
+        f"{BUILD}/{{split}}-s{{seed}}/published_protocol.csv",
+        f"{BUILD}/{{split}}-s{{seed}}/06_published_protocol.json",
+    params:
+        values=values("06_published_protocol", f"{BUILD}/{{split}}-s{{seed}}"),
+    log:
+        notebook=f"{BUILD}/notebooks/{{split}}-s{{seed}}/06_published_protocol.ipynb",
+        text=f"{BUILD}/notebooks/{{split}}-s{{seed}}/06_published_protocol.log",
+    benchmark:
+        f"{BUILD}/benchmarks/{{split}}-s{{seed}}/06_published_protocol.tsv"
+    threads: workflow.cores
+    shell:
+        papermill("06_published_protocol")
+
+
+rule leakage:
+    input:
+        "notebooks/07_leakage.ipynb",
+        lib("data", "splits", "models", "attacks", "evaluation", "leakage", "regions"),
+        f"{BUILD}/data/slices.npz",
+        expand(f"{BUILD}/data/splits/{{run}}.csv", run=FIRST_RUNS),
+        expand(f"{BUILD}/{{run}}/{{model}}.safetensors", run=FIRST_RUNS, model=["normal", "adversarial"]),
+    output:
+        expand(
+            f"{BUILD}/tables/{{table}}.csv",
+            table=["leak_meter", "leak_twins", "leak_tells", "groups", "group_sensitivity", "lungs_or_scanner"],
+        ),
+        f"{BUILD}/leakage/07_leakage.json",
+    params:
+        values=values("07_leakage", f"{BUILD}/leakage"),
+    log:
+        notebook=f"{BUILD}/notebooks/07_leakage.ipynb",
+        text=f"{BUILD}/notebooks/07_leakage.log",
+    benchmark:
+        f"{BUILD}/benchmarks/07_leakage.tsv"
+    threads: workflow.cores
+    shell:
+        papermill("07_leakage")
+
+
+rule robustness_audit:
+    input:
+        "notebooks/08_robustness_audit.ipynb",
+        lib("data", "splits", "models", "attacks", "evaluation", "audit", "audit_zoo", "autoattack"),
+        f"{BUILD}/data/slices.npz",
+        f"{BUILD}/data/splits/{{split}}-s{{seed}}.csv",
+        expand(f"{BUILD}/{{{{split}}}}-s{{{{seed}}}}/{{model}}.safetensors", model=["normal", "adversarial"]),
+    output:
+        f"{BUILD}/tables/audit_{{split}}-s{{seed}}.csv",
+        f"{BUILD}/tables/audit_zoo_{{split}}-s{{seed}}.csv",
+        f"{BUILD}/{{split}}-s{{seed}}/08_robustness_audit.json",
+    params:
+        values=values("08_robustness_audit", f"{BUILD}/{{split}}-s{{seed}}"),
+    log:
+        notebook=f"{BUILD}/notebooks/{{split}}-s{{seed}}/08_robustness_audit.ipynb",
+        text=f"{BUILD}/notebooks/{{split}}-s{{seed}}/08_robustness_audit.log",
+    benchmark:
+        f"{BUILD}/benchmarks/{{split}}-s{{seed}}/08_robustness_audit.tsv"
+    threads: workflow.cores
+    shell:
+        papermill("08_robustness_audit")
+
+
+rule claims:
+    input:
+        "notebooks/09_claims.ipynb",
+        "paper/claims.yaml",
+        lib("evaluation", "tables", "published", "printed", "claims"),
+        rules.results.output,
+        rules.leakage.output,
+        expand(f"{BUILD}/tables/audit_{{run}}.csv", run=FIRST_RUNS),
+        expand(f"{BUILD}/{{run}}/published_protocol.csv", run=RUNS),
+        expand(f"{BUILD}/{{run}}/{{model}}_predictions.csv", run=RUNS, model=["normal", "adversarial", "published"]),
+    output:
+        expand(f"{BUILD}/tables/published_matrix.{{kind}}", kind=["csv", "md", "tex"]),
+        f"{BUILD}/tables/printed_arithmetic.csv",
+        expand(f"{BUILD}/tables/claims.{{kind}}", kind=["csv", "md"]),
+        f"{BUILD}/claims/09_claims.json",
+    params:
+        values=values("09_claims", f"{BUILD}/claims"),
+    log:
+        notebook=f"{BUILD}/notebooks/09_claims.ipynb",
+        text=f"{BUILD}/notebooks/09_claims.log",
+    benchmark:
+        f"{BUILD}/benchmarks/09_claims.tsv"
+    shell:
+        papermill("09_claims")
+
+
 rule html:
     input:
         lib("publish"),
         f"{BUILD}/results/05_results.json",
+        f"{BUILD}/claims/09_claims.json",
     output:
         f"{BUILD}/html/index.html",
     params:

@@ -28,6 +28,8 @@ _WRITERS = (  # the first prefix that fits
     ("normal_attacked", "03_attacks"),
     ("normal", "02_baseline"),
     ("adversarial", "04_adversarial_training"),
+    ("published", "06_published_protocol"),
+    ("tone_curves", "06_published_protocol"),
 )
 _STAMPED = ("fortify", "torch", "torchvision", "foolbox", "numpy", "pandas", "scikit-learn", "scipy")
 

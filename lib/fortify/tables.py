@@ -87,6 +87,22 @@ def accuracy_layout(accuracy):
     return shown
 
 
+def matrix_layout(table, *, split):
+    """A display table of :func:`fortify.published.matrix`: a line per evaluation, a column per training.
+
+    Each cell is the accuracy in %, its 95 % interval and k/n.
+    """
+    own = table[table.split.eq(split)].sort_values("order", kind="stable")
+    shown = own[["evaluation", "model"]].assign(
+        cell=[
+            f"{100 * r.accuracy:.1f} ({100 * r.low:.1f}–{100 * r.high:.1f}) {r.k}/{r.n}"
+            for r in own.itertuples()
+        ]
+    )
+    pivot = shown.pivot(index="evaluation", columns="model", values="cell")
+    return pivot.loc[own.evaluation.unique(), own.model.unique()].rename_axis(columns=None).reset_index()
+
+
 def caption(*, split, protocol, eps_255, cw_l2, seeds, source, profile):
     """The sentences under Table 1: what was measured, on which images (``source``), and how far to trust it.
 

@@ -1,0 +1,150 @@
+"""The ledger of the paper's claims: what it says, what was measured, and a verdict that the numbers bear out.
+
+``paper/claims.yaml`` holds no number of ours: it names table cells, and :func:`ledger` reads them.
+"""
+
+import operator
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+VERDICTS = ("reproduced", "reproduced only under", "not reproduced", "not testable")
+_CELL = re.compile(r"(?P<table>[\w.-]+\.csv)\[(?P<row>[^\]]*)\](?:\.(?P<column>\w+))?")
+_RULE = re.compile(r"(\w+|[\d.]+) (<=|>=|<|>) (\w+|[\d.]+)(?: ([+-]) ([\d.]+))?")
+_COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+
+
+class ClaimError(ValueError):
+    """A claim is malformed or points to a number that is not there; the message names claim and cell."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the paper. ``ours`` is text with {names} of ``numbers``, cells such as
+    ``table1_random.csv[model=normal, attack=clean]`` (an accuracy, with k/n and interval) or with
+    ``.column`` at the end (that number). The ``verdict`` stands while every rule in ``holds`` is true, each
+    ``name < name`` or ``name >= name - 10``, numbers in per cent for accuracies.
+    """
+
+    id: str
+    claim: str
+    where: str  # in the paper
+    verdict: str  # one of VERDICTS
+    ours: str
+    command: str
+    under: str = ""  # the condition, for "reproduced only under"
+    numbers: dict = field(default_factory=dict)
+    holds: list = field(default_factory=list)
+
+
+def load_claims(path):
+    """Read the ledger's source; ClaimError names the claim and what is wrong with it."""
+    entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    claims = []
+    for entry in entries:
+        name = entry.get("id", entry)
+        try:
+            claim = Claim(**entry)
+        except TypeError as error:
+            raise ClaimError(f"{path}: claim {name}: {error}") from None
+        if claim.verdict not in VERDICTS:
+            raise ClaimError(f"{path}: claim {name}: verdict {claim.verdict!r} is none of {VERDICTS}")
+        if (claim.verdict == "reproduced only under") != bool(claim.under):
+            raise ClaimError(f"{path}: claim {name}: `under` goes with 'reproduced only under'")
+        claims.append(claim)
+    repeated = pd.Series([claim.id for claim in claims]).loc[lambda ids: ids.duplicated()]
+    if len(repeated):
+        raise ClaimError(f"{path}: claim {repeated.iloc[0]} appears twice")
+    return claims
+
+
+def read_cell(tables, cell):
+    """(number, text) of a cell such as ``table1_random.csv[model=normal, attack=pgd].k``, below ``tables``.
+
+    Without a column the row is an accuracy: the number is in per cent, the text has k/n and interval.
+    Raises ClaimError when the table, the one row or the column is missing.
+    """
+    parsed = _CELL.fullmatch(cell)
+    if not parsed:
+        raise ClaimError(f"{cell!r} is no cell like table.csv[column=value, ...].column")
+    path = Path(tables) / parsed["table"]
+    if not path.is_file():
+        raise ClaimError(f"{cell}: {path} does not exist")
+    table = pd.read_csv(path, keep_default_na=False)
+    for condition in filter(None, (part.strip() for part in parsed["row"].split(","))):
+        column, _, value = condition.partition("=")
+        if column not in table:
+            raise ClaimError(f"{cell}: {path.name} has no column {column!r}, only {', '.join(table)}")
+        table = table[table[column].astype(str).eq(value)]
+    if len(table) != 1:
+        raise ClaimError(f"{cell}: {len(table)} rows of {path.name} fit, not one")
+    row = table.iloc[0]
+    if parsed["column"]:
+        if parsed["column"] not in row or row[parsed["column"]] == "":
+            raise ClaimError(f"{cell}: no such number in {path.name}")
+        value = row[parsed["column"]]
+        return value, f"{value:.3g}" if isinstance(value, float) else str(value)
+    scale, suffix = (1, "_percent") if "accuracy_percent" in row else (100, "")
+    if f"accuracy{suffix}" not in row:
+        raise ClaimError(f"{cell}: {path.name} holds no accuracies; name a column")
+    accuracy, low, high = (scale * float(row[f"{name}{suffix}"]) for name in ("accuracy", "low", "high"))
+    return accuracy, f"{accuracy:.1f} % ({row.k}/{row.n}, {low:.1f}–{high:.1f})"
+
+
+def ledger(claims, tables):
+    """One row a claim, with our numbers filled in from the CSV files in the folder ``tables``.
+
+    Columns: id, claim, where, ours, verdict, holds (do these tables bear the verdict out), evidence (the
+    cells), command. Raises ClaimError for a number that is not there.
+    """
+    rows = []
+    for claim in claims:
+        try:
+            cells = {name: read_cell(tables, cell) for name, cell in claim.numbers.items()}
+            ours = claim.ours.format(**{name: text for name, (_, text) in cells.items()})
+            values = {name: value for name, (value, _) in cells.items()}
+            broken = [rule for rule in claim.holds if not _true(rule, values)]
+        except (ClaimError, KeyError, IndexError) as error:
+            raise ClaimError(f"claim {claim.id}: {error}") from None
+        verdict = f"{claim.verdict} {claim.under}".strip()
+        if broken:
+            verdict = f"open: these numbers do not bear out “{verdict}” ({'; '.join(broken)})"
+        rows.append(
+            {
+                "id": claim.id,
+                "claim": claim.claim,
+                "where": claim.where,
+                "ours": ours,
+                "verdict": verdict,
+                "holds": not broken,
+                "evidence": "; ".join(claim.numbers.values()) or "reading the authors' code",
+                "command": claim.command,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _true(rule, values):
+    parsed = _RULE.fullmatch(rule)
+    if not parsed:
+        raise ClaimError(f"{rule!r} is no rule like 'a > b' or 'a >= b - 10'")
+    left, compare, right, sign, shift = parsed.groups()
+
+    def number(text):
+        value = values[text] if text in values else text
+        try:
+            return float(value)
+        except ValueError:
+            raise ClaimError(f"{rule!r}: {text} is {value!r}, no number") from None
+
+    shift = float(shift or 0) * (-1 if sign == "-" else 1)
+    return _COMPARE[compare](number(left), number(right) + shift)
+
+
+def layout(table):
+    """The display table of a :func:`ledger`: what the paper says and where, what we measured, the verdict."""
+    claims = table.claim + " (" + table["where"] + ")"
+    return pd.DataFrame({"The paper": claims, "Measured here": table.ours, "Verdict": table.verdict})

@@ -1,0 +1,109 @@
+"""The arithmetic of the printed Table 1: which of its values can be counts, and what its differences mean."""
+
+from fractions import Fraction
+
+import pandas as pd
+from scipy.stats import binomtest
+
+from fortify.evaluation import wilson
+from fortify.tables import PRINTED
+
+TEST_SIZE, VALIDATION_SIZE = 160, 165  # of the authors' folders, printed by their notebook
+CLEAN_COUNTS = (149, 152, TEST_SIZE)  # 93.12 % and 95.0 %, the only counts that print so
+
+
+def as_printed(k, n, decimals):
+    """The texts that 100 k/n may be printed as: rounded half up, half to even, or cut off."""
+    scaled = Fraction(100 * 10**decimals * k, n)
+    floor = scaled.numerator // scaled.denominator
+    half_up = (scaled + Fraction(1, 2)).numerator // (scaled + Fraction(1, 2)).denominator
+    return {f"{whole / 10**decimals:.{decimals}f}" for whole in (floor, half_up, round(scaled))}
+
+
+def printed_arithmetic(sizes=(TEST_SIZE, VALIDATION_SIZE)):
+    """Which cells of the printed Table 1 can be k of n images, for test sets of the given ``sizes``.
+
+    One row a cell: model, attack, printed (%), and for every size the k whose percentage is printed so
+    (rounded or cut off), with its Wilson interval, or none. *Combined* is tried as k of 3n, and as the mean
+    of the three printed columns (``mean_of_columns``).
+    """
+    rows = []
+    for (model, attack), value in PRINTED.stack().items():
+        text = str(value)
+        row = {"model": model, "attack": attack, "printed": text}
+        for size in sizes:
+            n = 3 * size if attack == "combined" else size
+            ks = [k for k in range(n + 1) if text in as_printed(k, n, len(text.split(".")[1]))]
+            row[f"k_of_{size}"] = ", ".join(f"{k}/{n}" for k in ks) or "none"
+            if ks:  # a pooled image counts once, as everywhere here
+                low, high = wilson(round(ks[0] * size / n), size)
+                row[f"interval_{size}"] = f"{100 * low:.1f}–{100 * high:.1f}"
+        if attack == "combined":
+            mean = PRINTED.loc[model, ["pgd", "fgsm", "cw"]].mean()
+            row["mean_of_columns"] = f"{mean:.2f}"
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("")
+
+
+def fitting_sizes(model, *, largest=1097):
+    """Test set sizes n, up to ``largest``, on which all four single columns of a printed row can be k/n."""
+    cells = [str(PRINTED.loc[model, attack]) for attack in ("clean", "pgd", "fgsm", "cw")]
+
+    def fits(text, n):
+        near = round(float(text) * n / 100)  # the only candidates
+        decimals = len(text.split(".")[1])
+        return any(text in as_printed(k, n, decimals) for k in (near - 1, near, near + 1) if 0 <= k <= n)
+
+    return [n for n in range(1, largest + 1) if all(fits(text, n) for text in cells)]
+
+
+def mcnemar(first, second):
+    """McNemar's exact test of two models on the same images: (b, c, p), two-sided.
+
+    ``first`` and ``second`` are rows of one evaluation of each, of one split and seed. b counts the images
+    that only ``first`` is right on, c those of ``second``. Raises ValueError when the images differ.
+    """
+    right = [rows.set_index("index").success.eq(False).sort_index() for rows in (first, second)]
+    if not right[0].index.equals(right[1].index):
+        raise ValueError(
+            "McNemar's test compares two models on the same images; these rows hold different ones."
+        )
+    b, c = int((right[0] & ~right[1]).sum()), int((~right[0] & right[1]).sum())
+    return b, c, float(binomtest(b, b + c).pvalue) if b + c else 1.0
+
+
+def mcnemar_table(rows, *, printed=CLEAN_COUNTS):
+    """McNemar's exact test of normal against adversarial training on clean slices: comparison, b, c, p.
+
+    First the overlaps of the ``printed`` counts with the smallest and the largest p, then one row for each
+    split and seed of ``rows``.
+    """
+    bounds = mcnemar_bounds(*printed)
+    table = [
+        {"comparison": "printed smallest", **bounds.loc[bounds.p.idxmin()]},
+        {"comparison": "printed largest", **bounds.loc[bounds.p.idxmax()]},
+    ]
+    for (split, seed), part in rows[rows.attack.eq("clean")].groupby(["split", "seed"], sort=False):
+        b, c, p = mcnemar(part[part.model.eq("normal")], part[part.model.eq("adversarial")])
+        table.append({"comparison": f"{split}-s{seed}", "b": b, "c": c, "p": p})
+    return pd.DataFrame(table).astype({"b": int, "c": int})
+
+
+def mcnemar_bounds(k_first, k_second, n):
+    """Smallest and largest p of the exact McNemar test of two classifiers right on k_first and k_second of n.
+
+    The printed totals do not say on which images the two differ. If ``b`` are right with the first only and
+    ``c`` with the second only, c - b is k_second - k_first, and b reaches from 0 to what the totals allow.
+    Returns a DataFrame with one row a possible b: b, c, p (two-sided binomial on b of b + c).
+    """
+    if not 0 <= min(k_first, k_second) <= max(k_first, k_second) <= n:
+        raise ValueError(f"{k_first} and {k_second} of {n}: counts must lie in 0..n")
+    rows = []
+    for b in range(n + 1):
+        c = b + k_second - k_first
+        both = k_first - b
+        if min(c, both) < 0 or both + b + c > n:
+            continue
+        p = binomtest(b, b + c).pvalue if b + c else 1.0
+        rows.append({"b": b, "c": c, "p": float(p)})
+    return pd.DataFrame(rows)

@@ -1,0 +1,332 @@
+"""The published attacks, training and evaluation, re-expressed from the authors' notebook to be examined.
+
+Described from ``Fortifying-Adversarial-Robustness/notebooks/mini_final_4.ipynb`` of
+https://github.com/sarveshsanikop/Adversarial-Training-for-Robustness at commit 2e789cd (it has no licence:
+nothing is copied). Nothing here is a recommended attack or defence; those are in :mod:`fortify.attacks` and
+:mod:`fortify.training`. All of it acts on the *normalised* tensor z (B, 3, H, W), what a model's first layer
+hands on, and so its lengths are in standard deviations of ImageNet's channels, not in grey levels.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn import functional as F
+
+from fortify.attacks import FGSM, PGD, margin
+from fortify.evaluation import COLUMNS, accuracy_table, at_budget
+from fortify.models import device_of
+from fortify.runs import progress_bar
+from fortify.training import TrainingState, accuracy, fingerprint, on_device, stop_if_not_finite
+
+PUBLISHED = ("published_pgd", "published_fgsm", "published_cw")
+
+
+@dataclass(frozen=True)
+class PublishedAttacks:
+    """The arguments of the published attacks; lengths in normalised units, defaults as in the notebook.
+
+    Its "PGD" also has an ``epsilon`` of 0.03 and 40 ``iterations``, and uses neither.
+    """
+
+    pgd_alpha: float = 2 / 255
+    fgsm_eps: float = 0.03
+    cw_c: float = 0.01
+    cw_kappa: float = 5.0
+    cw_lr: float = 0.005
+    cw_steps: int = 1000
+
+
+# What is left of the published attacks without a gradient: clamp, clamp and tanh.
+TONE_CURVES = PublishedAttacks(pgd_alpha=0.0, fgsm_eps=0.0, cw_steps=0)
+
+
+def clamp(z):
+    """What ends the published PGD and FGSM: [0, 1], of a tensor whose greys reach from -2.1 to 2.6.
+
+    It keeps the greys .485-.714 (red), .456-.680 (green) and .406-.631 (blue) and flattens all others.
+    """
+    return z.clamp(0, 1)
+
+
+def tanh(z):
+    """The tone curve of the published CW before any step of its optimiser."""
+    return torch.tanh(z)
+
+
+def published_fgsm(model, z, y, eps):
+    """clamp(z + eps sign(gradient)); with ``eps`` 2/255 this one step is the published "PGD"."""
+    return clamp(z + eps * _gradient(model, z, y).sign() if eps else z)
+
+
+def published_cw(model, z, y, attacks):
+    """tanh(z + delta), delta by Adam on ``c * clamp(real - other + kappa, 0) + |delta|^2``.
+
+    ``other`` is the largest of (logits - onehot): it still contains the true class. Where that leads by more
+    than 1, ``real - other`` is the constant 1, nothing has a gradient, and the result is tanh(z) for good;
+    in eval mode those images are not computed further, which changes no bit of the result.
+    """
+    delta = torch.zeros_like(z)
+    moving = torch.arange(len(z), device=z.device)
+    if not model.training and attacks.cw_steps:
+        with torch.no_grad():
+            moving = (margin(model[1:](tanh(z)), y) > -1).nonzero().squeeze(1)
+    if len(moving) and attacks.cw_steps:
+        delta[moving] = _cw_delta(model, z[moving], y[moving], attacks)
+    return tanh(z + delta)
+
+
+def _cw_delta(model, z, y, attacks):
+    delta = torch.zeros_like(z, requires_grad=True)
+    optimizer = torch.optim.Adam([delta], lr=attacks.cw_lr)
+    for _ in range(attacks.cw_steps):
+        logits = model[1:](tanh(z + delta))
+        real = logits.gather(1, y[:, None]).squeeze(1)
+        other = (logits - F.one_hot(y, logits.shape[1])).amax(1)
+        hinge = (real - other + attacks.cw_kappa).clamp(min=0)
+        loss = attacks.cw_c * hinge.sum() + (delta**2).sum()
+        (delta.grad,) = torch.autograd.grad(loss, delta)
+        optimizer.step()
+    return delta.detach()
+
+
+def _gradient(model, z, y):
+    """Of the cross-entropy in z, in the model's own mode: the published code attacks in train mode too."""
+    z = z.detach().requires_grad_()
+    return torch.autograd.grad(F.cross_entropy(model[1:](z), y), z)[0]
+
+
+def published_images(model, z, y, attacks):
+    """{name: (B, 3, H, W)}: the three published attacks on z, in whatever mode the model is."""
+    return {
+        "published_pgd": published_fgsm(model, z, y, attacks.pgd_alpha),
+        "published_fgsm": published_fgsm(model, z, y, attacks.fgsm_eps),
+        "published_cw": published_cw(model, z, y, attacks),
+    }
+
+
+def to_grey(model, z):
+    """Normalised z (B, 3, H, W) -> its greys in units of [0, 1], (B, 3, H, W); the channels may differ."""
+    return z * model[0].std + model[0].mean
+
+
+@dataclass(frozen=True)
+class PublishedRecipe:
+    """The published training: Adam, batches of 16, plain cross-entropy, no augmentation, last epoch kept.
+
+    The notebook's default is 200 epochs; the call that trained is not in it.
+    """
+
+    epochs: int = 200
+    batch_size: int = 16
+    lr: float = 1e-3
+
+    def __post_init__(self):
+        if self.epochs < 1 or self.batch_size < 2:
+            raise ValueError(f"epochs >= 1 and batch_size >= 2, not {self.epochs} and {self.batch_size}")
+
+
+def fit_published(model, train, val, recipe, *, attacks, seed=0, checkpoints=None, progress=True):
+    """Train ``model`` in place as the published notebook does, on [z, PGD(z), FGSM(z), CW(z)] of every batch.
+
+    Train mode is set once, before the first epoch, and eval mode after it, so BatchNorm's statistics stay as
+    they were after epoch 1, crafting included. ``attacks`` is a :class:`PublishedAttacks`;
+    :data:`TONE_CURVES` trains on the two tone curves alone. The rest is as in :func:`fortify.training.fit`.
+    """
+    device = device_of(model)
+    (x_train, y_train), (x_val, y_val) = on_device(train, device), on_device(val, "cpu")
+    state = TrainingState(model, torch.optim.Adam(model.parameters(), lr=recipe.lr), keep="last")
+    file = None
+    if checkpoints is not None:
+        name = fingerprint(model, train, val, asdict(recipe), asdict(attacks), seed)
+        file = Path(checkpoints) / f"{name}.safetensors"
+        state.resume(file)
+    epochs = range(state.epoch + 1, recipe.epochs + 1)
+    for epoch in progress_bar(epochs, desc="published training", show=progress):
+        model.train(epoch == 1)
+        epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+        order = torch.randperm(len(y_train), generator=torch.Generator().manual_seed(epoch_seed)).to(device)
+        losses, correct = [], 0
+        for index in order.split(recipe.batch_size):
+            loss, right = _step(state, x_train[index].float() / 255, y_train[index], attacks)
+            losses.append(loss)
+            correct += right
+        losses = torch.stack(losses).cpu()
+        stop_if_not_finite(losses, epoch, file)
+        state.record(
+            epoch,
+            losses.mean().item(),
+            int(correct) / (4 * len(y_train)),
+            accuracy(model, x_val, y_val),
+            np.nan,
+        )
+        if file is not None:
+            state.save(file)
+    model.eval()
+    return state.table()
+
+
+def _step(state, x, y, attacks):
+    z = state.model[0](x)
+    z = torch.cat([z, *published_images(state.model, z, y, attacks).values()])
+    y = y.repeat(4)
+    logits = state.model[1:](z)
+    loss = F.cross_entropy(logits, y)
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    state.optimizer.step()
+    return loss.detach(), (logits.detach().argmax(1) == y).sum()
+
+
+def score_published(model, images, labels, *, index, model_name, split, seed, attacks=None, batch_size=32):
+    """Rows (``evaluation.COLUMNS``) of ``model`` under clamp, tanh and the three published attacks.
+
+    ``images`` (N, 1, H, W) float in [0, 1]; ``labels``, ``index`` (N,). ``attack`` is "clamp", "tanh" or one
+    of ``PUBLISHED``, ``eps_255`` NaN. ``linf_255`` and ``l2`` are measured in greys, the largest of the three
+    channels and the root mean square over them.
+    """
+    attacks, device = attacks or PublishedAttacks(), device_of(model)
+    labels = torch.as_tensor(labels)
+    model.eval()
+    parts = []
+    for start in range(0, len(images), batch_size):
+        part = slice(start, start + batch_size)
+        x, y = images[part].to(device), labels[part].to(device)
+        with torch.no_grad():
+            z = model[0](x)
+        made = {"clamp": clamp(z), "tanh": tanh(z), **published_images(model, z, y, attacks)}
+        for name, changed in made.items():
+            with torch.no_grad():
+                probability, prediction = model[1:](changed).softmax(1).max(1)
+                change = (to_grey(model, changed) - x).flatten(2)
+            rows = {
+                "attack": name,
+                "index": np.asarray(index)[part],
+                "label": y.cpu().numpy(),
+                "prediction": prediction.cpu().numpy(),
+                "probability": probability.cpu().numpy(),
+                "success": (prediction != y).cpu().numpy(),
+                "linf_255": change.abs().amax((1, 2)).cpu().numpy() * 255,
+                "l2": change.square().sum(2).mean(1).sqrt().cpu().numpy(),
+            }
+            parts.append(pd.DataFrame(rows))
+    about = {"model": model_name, "split": split, "seed": seed, "protocol": "adaptive", "eps_255": np.nan}
+    table = pd.concat(parts).assign(**about)[list(COLUMNS)]
+    rank = table.attack.map({name: i for i, name in enumerate(("clamp", "tanh", *PUBLISHED))})
+    return table.iloc[rank.argsort(kind="stable")].reset_index(drop=True)
+
+
+def matrix(published, correct, *, class_names, budgets_255, cw_l2):
+    """Accuracy of each training under each evaluation: a row per (split, model, evaluation), tidy.
+
+    ``published`` are :func:`score_published`'s rows, ``correct`` those of :func:`fortify.evaluation.evaluate`
+    for the same models. ``evaluation`` names the column of the matrix, ``order`` its place in it. The numbers
+    are those of :func:`fortify.evaluation.accuracy_table`; ``published combined`` pools the three published
+    attacks, as the paper's last column does.
+    """
+    correct = correct[correct.protocol.eq("adaptive")]
+    tables, order = [], {}
+
+    def add(rows, names):
+        table = accuracy_table(rows, class_names=class_names)
+        table = table[table.attack.isin(names)]
+        tables.append(table.assign(evaluation=table.attack.map(names)))
+        for words in names.values():
+            order[words] = len(order)
+
+    add(at_budget(correct, eps_255=budgets_255[0], cw_l2=cw_l2), {"clean": "clean"})
+    for name, words in (("clamp", "clamp alone"), ("tanh", "tanh alone")):
+        add(published[published.attack.eq(name)], {name: words})
+    names = {attack: f"published {attack.split('_')[1].upper()}" for attack in PUBLISHED}
+    add(published[published.attack.isin(PUBLISHED)], names | {"combined": "published combined"})
+    for name, words in (("fgsm", "FGSM"), ("pgd", "PGD")):
+        for eps in budgets_255:
+            add(at_budget(correct, eps_255=eps, cw_l2=cw_l2), {name: f"{words} {eps:g}/255"})
+    add(at_budget(correct, eps_255=budgets_255[0], cw_l2=cw_l2), {"cw": f"CW L2 {cw_l2:g}"})
+    table = pd.concat(tables, ignore_index=True)
+    columns = ["split", "model", "evaluation", "k", "n", "accuracy", "low", "high", "balanced_accuracy"]
+    return table[[*columns, "images", "seeds", "sd"]].assign(order=table.evaluation.map(order))
+
+
+def findings(protocol, table, *, eps_255):
+    """What one split's :func:`matrix` says, in sentences with their counts; ``eps_255`` is a budget of it.
+
+    ``protocol`` are the rows of :func:`score_published` behind it.
+    """
+    cells = table.set_index(["model", "evaluation"])
+
+    def said(model, evaluation):
+        cell = cells.loc[(model, evaluation)]
+        return f"{cell.accuracy:.1%} ({cell.k}/{cell.n})"
+
+    found = attack_measures(protocol).set_index("measure")
+    stuck, largest = found.loc["CW equal to tanh"], found.loc["largest change by the clamp"].grey_levels
+    pooled, correct = "published combined", f"PGD {eps_255:g}/255"
+    return [
+        f"The clamp alone changes a slice by up to {largest:.0f} grey levels (mean over the slices). The "
+        f"normally trained model reads {said('normal', 'clamp alone')} after it and "
+        f"{said('normal', 'published PGD')} after the published PGD.",
+        f"The published CW is tanh and nothing else, to the last bit of its norm, on {stuck.percent:.1f} % "
+        f"({stuck.k:.0f}/{stuck.n:.0f}) of the images of all models.",
+        f"Trained as published, the network reads {said('published', pooled)} of the published attacks; "
+        f"trained on the two tone curves, without a gradient, {said('tone curves', pooled)}; normally, "
+        f"{said('normal', pooled)}; with correct adversarial training, {said('adversarial', pooled)}.",
+        f"Under correct PGD at {eps_255:g}/255: published {said('published', correct)}, tone curves "
+        f"{said('tone curves', correct)}, normal {said('normal', correct)}, correct adversarial training "
+        f"{said('adversarial', correct)}.",
+    ]
+
+
+def attack_measures(protocol):
+    """How much of the published attacks is no attack, from :func:`score_published`'s rows: a tidy table.
+
+    "CW equal to tanh": on how many images, all models together, CW's norm is tanh's to the last bit (k of n,
+    ``percent``). "largest change by ...": the largest change of a grey, mean over the images of the normally
+    trained model, in ``grey_levels`` of 255.
+    """
+    key = ["model", "split", "seed", "index"]
+    l2 = {name: part.set_index(key).l2 for name, part in protocol.groupby("attack")}
+    stuck = l2["published_cw"].eq(l2["tanh"])
+    rows = [
+        {"measure": "CW equal to tanh", "k": int(stuck.sum()), "n": len(stuck), "percent": 100 * stuck.mean()}
+    ]
+    own = protocol[protocol.model.eq("normal")]
+    for attack, words in (("clamp", "the clamp"), ("published_pgd", "published PGD"), ("tanh", "tanh")):
+        largest = own[own.attack.eq(attack)].linf_255.mean()
+        rows.append({"measure": f"largest change by {words}", "n": len(own) // 5, "grey_levels": largest})
+    return pd.DataFrame(rows).astype({"k": "Int64"})
+
+
+def matrix_attacks(budgets_255, *, pgd_steps, pgd_restarts=1):
+    """The correct Linf attacks of :func:`matrix`, for :func:`fortify.evaluation.evaluate`."""
+    fgsm = [FGSM(eps) for eps in budgets_255]
+    return [*fgsm, *(PGD(eps, steps=pgd_steps, restarts=pgd_restarts) for eps in budgets_255)]
+
+
+def panels(model, image, label, *, attacks, correct):
+    """One image under the published operations, beside ``correct``, its correctly attacked copy.
+
+    ``image`` and ``correct`` (1, 1, H, W) float in [0, 1], ``label`` an integer. Returns {name: (greys
+    (H, W, 3) in units of [0, 1], prediction, probability)} for original, clamp alone, tanh alone, published
+    PGD and correct PGD.
+    """
+    device = device_of(model)
+    model.eval()
+    y = torch.tensor([int(label)], device=device)
+    z, z_correct = model[0](image.to(device)), model[0](correct.to(device))
+    made = {"original": z, "clamp alone": clamp(z), "tanh alone": tanh(z)}
+    made |= {"published PGD": published_fgsm(model, z, y, attacks.pgd_alpha), "correct PGD": z_correct}
+    shown = {}
+    for name, changed in made.items():
+        with torch.no_grad():
+            probability, prediction = model[1:](changed).softmax(1).max(1)
+        greys = to_grey(model, changed)[0].permute(1, 2, 0).cpu().numpy()
+        shown[name] = greys, prediction.item(), probability.item()
+    return shown
+
+
+def nominal_eps_255(model, eps=0.03):
+    """The published ``eps`` in grey levels of 255: normalised units times the mean of the channels' sd."""
+    return round(float(eps * model[0].std.mean() * 255), 2)

@@ -1,0 +1,129 @@
+"""The ledger: every claim points to numbers that are there, and its verdict is what they say."""
+
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+
+from fortify.claims import ClaimError, layout, ledger, load_claims, read_cell
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "paper" / "claims.yaml"
+PROFILE = (
+    nbformat.read(ROOT / "notebooks/09_claims.ipynb", as_version=4).metadata.get("fortify", {}).get("profile")
+)
+PUBLISHED = ROOT / "paper" / "tables" / ("" if PROFILE == "paper" else PROFILE or "laptop")
+
+
+@pytest.fixture
+def tables(tmp_path):
+    table = {
+        "split": ["random", "grouped"],
+        "k": [9, 5],
+        "n": 10,
+        "accuracy": [0.9, 0.5],
+        "low": 0.4,
+        "high": 0.95,
+    }
+    pd.DataFrame(table).to_csv(tmp_path / "a.csv", index=False)
+    pd.DataFrame({"name": ["x"], "p": [0.25], "text": ["none"], "empty": [""]}).to_csv(
+        tmp_path / "b.csv", index=False
+    )
+    return tmp_path
+
+
+def write(folder, **changes):
+    claim = dict(
+        id="one",
+        claim="It holds.",
+        where="Table 1",
+        verdict="reproduced",
+        ours="{r} and {p}",
+        command="make demo",
+        numbers={"r": "a.csv[split=random]", "p": "b.csv[name=x].p"},
+        holds=["r > 80"],
+    )
+    path = folder / "claims.yaml"
+    path.write_text(yaml.safe_dump([{k: v for k, v in (claim | changes).items() if v is not None}]))
+    return path
+
+
+def test_every_published_claim_finds_its_numbers_and_its_verdict_holds():
+    claims = load_claims(SOURCE)
+    assert len(claims) >= 12
+    table = ledger(claims, PUBLISHED)
+    assert table.holds.all(), table[~table.holds].verdict.tolist()
+
+
+def test_the_published_ledger_is_the_one_of_the_published_tables():
+    again = ledger(load_claims(SOURCE), PUBLISHED)
+    kept = pd.read_csv(PUBLISHED / "claims.csv", keep_default_na=False)
+    assert again.ours.tolist() == kept.ours.tolist() and again.verdict.tolist() == kept.verdict.tolist()
+
+
+def test_no_number_of_ours_is_typed():
+    """Outside `claim`, `where` and {names}, the text of a claim holds no accuracy of ours."""
+    for claim in load_claims(SOURCE):
+        if claim.numbers:
+            assert "{" in claim.ours, claim.id
+
+
+def test_a_row_reads_as_accuracy_with_counts_and_interval(tables):
+    assert read_cell(tables, "a.csv[split=random]") == (90.0, "90.0 % (9/10, 40.0–95.0)")
+    assert read_cell(tables, "b.csv[name=x].p") == (0.25, "0.25")
+    assert read_cell(tables, "b.csv[name=x].text") == ("none", "none")
+
+
+def test_the_ledger_fills_in_numbers_and_judges(tables):
+    table = ledger(load_claims(write(tables)), tables)
+    assert table.ours.tolist() == ["90.0 % (9/10, 40.0–95.0) and 0.25"] and table.holds.all()
+    assert layout(table).columns.tolist() == ["The paper", "Measured here", "Verdict"]
+    open_ = ledger(load_claims(write(tables, holds=["r > 80", "r < p + 10"])), tables)
+    assert not open_.holds.any() and open_.verdict[0].startswith("open:") and "r < p + 10" in open_.verdict[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(numbers={"r": "c.csv[split=random]", "p": "b.csv[name=x].p"}), "c.csv does not exist"),
+        (dict(numbers={"r": "a.csv[split=odd]", "p": "b.csv[name=x].p"}), "0 rows of a.csv fit"),
+        (dict(numbers={"r": "a.csv[]", "p": "b.csv[name=x].p"}), "2 rows of a.csv fit"),
+        (dict(numbers={"r": "a.csv[what=1]", "p": "b.csv[name=x].p"}), "no column 'what'"),
+        (dict(numbers={"r": "a.csv[split=random]", "p": "b.csv[name=x].q"}), "no such number"),
+        (dict(numbers={"r": "a.csv[split=random]", "p": "b.csv[name=x].empty"}), "no such number"),
+        (dict(numbers={"r": "b.csv[name=x]", "p": "b.csv[name=x].p"}), "holds no accuracies"),
+        (dict(numbers={"r": "a.csv", "p": "b.csv[name=x].p"}), "no cell like"),
+        (dict(ours="{r} and {missing}"), "missing"),
+        (dict(holds=["r is large"]), "no rule like"),
+        (dict(holds=["r > who"]), "no number"),
+    ],
+)
+def test_a_claim_without_its_number_is_an_error_that_names_it(tables, changes, message):
+    with pytest.raises(ClaimError, match="claim one") as caught:
+        ledger(load_claims(write(tables, **changes)), tables)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(verdict="true"), "verdict 'true' is none of"),
+        (dict(verdict="reproduced only under"), "`under` goes with"),
+        (dict(under="rain"), "`under` goes with"),
+        (dict(colour="red"), "colour"),
+        (dict(command=None), "command"),
+    ],
+)
+def test_a_malformed_claim_is_refused(tables, changes, message):
+    with pytest.raises(ClaimError, match="claim one") as caught:
+        load_claims(write(tables, **changes))
+    assert message in str(caught.value)
+
+
+def test_a_repeated_id_is_refused(tables):
+    path = write(tables)
+    path.write_text(path.read_text() * 2)
+    with pytest.raises(ClaimError, match="appears twice"):
+        load_claims(path)

@@ -1,0 +1,220 @@
+"""The published protocol, re-expressed: it does what the authors' notebook does, faults included."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fortify import published
+from fortify.evaluation import evaluate
+from fortify.figures_beyond import Panel, matrix_dots, protocol_strip
+from fortify.models import build_model
+from fortify.published import TONE_CURVES, PublishedAttacks, PublishedRecipe, fit_published, score_published
+
+FEW = PublishedAttacks(cw_steps=12)
+NAMES = ("benign", "malignant", "normal")
+
+
+@pytest.fixture(scope="module")
+def batch(model, images, labels):
+    """24 normalised images, their labels and the trained model."""
+    model.eval()
+    return model, model[0](images[:24]), labels[:24]
+
+
+def test_the_published_pgd_is_one_step_and_a_clamp(batch):
+    model, z, y = batch
+    changed = published.published_fgsm(model, z, y, 2 / 255)
+    step = changed - published.clamp(z)
+    assert step.abs().max() <= 2 / 255 + 1e-6, "one step, whatever the 40 iterations say"
+    outside = (z < -2 / 255) | (z > 1 + 2 / 255)
+    assert torch.equal(changed[outside], published.clamp(z)[outside]), "there the gradient changes nothing"
+    assert outside.float().mean() > 0.5, "most greys lie outside the clamp's range"
+    inside = (z > 0.1) & (z < 0.9)
+    assert step[inside].abs().min() > 0 and step[inside].abs() == pytest.approx(2 / 255, abs=1e-6)
+
+
+def test_the_step_climbs_the_loss(batch):
+    model, z, y = batch
+    middle = z * 0.1 + 0.5  # greys that the clamp leaves alone
+    assert middle.min() > 0 and middle.max() < 1
+    up = published.published_fgsm(model, middle, y, 0.003)
+    before, after = (nn.functional.cross_entropy(model[1:](x), y) for x in (middle, up))
+    assert after > before
+
+
+def test_without_steps_the_attacks_are_the_tone_curves(batch):
+    model, z, y = batch
+    made = published.published_images(model, z, y, TONE_CURVES)
+    assert torch.equal(made["published_pgd"], z.clamp(0, 1))
+    assert torch.equal(made["published_fgsm"], z.clamp(0, 1))
+    assert torch.equal(made["published_cw"], torch.tanh(z))
+
+
+def test_the_published_cw_is_stuck_where_the_true_class_leads_by_more_than_one(batch):
+    """In full, without the short cut: those images have no gradient and stay tanh(z), bit for bit."""
+    model, z, y = batch
+    with torch.no_grad():
+        logits = model[1:](torch.tanh(z))
+    lead = logits.gather(1, y[:, None])[:, 0] - logits.scatter(1, y[:, None], -torch.inf).amax(1)
+    stuck = lead > 1
+    assert 0 < stuck.sum() < len(z), "the test needs both kinds"
+    whole = torch.tanh(z + published._cw_delta(model, z, y, FEW))
+    assert torch.equal(whole[stuck], torch.tanh(z)[stuck])
+    moved = (whole != torch.tanh(z)).flatten(1).any(1)
+    assert moved[~stuck].all()
+
+
+def test_leaving_stuck_images_out_changes_no_bit_of_them_and_nothing_else_to_speak_of(batch):
+    model, z, y = batch
+    whole = torch.tanh(z + published._cw_delta(model, z, y, FEW))
+    short = published.published_cw(model, z, y, FEW)
+    moved = (short != torch.tanh(z)).flatten(1).any(1)
+    assert torch.equal(whole[~moved], short[~moved])
+    assert (
+        whole - short
+    ).abs().max() < 1e-2  # another batch size rounds convolutions differently; Adam's sign
+    assert ((whole - short).abs() > 1e-4).float().mean() < 0.02
+
+
+def test_a_zero_step_cw_in_train_mode_needs_no_forward(batch):
+    model, z, y = batch
+    net = copy.deepcopy(model).train()
+    assert torch.equal(published.published_cw(net, z, y, TONE_CURVES), torch.tanh(z))
+
+
+@pytest.fixture(scope="module")
+def parts(phantoms):
+    return phantoms.subset(range(0, 120, 2)), phantoms.subset(range(1, 120, 4))
+
+
+def test_batchnorm_is_frozen_from_the_second_epoch(parts):
+    after = {}
+    for epochs in (1, 3):
+        model = build_model("resnet_small", num_classes=3, seed=0)
+        fit_published(model, *parts, PublishedRecipe(epochs=epochs), attacks=TONE_CURVES, progress=False)
+        after[epochs] = {k: v.clone() for k, v in model.state_dict().items()}
+    running = [k for k in after[1] if "running" in k]
+    assert running and all(torch.equal(after[1][k], after[3][k]) for k in running)
+    weights = [k for k in after[1] if k.endswith("fc.weight")]
+    assert weights and not any(torch.equal(after[1][k], after[3][k]) for k in weights)
+    fresh = build_model("resnet_small", num_classes=3, seed=0).state_dict()
+    assert not any(torch.equal(fresh[k], after[1][k]) for k in running), "the first epoch did train them"
+
+
+def test_the_last_epoch_is_kept_and_an_interrupted_training_goes_on(parts, tmp_path):
+    attacks = PublishedAttacks(cw_steps=1)
+
+    def train(epochs, folder):
+        model = build_model("resnet_small", num_classes=3, seed=0)
+        recipe = PublishedRecipe(epochs=epochs)
+        history = fit_published(model, *parts, recipe, attacks=attacks, checkpoints=folder, progress=False)
+        return model, history
+
+    model, history = train(3, tmp_path / "whole")
+    assert history.selected.tolist() == [False, False, True] and not model.training
+    assert history.train_loss.iloc[-1] < history.train_loss.iloc[0]
+    file = next((tmp_path / "whole").glob("*.safetensors"))
+    broken = tmp_path / "broken" / file.name
+    stopped = published.TrainingState.save
+    try:
+        published.TrainingState.save = lambda self, f: (stopped(self, f), _stop_after(self, 2))
+        with pytest.raises(KeyboardInterrupt):
+            train(3, broken.parent)
+    finally:
+        published.TrainingState.save = stopped
+    again, _ = train(3, broken.parent)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[key]), key
+
+
+def _stop_after(state, epoch):
+    if state.epoch == epoch:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("wrong", [dict(epochs=0), dict(batch_size=1)])
+def test_an_impossible_recipe_is_refused(wrong):
+    with pytest.raises(ValueError, match="epochs >= 1 and batch_size >= 2"):
+        PublishedRecipe(**wrong)
+
+
+@pytest.fixture(scope="module")
+def rows(model, images, labels):
+    index = np.arange(0, 60)
+    ids = {"index": index, "split": "random", "seed": 0}
+    protocol = score_published(
+        model, images[index], labels[index], model_name="normal", attacks=FEW, batch_size=17, **ids
+    )
+    from fortify.attacks import CW
+
+    attacks = [*published.matrix_attacks([1, 4], pgd_steps=2), CW(1, 3)]
+    correct, _ = evaluate(model, images[index], labels[index], attacks, model_name="normal", **ids)
+    return protocol, correct
+
+
+def test_rows_say_what_the_model_says_of_the_changed_tensor(model, images, labels, rows):
+    protocol, _ = rows
+    assert protocol.attack.unique().tolist() == ["clamp", "tanh", *published.PUBLISHED]
+    assert (protocol.groupby("attack").size() == 60).all()
+    own = protocol[protocol.attack == "clamp"]
+    z = model[0](images[:60])
+    with torch.no_grad():
+        prediction = model[1:](z.clamp(0, 1)).argmax(1)
+    assert own["index"].tolist() == list(range(60)) and own.prediction.tolist() == prediction.tolist()
+    assert (own.success == (own.prediction != own.label)).all()
+    # Black (-2.118 in the red channel) is raised to 0, the channel's mean: 0.485 of 255.
+    black = (images[:60].flatten(1).amin(1) == 0).numpy()
+    assert black.any() and own.linf_255[black].min() >= 0.485 * 255 - 0.01
+    assert (own.l2 > 1).all()
+
+
+def test_matrix_has_every_evaluation_once_and_counts_the_rows(rows):
+    protocol, correct = rows
+    table = published.matrix(protocol, correct, class_names=NAMES, budgets_255=[1, 4], cw_l2=0.5)
+    names = ["clean", "clamp alone", "tanh alone", "published PGD", "published FGSM", "published CW"]
+    names += ["published combined", "FGSM 1/255", "FGSM 4/255", "PGD 1/255", "PGD 4/255", "CW L2 0.5"]
+    assert table.sort_values("order").evaluation.tolist() == names
+    cells = table.set_index("evaluation")
+    clamp = protocol[protocol.attack == "clamp"]
+    assert cells.loc["clamp alone", ["k", "n"]].tolist() == [(~clamp.success).sum(), 60]
+    three = protocol[protocol.attack.isin(published.PUBLISHED)]
+    assert cells.loc["published combined", ["k", "n"]].tolist() == [(~three.success).sum(), 180]
+    pgd = correct[(correct.attack == "pgd") & (correct.eps_255 == 4)]
+    assert cells.loc["PGD 4/255", "k"] == (~pgd.success).sum()
+
+
+def test_findings_state_the_counts_of_the_matrix(rows):
+    protocol, correct = rows
+    every = ("normal", "published", "tone curves", "adversarial")
+    import pandas as pd
+
+    protocol, correct = (pd.concat([t.assign(model=m) for m in every]) for t in (protocol, correct))
+    table = published.matrix(protocol, correct, class_names=NAMES, budgets_255=[1, 4], cw_l2=0.5)
+    text = " ".join(published.findings(protocol, table, eps_255=4))
+    cell = table[(table.model == "normal") & (table.evaluation == "clamp alone")].iloc[0]
+    assert f"{cell.accuracy:.1%} ({cell.k}/{cell.n})" in text
+    measures = published.attack_measures(protocol).set_index("measure")
+    stuck = measures.loc["CW equal to tanh"]
+    assert f"({stuck.k:.0f}/{stuck.n:.0f})" in text and stuck.n == 240
+    matrix_dots(table)
+
+
+def test_panels_show_what_the_model_is_given(model, images, labels):
+    shown = published.panels(model, images[:1], int(labels[0]), attacks=FEW, correct=images[:1])
+    assert list(shown) == ["original", "clamp alone", "tanh alone", "published PGD", "correct PGD"]
+    greys, prediction, probability = shown["original"]
+    assert greys.shape == (32, 32, 3) and greys[..., 0] == pytest.approx(images[0, 0].numpy(), abs=1e-6)
+    assert prediction == shown["correct PGD"][1] and 1 / 3 <= probability <= 1
+    low = shown["clamp alone"][0].reshape(-1, 3).min(0)
+    assert low == pytest.approx([0.485, 0.456, 0.406], abs=1e-6), "no grey below the channel's mean is left"
+    panels = [Panel(name, *seen, 10 + i, 60) for i, (name, seen) in enumerate(shown.items())]
+    fig = protocol_strip(panels, label=int(labels[0]), class_names=NAMES)
+    texts = [text.get_text() for ax in fig.axes for text in (ax.title, ax.xaxis.label)]
+    assert "clamp alone" in texts and any("reads 11/60 (18%)" in text for text in texts)
+
+
+def test_the_nominal_budget_is_under_two_grey_levels(model):
+    assert published.nominal_eps_255(model) == 1.73  # 0.03 * (0.229 + 0.224 + 0.225) / 3 * 255
