@@ -87,7 +87,10 @@ def checkout(tmp_path, monkeypatch):
     (tmp_path / "build/laptop/figures/robustness_curves.png").write_bytes(b"png")
     (tmp_path / "build/laptop/tables/table1_random.md").write_text("| a |\n")
     (tmp_path / "build/laptop/tables/table1.txt").write_text("Table 1 <text>\n")
-    (tmp_path / "README.md").write_text("top\n<!-- generated: results -->old<!-- /generated -->\nend\n")
+    (tmp_path / "build/laptop/tables/claims.md").write_text("| claim |\n")
+    (tmp_path / "build/laptop/figures/published_protocol_random-s0.png").write_bytes(b"strip")
+    sections = (f"<!-- generated: {s} -->old<!-- /generated: {s} -->" for s in ("results", "claims"))
+    (tmp_path / "README.md").write_text("\n".join(["top", *sections, "end\n"]))
     return tmp_path
 
 
@@ -102,8 +105,26 @@ def test_commit_writes_notebooks_figures_tables_and_readme(checkout):
         readme.startswith("top\n")
         and readme.endswith("\nend\n")
         and "| a |" in readme
+        and "| claim |" in readme
+        and "(figures/laptop/published_protocol_random-s0.png)" in readme
         and "old" not in readme
     )
+
+
+@pytest.mark.parametrize("section", ["results", "claims"])
+def test_a_readme_without_its_markers_is_refused(checkout, capsys, section):
+    readme = checkout / "README.md"
+    readme.write_text(readme.read_text().replace(f"<!-- /generated: {section} -->", ""))
+    assert publish.main(["commit", str(checkout / "build/laptop")]) == 1
+    assert f"<!-- generated: {section} -->" in capsys.readouterr().err
+
+
+def test_a_profile_without_its_ledger_is_not_published(checkout, capsys):
+    before = (checkout / "notebooks/01_a.ipynb").read_text()
+    (checkout / "build/laptop/tables/claims.md").unlink()
+    assert publish.main(["commit", str(checkout / "build/laptop")]) == 1
+    assert "no ledger of claims" in capsys.readouterr().err
+    assert (checkout / "notebooks/01_a.ipynb").read_text() == before
 
 
 def test_the_paper_profile_writes_the_figures_themselves(checkout):

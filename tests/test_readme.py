@@ -29,7 +29,16 @@ def test_links_lead_somewhere():
 
 @pytest.mark.parametrize("split", ["random", "grouped"])
 def test_the_results_are_the_published_tables(split):
-    generated = README.split("<!-- generated: results -->")[1].split("<!-- /generated -->")[0]
+    generated = README.split("<!-- generated: results -->")[1].split("<!-- /generated: results -->")[0]
     profile = re.search(r"From the `(\w+)` profile", generated).group(1)
     tables = ROOT / "paper" / "tables" / ("" if profile == "paper" else profile)
     assert (tables / f"table1_{split}.md").read_text(encoding="utf-8") in generated
+
+
+def test_the_claims_are_the_published_ledger():
+    generated = README.split("<!-- generated: claims -->")[1].split("<!-- /generated: claims -->")[0]
+    profile = re.search(r"From the `(\w+)` profile", README).group(1)
+    tables = ROOT / "paper" / "tables" / ("" if profile == "paper" else profile)
+    assert (tables / "claims.md").read_text(encoding="utf-8") in generated
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", generated)
+    assert len(pictures) == 1 and (ROOT / pictures[0]).exists()

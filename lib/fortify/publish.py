@@ -106,6 +106,8 @@ def commit(build):
             raise PublishError(
                 f"the executed {stem} shows a path of this machine; publish from clean outputs"
             )
+    if not (build / "tables" / "claims.md").is_file():
+        raise PublishError(f"{build}/tables holds no ledger of claims; run that profile to its end first")
     for path, text in ready.items():  # only once all of them have passed
         write_text(path, text)
     written = list(ready)
@@ -119,10 +121,10 @@ def commit(build):
 
 
 def update_readme(root, profile):
-    """Rewrite README.md between its ``generated`` markers from the tables of ``profile``."""
+    """Rewrite README.md's ``generated`` sections, results and claims, from the tables of ``profile``."""
     readme = root / "README.md"
-    tables = root / "paper" / "tables" / ("" if profile == "paper" else profile)
-    figures = Path("figures") / ("" if profile == "paper" else profile)
+    below = "" if profile == "paper" else profile
+    tables, figures = root / "paper" / "tables" / below, Path("figures") / below
     parts = []
     for split in ("random", "grouped"):
         table = tables / f"table1_{split}.md"
@@ -137,13 +139,22 @@ def update_readme(root, profile):
         sentence += " **Not** the reference run (`make paper`), which has yet to be published here."
     parts.append(sentence + "\n")
     parts.append(f"![Accuracy against the attack budget, both splits]({figures / 'robustness_curves.png'})\n")
-    text = readme.read_text(encoding="utf-8")
-    start, end = "<!-- generated: results -->", "<!-- /generated -->"
+    text = _replaced(readme.read_text(encoding="utf-8"), "results", "\n".join(parts))
+    claims = (tables / "claims.md").read_text(encoding="utf-8")
+    strip = sorted((root / figures).glob("published_protocol_*.png"), key=lambda p: "random" not in p.name)
+    words = "One slice: original, clamped, tanh, published PGD and correct PGD, with predictions and changes"
+    pictures = [f"![{words}]({figures / path.name})\n" for path in strip[:1]]
+    text = _replaced(text, "claims", "\n".join([*pictures, claims]))
+    write_text(readme, text)
+
+
+def _replaced(text, section, content):
+    """``text`` with what lies between the two markers of ``section`` replaced."""
+    start, end = f"<!-- generated: {section} -->", f"<!-- /generated: {section} -->"
     if text.count(start) != 1 or text.count(end) != 1:
         raise PublishError(f"README.md must hold {start} and {end} once each")
     before, rest = text.split(start)
-    after = rest.split(end)[1]
-    write_text(readme, f"{before}{start}\n" + "\n".join(parts) + f"{end}{after}")
+    return f"{before}{start}\n{content}{end}{rest.split(end)[1]}"
 
 
 def html_pages(build):
