@@ -241,7 +241,8 @@ rule leakage:
     output:
         expand(
             f"{BUILD}/tables/{{table}}.csv",
-            table=["leak_meter", "leak_twins", "leak_tells", "groups", "group_sensitivity", "lungs_or_scanner"],
+            table=["leak_meter", "leak_summary", "leak_twins", "leak_tells", "groups"]
+            + ["group_sensitivity", "lungs_or_scanner"],
         ),
         f"{BUILD}/leakage/07_leakage.json",
     params:
