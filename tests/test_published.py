@@ -53,15 +53,19 @@ def test_without_steps_the_attacks_are_the_tone_curves(batch):
     assert torch.equal(made["published_cw"], torch.tanh(z))
 
 
-def test_the_published_cw_is_stuck_where_the_true_class_leads_by_more_than_one(batch):
-    """In full, without the short cut: those images have no gradient and stay tanh(z), bit for bit."""
+def test_the_published_cw_is_stuck_where_a_class_leads_clearly(batch):
+    """In full, without the short cut: where the true class leads by more than 1, or another by more than
+    kappa, there is no gradient, and the image stays tanh(z), bit for bit."""
     model, z, y = batch
+    y = torch.where(torch.arange(len(y)) < 12, y, (y + 1) % 3)  # the second half is misread
     with torch.no_grad():
         logits = model[1:](torch.tanh(z))
     lead = logits.gather(1, y[:, None])[:, 0] - logits.scatter(1, y[:, None], -torch.inf).amax(1)
-    stuck = lead > 1
-    assert 0 < stuck.sum() < len(z), "the test needs both kinds"
-    whole = torch.tanh(z + published._cw_delta(model, z, y, FEW))
+    attacks = PublishedAttacks(cw_steps=12, cw_kappa=float(-lead[12:].median()))
+    stuck = (lead > 1) | (lead < -attacks.cw_kappa)
+    kinds = (lead > 1).sum(), (lead < -attacks.cw_kappa).sum(), (~stuck).sum()
+    assert min(kinds) > 0, "the test needs all three kinds"
+    whole = torch.tanh(z + published._cw_delta(model, z, y, attacks))
     assert torch.equal(whole[stuck], torch.tanh(z)[stuck])
     moved = (whole != torch.tanh(z)).flatten(1).any(1)
     assert moved[~stuck].all()
@@ -193,7 +197,7 @@ def test_findings_state_the_counts_of_the_matrix(rows):
 
     protocol, correct = (pd.concat([t.assign(model=m) for m in every]) for t in (protocol, correct))
     table = published.matrix(protocol, correct, class_names=NAMES, budgets_255=[1, 4], cw_l2=0.5)
-    text = " ".join(published.findings(protocol, table, eps_255=4))
+    text = " ".join(published.findings(protocol, table, eps_255=4, class_names=NAMES))
     cell = table[(table.model == "normal") & (table.evaluation == "clamp alone")].iloc[0]
     assert f"{cell.accuracy:.1%} ({cell.k}/{cell.n})" in text
     measures = published.attack_measures(protocol).set_index("measure")

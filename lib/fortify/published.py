@@ -65,15 +65,17 @@ def published_cw(model, z, y, attacks):
     """tanh(z + delta), delta by Adam on ``c * clamp(real - other + kappa, 0) + |delta|^2``.
 
     ``other`` is the largest of (logits - onehot): it still contains the true class. Where that leads by more
-    than 1, ``real - other`` is the constant 1, nothing has a gradient, and the result is tanh(z) for good;
-    in eval mode those images are not computed further, which changes no bit of the result.
+    than 1, ``real - other`` is the constant 1; where another class leads by more than kappa, the clamp is 0.
+    Neither has a gradient, and the result is tanh(z) for good. In eval mode those images are not computed
+    further, which changes no bit of theirs.
     """
     delta = torch.zeros_like(z)
-    moving = torch.arange(len(z), device=z.device)
+    moving = torch.ones(len(z), dtype=torch.bool, device=z.device)
     if not model.training and attacks.cw_steps:
         with torch.no_grad():
-            moving = (margin(model[1:](tanh(z)), y) > -1).nonzero().squeeze(1)
-    if len(moving) and attacks.cw_steps:
+            behind = margin(model[1:](tanh(z)), y)
+        moving = (behind >= -1) & (behind <= attacks.cw_kappa)
+    if moving.any() and attacks.cw_steps:
         delta[moving] = _cw_delta(model, z[moving], y[moving], attacks)
     return tanh(z + delta)
 
@@ -250,11 +252,13 @@ def matrix(published, correct, *, class_names, budgets_255, cw_l2):
     return table[[*columns, "images", "seeds", "sd"]].assign(order=table.evaluation.map(order))
 
 
-def findings(protocol, table, *, eps_255):
+def findings(protocol, table, *, eps_255, class_names):
     """What one split's :func:`matrix` says, in sentences with their counts; ``eps_255`` is a budget of it.
 
     ``protocol`` are the rows of :func:`score_published` behind it.
     """
+    clamped = protocol[protocol.attack.eq("clamp") & protocol.model.eq("normal")].prediction.value_counts()
+    called = f"{clamped.iloc[0]} of {clamped.sum()} clamped slices “{class_names[clamped.index[0]]}”"
     cells = table.set_index(["model", "evaluation"])
 
     def said(model, evaluation):
@@ -267,7 +271,7 @@ def findings(protocol, table, *, eps_255):
     return [
         f"The clamp alone changes a slice by up to {largest:.0f} grey levels (mean over the slices). The "
         f"normally trained model reads {said('normal', 'clamp alone')} after it and "
-        f"{said('normal', 'published PGD')} after the published PGD.",
+        f"{said('normal', 'published PGD')} after the published PGD; it calls {called}.",
         f"The published CW is tanh and nothing else, to the last bit of its norm, on {stuck.percent:.1f} % "
         f"({stuck.k:.0f}/{stuck.n:.0f}) of the images of all models.",
         f"Trained as published, the network reads {said('published', pooled)} of the published attacks; "
