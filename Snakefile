@@ -260,7 +260,7 @@ rule leakage:
 rule robustness_audit:
     input:
         "notebooks/08_robustness_audit.ipynb",
-        lib("data", "splits", "models", "attacks", "evaluation", "audit", "audit_zoo", "autoattack"),
+        lib("data", "splits", "models", "attacks", "evaluation", "audit", "audit_checks", "audit_context", "audit_zoo", "autoattack"),
         f"{BUILD}/data/slices.npz",
         f"{BUILD}/data/splits/{{split}}-s{{seed}}.csv",
         expand(f"{BUILD}/{{{{split}}}}-s{{{{seed}}}}/{{model}}.safetensors", model=["normal", "adversarial"]),

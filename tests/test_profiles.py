@@ -91,8 +91,9 @@ def test_a_notebook_without_parameters_is_named(tmp_path):
 @pytest.mark.parametrize("path", PROFILES, ids=lambda p: p.stem)
 def test_the_projects_profiles_fit(path):
     found = load_profile(path, NOTEBOOKS)
-    budgets = {(found[n]["eps_255"], found[n]["cw_l2"]) for n in found if "eps_255" in found[n]}
-    assert len(budgets) == 1, "notebooks 03 to 05 speak of one headline budget"
+    for name in ("eps_255", "cw_l2", "matrix_eps_255", "seeds", "splits"):
+        values = [own[name] for own in found.values() if name in own]
+        assert values and all(value == values[0] for value in values), f"the notebooks speak of one {name}"
 
 
 def test_the_paper_profile_is_the_notebooks_own_values():

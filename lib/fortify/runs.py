@@ -31,7 +31,8 @@ _WRITERS = (  # the first prefix that fits
     ("published", "06_published_protocol"),
     ("tone_curves", "06_published_protocol"),
 )
-_STAMPED = ("fortify", "torch", "torchvision", "foolbox", "numpy", "pandas", "scikit-learn", "scipy")
+_STAMPED = ("fortify", "torch", "torchvision", "foolbox", "pyautoattack")
+_STAMPED += ("numpy", "pandas", "scikit-learn", "scipy")
 
 
 def find_root(start=None):

@@ -1,0 +1,119 @@
+"""Is a robustness figure to be believed? The checks of a careful reviewer, run on any model by one call.
+
+A check (:mod:`fortify.audit_checks`) compares what an attack did with what it must do; a failed one says that
+the figure is not to be trusted, or that the model only looks robust.
+"""
+
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from fortify import attacks as fortify_attacks
+from fortify.audit_checks import CHECKS, worst_over_attacks
+from fortify.audit_context import FAIL, NOT_RUN, Context, Suite
+from fortify.audit_context import AuditData as AuditData  # for those who call audit
+from fortify.audit_context import Check as Check
+from fortify.evaluation import wilson
+from fortify.tables import to_markdown
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """What :func:`audit` found: the checks, and the accuracy under each attack that it ran."""
+
+    checks: tuple
+    accuracies: pd.DataFrame  # attack, k, n, accuracy, low, high (Wilson, 95 %), as fractions
+    table: pd.DataFrame = field(init=False)  # id, check, verdict, measured, limit, note
+
+    def __post_init__(self):
+        columns = list(Check.__dataclass_fields__)
+        rows = [[getattr(check, column) for column in columns] for check in self.checks]
+        object.__setattr__(self, "table", pd.DataFrame(rows, columns=columns))
+
+    @property
+    def passed(self):
+        """Whether no check failed. One that did not run is no failure, but no pass either: see the table."""
+        return not self.failed
+
+    @property
+    def failed(self):
+        """The ids of the checks that failed, in order."""
+        return tuple(check.id for check in self.checks if check.verdict == FAIL)
+
+    def with_check(self, check):
+        """This audit with one more line, such as the zoo's (T10), in its place."""
+        checks = [*(c for c in self.checks if c.id != check.id), check]
+        return Audit(tuple(sorted(checks, key=lambda c: _number(c.id))), self.accuracies)
+
+    def to_markdown(self):
+        """The table for a reader, failures in bold."""
+        shown = self.table.replace({"verdict": {FAIL: "**fail**", NOT_RUN: "*not run*"}})
+        return to_markdown(shown)
+
+
+def audit(model, data, attacks=None, *, craft=fortify_attacks.craft, others=(), seed=0, only=None):
+    """Check the model and the attacks on it: :class:`Audit`.
+
+    ``data`` is :class:`AuditData`; ``attacks`` a :class:`Suite` (default: the paper profile's). ``craft`` is
+    the attack implementation under audit, with the signature of :func:`fortify.attacks.craft`. ``others``
+    are models to transfer attacks from (T8); ``only`` are the ids of the checks to run. Only images that
+    the model reads rightly are attacked; accuracies count the others as wrong. The model is left as it is.
+    Raises ValueError for an unknown id, or where the model reads no image rightly.
+    """
+    suite = Suite() if attacks is None else attacks
+    wanted = tuple(CHECKS) if only is None else tuple(only)
+    unknown = sorted(set(wanted) - set(CHECKS))
+    if unknown:
+        raise ValueError(f"unknown checks {unknown}; use some of {', '.join(CHECKS)}")
+    ctx = Context(model, data, suite, craft=craft, others=others, seed=seed)
+    # T0 judges every attack that the others ran, so it comes last.
+    results = {
+        name: CHECKS[name](ctx) for name in sorted(wanted, key=lambda name: (name == "T0", _number(name)))
+    }
+    return Audit(tuple(results[name] for name in CHECKS if name in results), _accuracies(ctx))
+
+
+def side_by_side(audits):
+    """The checks of several models, {name: :class:`Audit`}, in one display table: verdict and figure."""
+    shown = None
+    for name, found in audits.items():
+        own = found.table.set_index(["id", "check"])
+        mark = own.verdict.replace({FAIL: "**fail**", NOT_RUN: "*not run*"})
+        cells = (mark + ": " + own.measured.where(own.measured.ne(""), own.note)).rename(name)
+        shown = cells.to_frame() if shown is None else shown.join(cells, how="outer")
+    shown = shown.reset_index()
+    return shown.loc[sorted(shown.index, key=lambda row: _number(shown.id[row]))].reset_index(drop=True)
+
+
+def remarks(found):
+    """An :class:`Audit` in words: which checks fail, at what limit, and what the others note. Markdown."""
+    failed, noted = found.table[found.table.verdict.eq(FAIL)], found.table[found.table.note.ne("")]
+    text = f"{len(failed)} of {len(found.table)} checks fail." if len(failed) else "No check fails."
+    lines = [f"- {row.id} fails: {row.measured}; limit: {row.limit}." for row in failed.itertuples()]
+    lines += [f"- {row.id}: {row.note}." for row in noted.itertuples()]
+    return "\n".join([text, "", *lines])
+
+
+def accuracies_side_by_side(audits):
+    """Accuracy under each attack that the audits ran, k/n with its Wilson interval, a column a model."""
+    columns = {}
+    for name, found in audits.items():
+        own = found.accuracies.set_index("attack")
+        spread = zip(own.k, own.n, own.low, own.high, strict=True)
+        cells = [f"{k}/{n} ({100 * low:.0f} to {100 * high:.0f} %)" for k, n, low, high in spread]
+        columns[name] = pd.Series(cells, index=own.index)
+    return pd.DataFrame(columns).reindex(next(iter(columns.values())).index).fillna("").reset_index()
+
+
+def _number(name):
+    """T0, T0b, T1, ... T15 in that order."""
+    return int("".join(c for c in name if c.isdigit())), name
+
+
+def _accuracies(ctx):
+    standing = {"clean": ctx.n}
+    standing |= {name: int((~broken).sum()) for name, broken in ctx.broken.items()}
+    if ctx.broken:
+        standing["worst case"] = int((~worst_over_attacks(ctx)).sum())
+    rows = [(name, k, ctx.total, k / ctx.total, *wilson(k, ctx.total)) for name, k in standing.items()]
+    return pd.DataFrame(rows, columns=["attack", "k", "n", "accuracy", "low", "high"])

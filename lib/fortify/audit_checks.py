@@ -1,0 +1,390 @@
+"""The checks T0 to T15 of an audit: each a function of a Context that returns a Check.
+
+After Carlini et al. 2019 (arXiv:1902.06705), Athalye et al. 2018, Tramer et al. 2020, Croce & Hein 2020,
+Zimmermann et al. 2022 and Pintor et al. 2022. To add one, write it and list it in ``CHECKS``.
+"""
+
+import numpy as np
+import torch
+from torch import nn
+
+from fortify import attacks as fortify_attacks
+from fortify.attacks import CW, FGSM, PGD, margin
+from fortify.audit_context import FAIL, NOT_RUN, PASS, Check
+from fortify.autoattack import WHITE_BOX, autoattack
+from fortify.evaluation import wilson
+from fortify.models import predict
+
+WHITE = 255.0  # grey levels: a budget of the whole range
+
+
+class _FalseGradient(torch.autograd.Function):
+    """The model's value with another gradient: zeros, or random signs."""
+
+    @staticmethod
+    def forward(ctx, x, model, generator):
+        ctx.generator, ctx.shape, ctx.like = generator, x.shape, x
+        with torch.no_grad():
+            return model(x)
+
+    @staticmethod
+    def backward(ctx, _):
+        if ctx.generator is None:
+            return torch.zeros_like(ctx.like), None, None
+        signs = torch.randint(0, 2, ctx.shape, generator=ctx.generator) * 2.0 - 1
+        return signs.to(ctx.like), None, None
+
+
+class FalseGradient(nn.Module):
+    """``model`` as an attack sees it when its gradient says nothing: zeros, or random signs from ``seed``.
+
+    Same predictions, same parameters, so that only what the attack does without a gradient is left.
+    """
+
+    def __init__(self, model, *, seed=None):
+        super().__init__()
+        self.model = model
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+        for name in ("arch", "num_classes"):
+            if hasattr(model, name):
+                setattr(self, name, getattr(model, name))
+
+    def forward(self, x):
+        return _FalseGradient.apply(x, self.model, self.generator)
+
+
+def dlr(logits, labels):
+    """Difference of logits ratio (Croce & Hein 2020), untargeted, (N,): needs three classes or more."""
+    ordered = logits.sort(1).values
+    return margin(logits, labels) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
+
+
+def cross_entropy(logits, labels):
+    """Cross-entropy of each image, (N,)."""
+    return nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+def _check(id, check, fails, *, measured, limit, note=""):
+    return Check(id, check, FAIL if fails else PASS, measured, limit, note)
+
+
+def contract(ctx):
+    """T0: what is true of every attack. Runs last: it answers for all that was crafted in this audit."""
+    few = torch.arange(ctx.n) < ctx.suite.contract_images
+    pgd = PGD(ctx.suite.eps_255, steps=ctx.suite.contract_steps)
+    hopeless = CW(binary_search_steps=1, steps=1, stepsize=1e-9)  # moves nothing: it must fail, and say so
+    for attack in (FGSM(ctx.suite.eps_255), pgd, ctx.suite.cw, hopeless):
+        ctx.craft(attack, where=few, training=True)  # the attack, not its caller, sees to eval mode
+    clean = predict(ctx.model, ctx.images[few])
+    for attack in (FGSM(0), PGD(0, steps=ctx.suite.contract_steps)):
+        _, images = ctx.craft(attack, where=few)
+        same = torch.equal(predict(ctx.model, images[few]), clean)
+        ctx.note(attack, "changes the prediction with no budget", not same)
+    _, first = ctx.craft(pgd, where=few)
+    ctx.forget()  # or the second run would be the first
+    ctx.note(pgd, "gives two results for one seed", not torch.equal(first, ctx.craft(pgd, where=few)[1]))
+    found = "; ".join(f"{fault} ({attack})" for fault, attack in ctx.faults.items())
+    return _check(
+        "T0", "contract of the attacks", ctx.faults, measured=found or "no breach", limit="no breach"
+    )
+
+
+def null_attack(ctx):
+    """T0b: without a gradient to follow, an attack must find nothing; if it does, the pipeline did."""
+    attack = PGD(ctx.suite.eps_255, steps=ctx.suite.contract_steps, random_start=False)
+    lost = {
+        name: int(ctx.craft(attack, model=FalseGradient(ctx.model, seed=seed))[0].sum())
+        for name, seed in (("zeros", None), ("random signs", ctx.seed))
+    }
+    # Random signs are noise, and noise of that size may cost a fragile model something by itself.
+    noise = int(ctx.misread(ctx.random_signs(0)).sum())
+    allowed = ctx.suite.tolerated(ctx.n, ctx.suite.gap_points)
+    return _check(
+        "T0b",
+        "null attack",
+        lost["zeros"] > allowed or lost["random signs"] > noise + allowed,
+        measured=", ".join(f"{name} {ctx.share(count)} lost" for name, count in lost.items()),
+        limit=f"zeros {allowed}, random signs {noise + allowed}",
+        note=f"random noise of the same size loses {ctx.share(noise)}" if noise else "",
+    )
+
+
+def loss_rises(ctx):
+    """T1: the loss is higher after the attack, image by image, and no lower on average as it goes on."""
+    steps = ctx.suite.pgd_steps
+    lengths, mean = sorted({1, max(1, steps // 5), steps}), []
+    clean = cross_entropy(ctx.logits(ctx.images), ctx.labels)
+    for length in lengths:  # one step size, so that each is the beginning of the next
+        attack = PGD(ctx.suite.eps_255, steps=length, rel_stepsize=2.5 / steps)
+        _, images = ctx.pgd() if length == steps else ctx.craft(attack)
+        loss = cross_entropy(ctx.logits(images), ctx.labels)
+        mean.append(loss.mean().item())
+    rising = int((loss > clean).sum())
+    falls = any(after < before - 0.01 * max(mean) for before, after in zip(mean, mean[1:], strict=False))
+    allowed = max(1, int((1 - ctx.suite.rising_share) * ctx.n))
+    trace = ", ".join(f"{value:.3g} at {length}" for length, value in zip(lengths, mean, strict=True))
+    return _check(
+        "T1",
+        "loss rises",
+        ctx.n - rising > allowed or falls,
+        measured=f"rises on {ctx.share(rising)}; mean {clean.mean():.3g} clean, {trace} steps",
+        limit=f"all but {allowed}; mean never falls by 1 %",
+    )
+
+
+def converged(ctx):
+    """T2: more steps, more starts, other step sizes and an independent loop find (nearly) nothing more."""
+    suite, standing = ctx.suite, ~ctx.white_box()[0]
+    eps, steps = suite.eps_255, suite.pgd_steps
+    longer = {
+        f"{2 * steps} steps": PGD(eps, steps=2 * steps),
+        f"{suite.restarts} more starts": PGD(eps, steps=steps, restarts=suite.restarts),
+        "half the step": PGD(eps, steps=steps, rel_stepsize=1.25 / steps),
+        "twice the step": PGD(eps, steps=steps, rel_stepsize=5 / steps),
+    }
+    more = {
+        name: int(ctx.craft(attack, where=standing, seed=ctx.seed + 1000)[0].sum())
+        for name, attack in longer.items()
+    }
+    broken, images = ctx.ascend(cross_entropy)
+    more["independent loop"] = int((broken & standing).sum())
+    # Losses tell a weak attack from a strong one where the same few images fall to both.
+    own, independent = (
+        cross_entropy(ctx.logits(found), ctx.labels).mean().item() for found in (ctx.pgd()[1], images)
+    )
+    allowed = suite.tolerated(ctx.n)
+    return _check(
+        "T2",
+        "converged",
+        max(more.values()) > allowed or own < suite.loss_share * independent,
+        measured="breaks more: "
+        + ", ".join(f"{name} {count}" for name, count in more.items())
+        + f"; mean loss {own:.3g}, independent loop {independent:.3g}",
+        limit=f"{allowed} of {ctx.n}; {suite.loss_share:.0%} of the loss",
+    )
+
+
+def iterated_beats_one_step(ctx):
+    """T3: per image, what FGSM breaks PGD breaks."""
+    ctx.broken["FGSM"] = ctx.craft(FGSM(ctx.suite.eps_255))[0]
+    only = int((ctx.broken["FGSM"] & ~ctx.pgd()[0]).sum())
+    allowed = ctx.suite.tolerated(ctx.n)
+    return _check(
+        "T3", "PGD at least FGSM", only > allowed, measured=f"{only} only by FGSM", limit=f"{allowed}"
+    )
+
+
+def monotone(ctx):
+    """T4: accuracy never rises with the budget."""
+    budgets = sorted({*ctx.suite.eps_grid_255, ctx.suite.eps_255, WHITE})
+    standing = [ctx.n, *(int((~ctx.pgd(eps)[0]).sum()) for eps in budgets)]
+    rise = max(after - before for before, after in zip(standing, standing[1:], strict=False))
+    allowed = ctx.suite.tolerated(ctx.n)
+    pairs = zip([0, *budgets], standing, strict=True)
+    return _check(
+        "T4",
+        "accuracy falls with eps",
+        rise > allowed,
+        measured=", ".join(f"{count} at {eps:g}" for eps, count in pairs) + f" (of {ctx.n})",
+        limit=f"rises by {allowed} at most",
+    )
+
+
+def whole_range(ctx):
+    """T5: where every pixel may take any value, nothing stands."""
+    broken, _ = ctx.pgd(WHITE)
+    broken = broken | ctx.pgd(WHITE, loss="margin", where=~broken)[0]
+    standing = int((~broken).sum())
+    return _check(
+        "T5", "eps of the whole range", standing, measured=ctx.share(standing) + " stand", limit="0"
+    )
+
+
+def random_noise(ctx):
+    """T6: random noise of the attack's size breaks no image that the attack did not."""
+    standing = ~ctx.white_box()[0]
+    lost = torch.zeros(ctx.n, dtype=torch.bool)
+    for draw in range(ctx.suite.noise_draws):
+        lost |= ctx.misread(ctx.random_signs(draw), standing & ~lost)
+    count = f"{int(lost.sum())} of {int(standing.sum())} that stand, {ctx.suite.noise_draws} draws"
+    return _check("T6", "random noise", lost.any(), measured=count, limit="0")
+
+
+def black_box(ctx):
+    """T7: Square, which needs no gradient, breaks no more than one image that white-box attacks did not."""
+    suite, (white_box, _) = ctx.suite, ctx.white_box()
+    settings = {"eps_255": suite.eps_255, "steps": suite.autoattack_steps, "queries": suite.square_queries}
+    settings |= {"seed": ctx.seed, "batch_size": suite.batch_size}
+    together, heard = torch.zeros(ctx.n, dtype=torch.bool), []
+    try:
+        for part in (*WHITE_BOX, "square"):
+            # Square meets what stands against AutoAttack so far, and what stands against this project's PGD.
+            where = ~together if part != "square" else ~(together & white_box)
+            found = torch.zeros(ctx.n, dtype=torch.bool)
+            if where.any():
+                result = autoattack(ctx.model, ctx.images[where], ctx.labels[where], part, **settings)
+                found[where] = result.images
+                heard += result.warnings
+            together |= found
+            ctx.broken[f"AutoAttack to {part}"] = together.clone()
+    except ImportError as error:
+        return Check("T7", "Square and AutoAttack", NOT_RUN, "", "1 more than white-box", str(error))
+    more, others = int((found & ~white_box).sum()), int((together & ~white_box).sum())
+    note = f"AutoAttack leaves {ctx.share((~together).sum())}, PGD {ctx.share((~white_box).sum())}"
+    note += f"; AutoAttack breaks {others} that PGD did not" if others else ""
+    note += "; it warns: " + " ".join(dict.fromkeys(heard)) if heard else ""
+    return _check(
+        "T7",
+        "Square and AutoAttack",
+        more > 1,
+        measured=f"Square breaks {more} that white-box attacks did not ({suite.square_queries} queries)",
+        limit="1",
+        note=note,
+    )
+
+
+def transfer(ctx):
+    """T8: images crafted on other models break (nearly) none that white-box attacks did not."""
+    if not ctx.others:
+        return Check(
+            "T8", "transfer", NOT_RUN, "", "", "no other model was given: audit(..., others=[model])"
+        )
+    white_box, more = ctx.white_box()[0], torch.zeros(ctx.n, dtype=torch.bool)
+    for number, other in enumerate(ctx.others, 1):
+        attack = PGD(ctx.suite.eps_255, steps=ctx.suite.pgd_steps)
+        crafted = fortify_attacks.craft(
+            other, ctx.images, ctx.labels, attack, seed=ctx.seed, batch_size=ctx.suite.batch_size
+        )
+        static = ctx.misread(crafted.images)
+        ctx.broken["transfer" + (f" {number}" if len(ctx.others) > 1 else "")] = static
+        more |= static & ~white_box
+    count, allowed = int(more.sum()), ctx.suite.tolerated(ctx.n)
+    return _check(
+        "T8",
+        "transfer",
+        count > allowed,
+        measured=f"{count} broken that white-box attacks did not ({len(ctx.others)} models)",
+        limit=f"{allowed}",
+    )
+
+
+def gradients_say_something(ctx):
+    """T9: no gradient is zero, and it does not matter which loss is climbed."""
+    zero = int((ctx.gradients(ctx.images) == 0).all(1).sum())
+    losses = {"cross-entropy": ctx.pgd()[0], "margin": ctx.pgd(loss="margin")[0]}
+    if ctx.logits(ctx.images[:1]).shape[1] >= 3:
+        losses["DLR"] = ctx.ascend(dlr)[0]
+    standing = {name: int((~broken).sum()) for name, broken in losses.items()}
+    gap = max(standing.values()) - min(standing.values())
+    allowed = ctx.suite.tolerated(ctx.n, ctx.suite.gap_points)
+    stand = ", ".join(f"{name} {count}" for name, count in standing.items())
+    return _check(
+        "T9",
+        "gradients and losses",
+        zero > 1 or gap > allowed,
+        measured=f"{ctx.share(zero)} zero gradients; stand: {stand}",
+        limit=f"1 zero gradient; losses {allowed} apart",
+    )
+
+
+def local_linearity(ctx):
+    """T11: a model that one step cannot break and many can, its gradients turning within the ball."""
+    eps = ctx.suite.eps_255 / 255
+    generator = torch.Generator().manual_seed(ctx.seed + 2)
+    noise = (torch.rand(ctx.images.shape, generator=generator) * 2 - 1) * eps
+    here, there = ctx.gradients(ctx.images), ctx.gradients((ctx.images + noise).clamp(0, 1))
+    alignment = nn.functional.cosine_similarity(here, there).mean().item()
+    one, many = ctx.craft(FGSM(ctx.suite.eps_255))[0], ctx.pgd()[0]
+    gap = 100 * (many.sum() - one.sum()).item() / ctx.n
+    limits = ctx.suite.alignment, ctx.suite.overfitting_points
+    return _check(
+        "T11",
+        "local linearity",
+        alignment < limits[0] and gap > limits[1],
+        measured=f"gradient alignment {alignment:.2f}; FGSM leaves {gap:.0f} points more than PGD",
+        limit=f"below {limits[0]:g} with {limits[1]:g} points",
+    )
+
+
+def worst_case(ctx):
+    """T13: per image, the worst case over the attacks is given, and is no better than any of them."""
+    iterated_beats_one_step(ctx), ctx.white_box()
+    worst, accuracy = (
+        worst_over_attacks(ctx),
+        {name: int((~broken).sum()) for name, broken in ctx.broken.items()},
+    )
+    standing, mean = int((~worst).sum()), np.mean(list(accuracy.values()))
+    return _check(
+        "T13",
+        "worst case per image",
+        standing > min(accuracy.values()) or len(accuracy) < 2,
+        measured=f"worst {standing}, mean {mean:.1f}, lowest {min(accuracy.values())} of {ctx.n} stand",
+        limit=f"at most each of the {len(accuracy)} attacks",
+    )
+
+
+def worst_over_attacks(ctx):
+    """(n,) bool: broken by any of the attacks run so far."""
+    return torch.stack(list(ctx.broken.values())).any(0)
+
+
+def eight_bits(ctx):
+    """T14: adversarial images survive being saved as 8-bit files."""
+    broken, images = ctx.white_box()
+    change = int((ctx.misread((images * 255).round() / 255) != broken).sum())
+    allowed = ctx.suite.tolerated(ctx.n)
+    return _check("T14", "8-bit files", change > allowed, measured=f"{change} change", limit=f"{allowed}")
+
+
+def intervals(ctx):
+    """T15: the robust accuracy has an interval that knows which slices belong together."""
+    if ctx.data.groups is None:
+        note = "no groups were given: AuditData(images, labels, groups)"
+        return Check("T15", "interval by group", FAIL, "no interval", "given", note)
+    ctx.white_box()
+    correct = torch.zeros(ctx.total, dtype=torch.bool)
+    correct[ctx.right] = ~worst_over_attacks(ctx)
+    k, groups = int(correct.sum()), ctx.data.groups
+    low, high = cluster_interval(correct.numpy(), groups, seed=ctx.seed, draws=ctx.suite.bootstrap_draws)
+    narrow = " to ".join(f"{100 * limit:.1f}" for limit in wilson(k, ctx.total))
+    return _check(
+        "T15",
+        "interval by group",
+        not low <= k / ctx.total <= high,
+        measured=f"{k}/{ctx.total}: {100 * k / ctx.total:.1f} % ({100 * low:.1f} to {100 * high:.1f})",
+        limit="given, holds the figure",
+        note=f"{len(np.unique(groups))} groups; slices as if independent: {narrow}; one training seed",
+    )
+
+
+def cluster_interval(correct, groups, *, seed=0, draws=2000, confidence=0.95):
+    """Percentile bootstrap interval (low, high) of a share, whole groups drawn with replacement.
+
+    ``correct`` (N,) bool, ``groups`` (N,); fractions. For slices of one scan are not independent. With a
+    single group it is the share itself: there is nothing to learn of the spread.
+    """
+    _, number = np.unique(groups, return_inverse=True)
+    right, size = np.bincount(number, weights=correct), np.bincount(number)
+    drawn = np.random.default_rng(seed).integers(0, len(size), (draws, len(size)))
+    shares = right[drawn].sum(1) / size[drawn].sum(1)
+    low, high = np.quantile(shares, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+CHECKS = {
+    "T0": contract,
+    "T0b": null_attack,
+    "T1": loss_rises,
+    "T2": converged,
+    "T3": iterated_beats_one_step,
+    "T4": monotone,
+    "T5": whole_range,
+    "T6": random_noise,
+    "T7": black_box,
+    "T8": transfer,
+    "T9": gradients_say_something,
+    "T11": local_linearity,
+    "T13": worst_case,
+    "T14": eight_bits,
+    "T15": intervals,
+}  # T10, the audit's own audit, is audit_zoo.zoo_check

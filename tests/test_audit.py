@@ -1,0 +1,368 @@
+"""The audit passes honest work, catches broken work, and none of its checks fails anyway."""
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fortify.attacks import CW, FGSM, PGD, Adversarial, craft
+from fortify.audit import AuditData, Suite, accuracies_side_by_side, audit, remarks, side_by_side
+from fortify.audit_checks import CHECKS, FalseGradient, cluster_interval, dlr
+from fortify.audit_context import FAIL, NOT_RUN, PASS
+from fortify.audit_zoo import (
+    BROKEN_ATTACKS,
+    FAKE_DEFENCES,
+    ZOO_CHECKS,
+    _Around,
+    clamp_normalised,
+    contested_budget,
+    run_zoo,
+    saved_file,
+    score,
+    shattered,
+    train_mode,
+    zoo_check,
+    zoo_suite,
+)
+from fortify.autoattack import autoattack
+from fortify.evaluation import wilson
+from fortify.figures_beyond import audit_matrix
+from fortify.models import build_model, predict
+
+SUITE = Suite(
+    eps_255=3,
+    eps_grid_255=(1, 16),
+    pgd_steps=10,
+    restarts=2,
+    cw=CW(binary_search_steps=2, steps=10, stepsize=0.05),
+    noise_draws=5,
+    square_queries=100,
+    autoattack_steps=10,
+    bootstrap_draws=200,
+)
+
+
+@pytest.fixture(scope="module")
+def data(phantoms, images):
+    """16 of the phantoms that the fixture's model learnt."""
+    some = list(range(0, 48, 3))
+    return AuditData(images[some], phantoms.labels[some], phantoms.groups[some])
+
+
+@pytest.fixture(scope="module")
+def honest(model, data):
+    return audit(model, data, SUITE, others=[model])
+
+
+@pytest.fixture(scope="module")
+def zoo(model, data):
+    return run_zoo(model, data, SUITE, images=10)
+
+
+def verdict(id, model, data, suite=SUITE, **options):
+    (line,) = audit(model, data, suite, only=[id], **options).checks
+    return line.verdict
+
+
+def nothing(model, images, labels, attack, **_):
+    """An attack that does nothing, and says so truly."""
+    return Adversarial(images, predict(model, images).argmax(1) != labels)
+
+
+def test_every_mutant_is_caught(zoo):
+    print(f"caught: {score(zoo)}")
+    assert list(zoo.name) == [*BROKEN_ATTACKS, *FAKE_DEFENCES] and len(zoo) >= 10
+    assert zoo.caught.all(), f"the audit does not see {', '.join(zoo.name[~zoo.caught])}"
+    assert zoo_check(zoo).verdict == PASS
+
+
+def test_no_check_that_catches_a_mutant_fails_anyway(model, data):
+    suite = zoo_suite(model, data, SUITE)
+    assert audit(model, data, suite, others=[model], only=ZOO_CHECKS).failed == ()
+
+
+def test_an_honest_attack_and_an_undefended_model_are_not_caught(model, data):
+    same = run_zoo(model, data, SUITE, images=10, attacks={"honest": craft}, defences={"none": _Around})
+    assert not same.caught.any() and list(same.by) == ["", ""]
+    assert score(same) == "0/2"
+    missed = zoo_check(same)
+    assert missed.verdict == FAIL and "honest, none" in missed.note
+    assert zoo_check(same.iloc[:0]).verdict == FAIL, "an empty zoo proves nothing"
+
+
+@pytest.mark.parametrize(
+    ("name", "id"),
+    [
+        ("no projection", "T0"),
+        ("wrong sign", "T1"),
+        ("clamp on normalised data", "T0"),
+        ("train mode", "T0"),
+        ("one short step", "T3"),
+        ("one step of eps", "T2"),
+        ("half the budget", "T2"),
+        ("black-image CW", "T0"),
+        ("claimed success", "T0"),
+        ("no seed", "T0"),
+        ("logit scaling", "T9"),
+        ("rounding", "T9"),
+        ("8-bit front end", "T8"),
+        ("random noise", "T0"),
+        ("shattered gradient", "T8"),
+        ("label only", "T9"),
+        ("saturation", "T9"),
+    ],
+)
+def test_a_mutant_is_caught_by_the_check_meant_for_it(zoo, name, id):
+    assert id in zoo.set_index("name").by[name].split(", ")
+
+
+def test_one_table_with_every_check(honest):
+    assert list(honest.table.columns) == ["id", "check", "verdict", "measured", "limit", "note"]
+    assert list(honest.table.id) == list(CHECKS)
+    assert set(honest.table.verdict) <= {PASS, FAIL, NOT_RUN}
+    assert honest.passed == (FAIL not in set(honest.table.verdict))
+    ran = honest.table[honest.table.verdict.ne(NOT_RUN)]
+    assert (ran.measured.str.len() > 0).all() and (ran.limit.str.len() > 0).all()
+    assert honest.to_markdown().count("\n") == len(CHECKS) + 2
+
+
+def test_t10_takes_its_place_and_replaces_itself(honest, zoo):
+    more = honest.with_check(zoo_check(zoo)).with_check(zoo_check(zoo))
+    assert list(more.table.id[-5:]) == ["T10", "T11", "T13", "T14", "T15"]
+
+
+def test_the_worst_case_is_no_better_than_any_attack(honest):
+    table = honest.accuracies.set_index("attack")
+    assert table.k["worst case"] <= table.k.min() and table.k["clean"] >= table.k.max()
+    assert (table.n == 16).all()
+    assert (table.low, table.high)[0]["clean"] == pytest.approx(wilson(table.k["clean"], 16)[0])
+
+
+def test_an_attack_that_does_nothing_is_seen(model, data):
+    found = audit(model, data, SUITE, craft=nothing, only=["T0", "T1", "T2", "T3", "T5"])
+    assert found.failed == ("T1", "T2", "T5"), "T0 and T3 have nothing to object to"
+
+
+def test_t0b_sees_a_pipeline_that_corrupts_images(model, phantoms, images):
+    learnt = list(range(0, len(phantoms), 3))
+    all_learnt = AuditData(images[learnt], phantoms.labels[learnt])
+    assert verdict("T0b", model, all_learnt) == PASS
+    assert verdict("T0b", model, all_learnt, craft=clamp_normalised) == FAIL
+
+
+def test_t3_sees_a_pgd_weaker_than_fgsm(model, data):
+    def weak(model, images, labels, attack, **options):
+        return (nothing if isinstance(attack, PGD) else craft)(model, images, labels, attack, **options)
+
+    suite = replace(SUITE, eps_255=16)
+    assert verdict("T3", model, data, suite) == PASS
+    assert verdict("T3", model, data, suite, craft=weak) == FAIL
+
+
+def test_t4_sees_accuracy_rise(model, data):
+    def timid(model, images, labels, attack, **options):
+        return (nothing if attack.eps_255 > 20 else craft)(model, images, labels, attack, **options)
+
+    assert verdict("T4", model, data) == PASS
+    assert verdict("T4", model, data, craft=timid) == FAIL
+
+
+def test_t6_sees_noise_that_the_attack_is_no_better_than(model, data):
+    suite = replace(SUITE, eps_255=64)
+    assert verdict("T6", model, data, suite) == PASS
+    assert verdict("T6", model, data, suite, craft=nothing) == FAIL
+
+
+def test_t11_needs_both_a_gap_and_turning_gradients(model, data):
+    def weak_fgsm(model, images, labels, attack, **options):
+        return (nothing if isinstance(attack, FGSM) else craft)(model, images, labels, attack, **options)
+
+    suite = replace(SUITE, eps_255=8)
+    assert verdict("T11", model, data, suite, craft=weak_fgsm) == PASS, "the gradients are aligned"
+    assert verdict("T11", shattered(model), data, suite) == PASS, "no gap"
+    turning = replace(suite, alignment=1.01)
+    assert verdict("T11", model, data, turning, craft=weak_fgsm) == FAIL
+
+
+def test_t14_sees_attacks_that_no_file_can_hold(model, data):
+    class BetweenLevels(torch.nn.Module):
+        """Answers another class wherever an image is not on the grid of 8-bit levels."""
+
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            logits, off = self.model(x), ((x * 255 - (x * 255).round()).abs() > 0.2).flatten(1).any(1)
+            return torch.where(off[:, None], logits.roll(1, 1), logits)
+
+    tiny = replace(SUITE, eps_255=0.45)
+    assert verdict("T14", model, data, tiny) == PASS
+    assert verdict("T14", BetweenLevels(), data, tiny) == FAIL
+
+
+def test_t7_sees_masked_gradients(model, data):
+    pytest.importorskip("pyautoattack", reason="optional: pip install 'fortify[audit]'")
+    suite = replace(SUITE, eps_255=16)
+    assert verdict("T7", model, data, suite) == PASS
+    found = audit(saved_file(model), data, suite, only=["T7"])
+    assert found.failed == ("T7",)
+    assert list(found.accuracies.attack[-5:-1]) == [
+        f"AutoAttack to {part}" for part in ("apgd-ce", "apgd-dlr", "fab-t", "square")
+    ]
+
+
+def test_without_autoattack_t7_is_not_run_and_says_how_to_get_it(model, data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    found = audit(model, data, SUITE, only=["T7"])
+    assert list(found.table.verdict) == [NOT_RUN] and found.passed
+    assert "pip install 'fortify[audit]'" in found.table.note[0]
+    assert "*not run*" in found.to_markdown()
+
+
+@pytest.mark.parametrize("part", ["apgd-ce", "apgd-dlr", "fab-t", "square"])
+def test_autoattack_breaks_three_classes_and_leaves_no_trace(model, data, part):
+    pytest.importorskip("pyautoattack", reason="optional: pip install 'fortify[audit]'")
+    right = predict(model, data.images).argmax(1) == data.labels
+    x, y = data.images[right], data.labels[right]
+    state, tracer = torch.get_rng_state(), sys.gettrace()
+    before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    options = {"steps": 10, "queries": 100, "seed": 1}
+    whole, again = (autoattack(model, x, y, part, eps_255=255, **options) for _ in range(2))
+    assert whole.images.any() and torch.equal(whole.images, again.images)
+    assert not autoattack(model, x, y, part, eps_255=1e-4, **options).images.any()
+    assert torch.equal(state, torch.get_rng_state()) and sys.gettrace() is tracer
+    after = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(a is b or torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_autoattack_names_its_parts(model, data):
+    pytest.importorskip("pyautoattack", reason="optional: pip install 'fortify[audit]'")
+    with pytest.raises(ValueError, match="unknown part 'apgd-t'"):
+        autoattack(model, data.images, data.labels, "apgd-t", eps_255=1)
+
+
+def test_transfer_needs_another_model(model, data):
+    assert verdict("T8", model, data) == NOT_RUN
+    suite = replace(SUITE, eps_255=16)
+    assert verdict("T8", saved_file(model), data, suite, others=[model]) == FAIL
+    assert verdict("T8", model, data, suite, others=[saved_file(model)]) == PASS
+
+
+def test_an_interval_needs_groups(model, data):
+    assert verdict("T15", model, data) == PASS
+    assert verdict("T15", model, AuditData(data.images, data.labels)) == FAIL
+
+
+def test_cluster_interval_knows_what_belongs_together():
+    correct = np.repeat([True, False], 50)
+    alone = cluster_interval(correct, np.arange(100))
+    assert alone == pytest.approx(wilson(50, 100), abs=0.03)
+    scans = cluster_interval(correct, np.repeat(np.arange(10), 10))
+    assert scans[1] - scans[0] > 2 * (alone[1] - alone[0]), "ten slices of a scan are not ten scans"
+    assert cluster_interval(correct, np.zeros(100)) == (0.5, 0.5)
+    assert cluster_interval(correct, np.arange(100), seed=3) == cluster_interval(
+        correct, np.arange(100), seed=3
+    )
+
+
+def test_a_damaging_attack_damages_neither_the_model_nor_later_checks(model, data):
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    try:
+        found = audit(model, data, SUITE, craft=train_mode, only=["T0", "T3"])
+        assert all(module.training for module in model.modules())
+    finally:
+        model.eval()
+    assert found.failed == ("T0",)
+    assert "train mode" in found.table.measured[0] and "statistics" in found.table.measured[0]
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_no_attack_is_run_twice(model, data):
+    calls = []
+
+    def counted(model, images, labels, attack, *, seed=0, batch_size=64):
+        calls.append((repr(attack), images.numpy().tobytes(), seed, type(model)))
+        return craft(model, images, labels, attack, seed=seed, batch_size=batch_size)
+
+    audit(model, data, SUITE, craft=counted, only=[id for id in CHECKS if id not in ("T0", "T0b", "T7")])
+    assert len(calls) > 8 and len(set(calls)) == len(calls)
+
+
+def test_the_same_audit_twice_says_the_same(model, data):
+    first, again = (audit(model, data, SUITE, only=["T0b", "T2", "T9", "T15"]) for _ in range(2))
+    assert first.table.equals(again.table) and first.accuracies.equals(again.accuracies)
+
+
+def test_a_false_gradient_changes_the_gradient_alone(model, images):
+    x = images[:4].clone().requires_grad_()
+    for seed, slopes in ((None, {0.0}), (7, {-1.0, 1.0})):
+        false = FalseGradient(model, seed=seed)
+        assert torch.equal(false(x), model(x)) and false.arch == model.arch
+        (slope,) = torch.autograd.grad(false(x).sum(), x)
+        assert set(slope.unique().tolist()) == slopes
+
+
+def test_dlr_is_scale_free_and_positive_where_misread():
+    logits = torch.tensor([[3.0, 1.0, 0.0], [1.0, 3.0, 0.0]])
+    labels = torch.tensor([0, 0])
+    assert dlr(logits, labels).tolist() == pytest.approx([-2 / 3, 2 / 3])
+    assert torch.allclose(dlr(1e4 * logits, labels), dlr(logits, labels))
+
+
+def test_the_contested_budget_breaks_about_half(model, data):
+    eps_255 = contested_budget(model, data, SUITE)
+    right = predict(model, data.images).argmax(1) == data.labels
+    attack = PGD(eps_255, steps=SUITE.pgd_steps)
+    share = craft(model, data.images[right], data.labels[right], attack).success.float().mean()
+    assert 0.2 <= share <= 0.8
+
+
+def test_display_tables(honest, zoo):
+    audits = {name: honest.with_check(zoo_check(zoo)) for name in ("normal", "adversarial")}
+    shown = side_by_side(audits)
+    assert list(shown.columns) == ["id", "check", "normal", "adversarial"]
+    assert list(shown.id) == list(audits["normal"].table.id)
+    assert shown.normal.str.match(r"(pass|\*\*fail\*\*|\*not run\*): .+").all()
+    accuracies = accuracies_side_by_side(audits)
+    assert accuracies.attack[0] == "clean" and accuracies.normal.str.match(r"\d+/16 \(\d+ to \d+ %\)").all()
+    assert remarks(honest).startswith("No check fails." if honest.passed else f"{len(honest.failed)} of")
+    for id in honest.failed:
+        assert f"- {id} fails: " in remarks(honest)
+
+
+def test_the_figure_shows_every_verdict_and_names_what_is_missed(honest, zoo):
+    verdicts = honest.table.assign(model="normal")
+    zoo = zoo.copy()
+    zoo.loc[zoo.name.eq("no seed"), ["caught", "by"]] = [False, ""]
+    fig = audit_matrix(verdicts, zoo)
+    left, right = fig.axes
+    assert [text.get_text() for text in left.texts] == list(honest.table.verdict)
+    assert [label.get_text() for label in left.get_yticklabels()][0] == "T0  contract of the attacks"
+    marks = [label.get_text() for label in right.get_yticklabels()]
+    assert "MISSED  no seed" in marks and sum("MISSED" in mark for mark in marks) == 1
+    marked = [text.get_text() for text in right.texts]
+    assert marked.count("×") == sum(len(by.split(", ")) for by in zoo.by if by)
+    assert {"broken attacks", "fake defences"} <= set(marked)
+
+
+def test_unusable_input_says_what_to_do(model, data, images):
+    with pytest.raises(ValueError, match=r"unknown checks \['T12'\]"):
+        audit(model, data, SUITE, only=["T12"])
+    wrong = AuditData(data.images, (predict(model, data.images).argmax(1) + 1) % 3)
+    with pytest.raises(ValueError, match="misreads all 16 images"):
+        audit(model, wrong, SUITE)
+    with pytest.raises(ValueError, match="one label and one group for each image"):
+        AuditData(data.images, data.labels[:3])
+
+
+def test_two_classes_have_no_dlr(images, phantoms):
+    two = build_model("resnet_small", num_classes=2, seed=0)
+    labels = predict(two, images[:8]).argmax(1)
+    (line,) = audit(two, AuditData(images[:8], labels), SUITE, only=["T9"]).checks
+    assert "DLR" not in line.measured and "margin" in line.measured
