@@ -74,6 +74,9 @@ def test_a_row_reads_as_accuracy_with_counts_and_interval(tables):
     assert read_cell(tables, "a.csv[split=random]") == (90.0, "90.0 % (9/10, 40.0–95.0)")
     assert read_cell(tables, "b.csv[name=x].p") == (0.25, "0.25")
     assert read_cell(tables, "b.csv[name=x].text") == ("none", "none")
+    assert read_cell(tables, "a.csv[split=random].k") == (9, "9")
+    (tables / "c.csv").write_text("name,value\nx,99.465\ny,\n")  # read as text, for one cell is empty
+    assert read_cell(tables, "c.csv[name=x].value") == (99.465, "99.47")
 
 
 def test_the_ledger_fills_in_numbers_and_judges(tables):

@@ -86,7 +86,10 @@ def read_cell(tables, cell):
         if parsed["column"] not in row or row[parsed["column"]] == "":
             raise ClaimError(f"{cell}: no such number in {path.name}")
         value = row[parsed["column"]]
-        return value, f"{value:.3g}" if isinstance(value, float) else str(value)
+        try:  # a column with empty cells is read as text
+            return float(value), f"{float(value):.4g}" if "." in str(value) else str(value)
+        except ValueError:
+            return value, value
     scale, suffix = (1, "_percent") if "accuracy_percent" in row else (100, "")
     if f"accuracy{suffix}" not in row:
         raise ClaimError(f"{cell}: {path.name} holds no accuracies; name a column")

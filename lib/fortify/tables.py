@@ -121,10 +121,10 @@ def caption(*, split, protocol, eps_255, cw_l2, seeds, source, profile):
     )
 
 
-def to_markdown(display, *, caption=None):
-    """A display table as a GitHub Markdown table, its first two columns to the left, the rest right."""
+def to_markdown(display, *, caption=None, left=2):
+    """A display table as a GitHub Markdown table, its first ``left`` columns to the left, the rest right."""
     header = list(display.columns)
-    rule = ["---" if i < 2 else "---:" for i in range(len(header))]
+    rule = ["---" if i < left else "---:" for i in range(len(header))]
     rows = [header, rule, *display.astype(str).to_numpy().tolist()]
     lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
     return "\n".join([*lines, *(["", caption] if caption else [])]) + "\n"
