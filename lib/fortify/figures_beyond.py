@@ -97,7 +97,7 @@ def audit_matrix(verdicts, zoo):
     caught = [set(filter(None, by.split(", "))) for by in zoo.by]
     columns = [name for name in ids if any(name in by for by in caught)]
     fig = Figure(figsize=(DOUBLE, 0.8 + 0.2 * max(len(ids), len(zoo))), layout="constrained")
-    left, right = fig.subplots(1, 2, width_ratios=(len(models), max(len(columns), 4)))
+    left, right = fig.subplots(1, 2, width_ratios=(1.6 * len(models), max(len(columns), 4)))
     table = verdicts.pivot(index="id", columns="model", values="verdict").loc[ids, models]
     failed = table.eq("fail").to_numpy(float)
     _cells(left, failed, [f"{name}  {names[name]}" for name in ids], models)
