@@ -238,6 +238,7 @@ rule leakage:
         f"{BUILD}/data/slices.npz",
         expand(f"{BUILD}/data/splits/{{run}}.csv", run=FIRST_RUNS),
         expand(f"{BUILD}/{{run}}/{{model}}.safetensors", run=FIRST_RUNS, model=["normal", "adversarial"]),
+        expand(f"{BUILD}/{{run}}/02_baseline.json", run=FIRST_RUNS),
     output:
         expand(
             f"{BUILD}/tables/{{table}}.csv",

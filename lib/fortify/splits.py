@@ -33,7 +33,7 @@ def near_duplicate_groups(slices, *, threshold=0.93, neighbour_threshold=0.80, s
     exact = exact_duplicates(slices.images)
     first = np.unique(exact, return_index=True)[1][exact]
     links = [np.stack([np.arange(len(slices)), first])]
-    thumbnails = _thumbnails(slices.images, side)
+    thumbnails = unit_thumbnails(slices.images, side)
     links += [np.stack(pair[:2]) for pair in _correlated(thumbnails, threshold)]
     before, after = _neighbours(slices)
     near = (thumbnails[before] * thumbnails[after]).sum(1) > neighbour_threshold
@@ -54,7 +54,7 @@ def label_conflicts(slices, *, threshold=0.99, side=56):
 
     Columns: name, class_name, twin, twin_class_name and r, the correlation of their thumbnails (> threshold).
     """
-    pairs = list(_correlated(_thumbnails(slices.images, side), threshold))
+    pairs = list(_correlated(unit_thumbnails(slices.images, side), threshold))
     i, j, r = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
     across = slices.labels[i] != slices.labels[j]
     names, classes = np.array(slices.names, object), np.array(slices.class_names, object)[slices.labels]
@@ -78,7 +78,7 @@ def pairwise_agreement(groups, patients):
 
 def twin_share(slices, split, *, threshold=0.99, side=56):
     """Share of test slices with a training slice whose thumbnail correlates above ``threshold``."""
-    thumbnails = _thumbnails(slices.images, side)
+    thumbnails = unit_thumbnails(slices.images, side)
     return float(
         np.mean((thumbnails[split["test"]] @ thumbnails[split["train"]].T).max(1, initial=-1) > threshold)
     )
@@ -195,7 +195,7 @@ def read_split(path, slices, *, grouped=False):
     return {part: np.flatnonzero(table.part.to_numpy() == part) for part in PARTS}
 
 
-def _thumbnails(images, side):
+def unit_thumbnails(images, side):
     """Box-averaged, zero-mean, unit-length thumbnails, float32 (N, side * side): dot products are r."""
     side = min(side, *images.shape[1:])
     small = [Image.fromarray(i.astype(np.float32)).resize((side, side), Image.Resampling.BOX) for i in images]

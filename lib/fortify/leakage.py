@@ -1,0 +1,332 @@
+"""A leak meter for folders of images: how much of the class can be told without looking at the disease.
+
+Classifiers that cannot know a disease (:data:`CLASSIFIERS`) are tested on random and on grouped splits. What
+they score on a random split and not on a grouped one is leakage: near-copies of the test images in the
+training set. What they score on both above the majority class is a tell of the source: scanner, protocol,
+preprocessing. That says what a model *could* use, not what it uses; for that see :mod:`fortify.regions`.
+
+On any folder with one subfolder a class: ``python -m fortify.leakage my-images``.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from scipy import ndimage
+from sklearn.dummy import DummyClassifier
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from fortify import splits
+from fortify.data import IQ_OTH_NCCD, DataError, load_folder
+from fortify.evaluation import wilson
+
+THUMBNAIL = 56  # px, as the groups of fortify.splits
+FRAME_OF_THUMBNAIL = 4  # px of 56: the 16 outermost pixels of a slice of 224 px, averaged
+HISTOGRAM_BINS = 32
+CORNER_SHARE = 1 / 8  # of the side: the four squares in which the background is measured
+TELLS = ("black corners", "background mean", "background sd", "noise", "sharpness")
+_TREES = 200
+_ITERATIONS = 500  # of L-BFGS; it converges in fewer
+
+
+@dataclass(frozen=True)
+class LeakClassifier:
+    """A feature and a scikit-learn classifier of it that cannot know what the disease looks like."""
+
+    features: Callable  # uint8 (N, H, W) -> float (N, F)
+    build: Callable  # seed -> an unfitted scikit-learn classifier
+
+
+def thumbnail_features(images):
+    """Standardised thumbnails (N, F): their Euclidean order is the order of correlation."""
+    return splits.unit_thumbnails(images, THUMBNAIL)
+
+
+def frame_features(images):
+    """The frame of the image (N, F) in [0, 1]: the outermost 1/14 of each side, averaged in blocks.
+
+    At 224 px it is 16 pixels wide and averaged over 4 x 4. In a whole CT slice it holds air, table and
+    at most some skin, no lung.
+    """
+    side = min(THUMBNAIL, *images.shape[1:])
+    width = max(1, round(FRAME_OF_THUMBNAIL / THUMBNAIL * side))
+    small = [Image.fromarray(i.astype(np.float32)).resize((side, side), Image.Resampling.BOX) for i in images]
+    inner = np.zeros((side, side), dtype=bool)
+    inner[width:-width, width:-width] = True
+    return np.array([np.asarray(i)[~inner] for i in small]) / 255
+
+
+def histogram_features(images):
+    """Share of the pixels in each of 32 equal ranges of grey, (N, 32)."""
+    greys = images.reshape(len(images), -1) // (256 // HISTOGRAM_BINS)
+    return np.array([np.bincount(g, minlength=HISTOGRAM_BINS) for g in greys]) / greys.shape[1]
+
+
+def background_features(images):
+    """Five scalars of the four corner squares, an eighth of the side each: (N, 5) in the order of ``TELLS``.
+
+    Share of pixels of grey 0 (outside the scan's circle); mean and standard deviation of grey; noise, the
+    standard deviation of the Laplacian; sharpness, noise over the standard deviation of grey (0 where that
+    is 0): high where the reconstruction kernel leaves the noise fine-grained.
+    """
+    side = max(2, round(CORNER_SHARE * min(images.shape[1:])))
+    ends = (slice(None, side), slice(-side, None))
+    scalars = []
+    for image in images.astype(float):
+        corners = np.array([image[rows, columns] for rows in ends for columns in ends])
+        laplacian = np.array([ndimage.laplace(corner, mode="nearest") for corner in corners])
+        sd, noise = corners.std(), laplacian.std()
+        scalars.append(((corners == 0).mean(), corners.mean(), sd, noise, noise / sd if sd else 0.0))
+    return np.array(scalars)
+
+
+def _forest(seed):
+    return RandomForestClassifier(_TREES, random_state=seed)
+
+
+CLASSIFIERS = {
+    "majority class": LeakClassifier(
+        histogram_features, lambda seed: DummyClassifier(strategy="most_frequent")
+    ),
+    "nearest neighbour": LeakClassifier(thumbnail_features, lambda seed: KNeighborsClassifier(1)),
+    "frame": LeakClassifier(
+        frame_features,
+        lambda seed: make_pipeline(
+            StandardScaler(), LogisticRegression(max_iter=_ITERATIONS, random_state=seed)
+        ),
+    ),
+    "histogram": LeakClassifier(histogram_features, _forest),
+    "background": LeakClassifier(background_features, _forest),
+}
+
+
+def draw_splits(slices, *, seeds, groups=None):
+    """{("random" or "grouped", seed): split}; ``groups`` int64 (N,) default to the slices' own."""
+    groups = slices.groups if groups is None else groups
+    drawn = {("random", seed): splits.random_split(slices.labels, seed=seed) for seed in seeds}
+    return drawn | {("grouped", s): splits.grouped_split(slices.labels, groups, seed=s) for s in seeds}
+
+
+def leak_meter(slices, *, seeds, groups=None, classifiers=None):
+    """Accuracy of each leak classifier on random and grouped splits: one row per (classifier, split, seed).
+
+    Trained on the training part alone, tested on the test part; ``seed`` draws the split and fixes the
+    classifier. ``groups`` int64 (N,) default to the slices' own; without any, a grouped split is random too.
+    ``classifiers`` as :data:`CLASSIFIERS`, which is the default. Columns: classifier, split, seed, k, n,
+    accuracy, low, high (95 % Wilson interval), balanced_accuracy.
+    Raises ValueError as the splits do, for a class with too few slices or groups.
+    """
+    drawn = draw_splits(slices, seeds=seeds, groups=groups)
+    table = []
+    for name, classifier in (classifiers or CLASSIFIERS).items():
+        features = classifier.features(slices.images)
+        for (split, seed), parts in drawn.items():
+            train, test = parts["train"], parts["test"]
+            fitted = classifier.build(seed).fit(features[train], slices.labels[train])
+            truth, prediction = slices.labels[test], fitted.predict(features[test])
+            k, n = int((prediction == truth).sum()), len(test)
+            low, high = wilson(k, n)
+            line = {"classifier": name, "split": split, "seed": seed, "k": k, "n": n, "accuracy": k / n}
+            line |= {"low": low, "high": high}
+            table.append(line | {"balanced_accuracy": balanced_accuracy_score(truth, prediction)})
+    return pd.DataFrame(table)
+
+
+def summary(table):
+    """One row per (classifier, split) of a :func:`leak_meter` table, seeds pooled, in its order.
+
+    ``k`` of ``n`` predictions; ``low`` and ``high`` are Wilson's for one test set of the mean size, because
+    the seeds' test sets overlap; ``sd`` (ddof 1), ``min`` and ``max`` are of the seeds' accuracies; ``gap``
+    is the random split's accuracy less the grouped one's, of the same classifier.
+    """
+    lines = []
+    for (name, split), part in table.groupby(["classifier", "split"], sort=False):
+        k, n, seeds = int(part.k.sum()), int(part.n.sum()), len(part)
+        low, high = wilson(round(k / seeds), round(n / seeds))
+        line = {"classifier": name, "split": split, "seeds": seeds, "k": k, "n": n, "accuracy": k / n}
+        line |= {"low": low, "high": high, "sd": part.accuracy.std(ddof=1)}
+        line |= {"min": part.accuracy.min(), "max": part.accuracy.max()}
+        lines.append(line | {"balanced_accuracy": part.balanced_accuracy.mean()})
+    lines = pd.DataFrame(lines)
+    of = lines.set_index(["split", "classifier"]).accuracy
+    gap = of.get("random", pd.Series(dtype=float)) - of.get("grouped", pd.Series(dtype=float))
+    return lines.assign(gap=lines.classifier.map(gap))
+
+
+def twins(slices, drawn, thresholds):
+    """How many test images have a training twin: one row per (split, seed, threshold), with k, n and share.
+
+    ``drawn`` is :func:`draw_splits`; a twin correlates above the threshold with the image, as thumbnails.
+    """
+    thumbnails = thumbnail_features(slices.images)
+    table = []
+    for (split, seed), parts in drawn.items():
+        nearest = (thumbnails[parts["test"]] @ thumbnails[parts["train"]].T).max(1)
+        for threshold in thresholds:
+            k, n = int((nearest > threshold).sum()), len(nearest)
+            low, high = wilson(k, n)
+            line = {"split": split, "seed": seed, "threshold": threshold, "k": k, "n": n, "share": k / n}
+            table.append(line | {"low": low, "high": high})
+    return pd.DataFrame(table)
+
+
+def duplicates(slices):
+    """The images whose pixels equal an earlier image's: name, class_name, copy_of, copy_class_name."""
+    first = np.unique(ids := splits.exact_duplicates(slices.images), return_index=True)[1][ids]
+    copies = np.flatnonzero(first != np.arange(len(slices)))
+    names = np.array(slices.names, object)
+    classes = np.array(slices.class_names, object)[slices.labels]
+    columns = {"name": names[copies], "class_name": classes[copies], "copy_of": names[first[copies]]}
+    return pd.DataFrame(columns | {"copy_class_name": classes[first[copies]]})
+
+
+def tells(slices):
+    """What background and file size say of the class: one row per (tell, class), median, mean and AUC.
+
+    ``auc`` is of the tell as a score for this class against the others: 0.5 says nothing, 0 as much as 1. The
+    tells are those of :func:`background_features` and ``not square``, 1 where the original file was not;
+    where all original sizes are one, as in a copy that was resized before, it has NaN throughout.
+    """
+    values = dict(zip(TELLS, background_features(slices.images).T, strict=True))
+    sizes = slices.original_sizes
+    resized = sizes is None or (sizes == sizes[0]).all()
+    values["not square"] = np.full(len(slices), np.nan) if resized else (sizes[:, 0] != sizes[:, 1]) * 1.0
+    table = []
+    for tell, value in values.items():
+        for label, name in enumerate(slices.class_names):
+            own = slices.labels == label
+            auc = np.nan if np.isnan(value).any() else roc_auc_score(own, value)
+            line = {"tell": tell, "class_name": name, "n": int(own.sum()), "median": np.median(value[own])}
+            table.append(line | {"mean": value[own].mean(), "auc": auc})
+    return pd.DataFrame(table)
+
+
+def group_table(slices):
+    """The groups as they are published: name, class_name, group, one row a slice.
+
+    They are connected components of alike slices, :func:`fortify.splits.near_duplicate_groups`: stand-ins
+    for the patients, whose identity was never released, and no proof of it.
+    """
+    classes = [slices.class_names[label] for label in slices.labels]
+    return pd.DataFrame({"name": slices.names, "class_name": classes, "group": slices.groups})
+
+
+@dataclass(frozen=True)
+class KnownScan:
+    """A run of file numbers of one class folder that the size of the original files shows to be one scan."""
+
+    folder: str
+    first: int
+    last: int
+    width: int
+    height: int
+
+
+# Nearly all files of IQ-OTH/NCCD are 512 x 512. These two runs have sizes that no other file has; read from
+# the headers of the original files (doi:10.17632/bhmdr45bh2.4).
+KNOWN_SCANS = (
+    KnownScan("Malignant cases", 200, 227, 801, 512),
+    KnownScan("Malignant cases", 228, 258, 623, 512),
+)
+
+
+def scan_recovery(slices, groups=None):
+    """How the groups treat each of ``KNOWN_SCANS``: scan, slices, exact, verdict. Empty for other datasets.
+
+    The verdict is ``exact``, ``split into k groups``, ``merged with m others`` (slices) or the latter two.
+    """
+    groups = slices.groups if groups is None else groups
+    table = []
+    for scan in KNOWN_SCANS if _is_iq_oth_nccd(slices) else ():
+        numbers = [_number(name) if name.split("/")[0] == scan.folder else None for name in slices.names]
+        own = np.array([number is not None and scan.first <= number <= scan.last for number in numbers])
+        parts, others = len(np.unique(groups[own])), int((np.isin(groups, groups[own]) & ~own).sum())
+        words = [f"split into {parts} groups"] * (parts > 1) + [f"merged with {others} others"] * (others > 0)
+        line = {"scan": f"{scan.folder} {scan.first}-{scan.last}", "slices": int(own.sum())}
+        table.append(line | {"exact": not words, "verdict": " and ".join(words) or "exact"})
+    return pd.DataFrame(table, columns=["scan", "slices", "exact", "verdict"])
+
+
+def group_sensitivity(slices, *, thresholds, neighbour_thresholds):
+    """What each pair of thresholds makes of the groups: one row each.
+
+    Columns: threshold, neighbour_threshold (1: no rule for consecutive numbers), groups, largest, singletons;
+    precision and recall of pairs of slices against the true patients, NaN where those are not known;
+    scans_exact of scans, the :func:`scan_recovery`.
+    """
+    table = []
+    for threshold in thresholds:
+        for neighbour in neighbour_thresholds:
+            options = {"threshold": threshold, "neighbour_threshold": neighbour}
+            groups = splits.near_duplicate_groups(slices, **options)
+            sizes, scans = np.bincount(groups), scan_recovery(slices, groups)
+            line = options | {"groups": len(sizes), "largest": sizes.max(), "singletons": (sizes == 1).sum()}
+            precision = recall = np.nan
+            if (
+                slices.patients is not None and sizes.max() > 1
+            ):  # without a pair there is nothing to be precise on
+                precision, recall = splits.pairwise_agreement(groups, slices.patients)
+            line |= {"precision": precision, "recall": recall}
+            table.append(line | {"scans_exact": int(scans.exact.sum()), "scans": len(scans)})
+    return pd.DataFrame(table)
+
+
+def _is_iq_oth_nccd(slices):
+    folders = [name.split("/")[0] for name in slices.names]
+    counts = {folder: folders.count(folder) for folder in IQ_OTH_NCCD.counts}
+    return slices.patients is None and counts == dict(IQ_OTH_NCCD.counts)
+
+
+def _number(name):
+    digits = re.findall(r"\d+", name.rsplit("/", 1)[-1].rsplit(".", 1)[0])
+    return int(digits[-1]) if digits else None
+
+
+def main(arguments=None):
+    """The command: print the meter and the twins of a folder; 2 and one line on stderr for a bad folder."""
+    parser = argparse.ArgumentParser(prog="python -m fortify.leakage", description=main.__doc__)
+    parser.add_argument("folder", help="one subfolder of images for each class")
+    parser.add_argument("--size", type=int, default=224, help="side in pixels to load the images at")
+    parser.add_argument("--seeds", type=int, default=5, help="number of splits of each kind")
+    parser.add_argument("--threshold", type=float, default=0.93, help="images alike above it are one group")
+    parser.add_argument(
+        "--neighbour-threshold", type=float, default=0.80, help="for consecutive file numbers"
+    )
+    parser.add_argument("--twins", type=float, nargs="+", default=[0.95, 0.99], help="thresholds of a twin")
+    options = parser.parse_args(arguments)
+    if options.seeds < 1:
+        parser.error("--seeds must be at least 1")
+    try:
+        slices = load_folder(options.folder, size=options.size, ct=False)
+        thresholds = {"threshold": options.threshold, "neighbour_threshold": options.neighbour_threshold}
+        slices = replace(slices, groups=splits.near_duplicate_groups(slices, **thresholds))
+        seeds = range(options.seeds)
+        meter = summary(leak_meter(slices, seeds=seeds))
+        found = twins(slices, draw_splits(slices, seeds=seeds), options.twins)
+    except (DataError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    groups = len(np.unique(slices.groups))
+    print(f"{slices.source}; {groups} groups; {len(duplicates(slices))} exact copies of another image\n")
+    percent = ["accuracy", "low", "high", "sd", "min", "max", "balanced_accuracy", "gap"]
+    meter[percent] = (100 * meter[percent]).round(1)
+    print("Accuracy in % without looking at the disease, and what the random split adds (gap):")
+    print(meter.to_string(index=False, na_rep=""))
+    pooled = found.groupby(["split", "threshold"], sort=False)[["k", "n"]].sum().reset_index()
+    print("\nTest images with a twin in the training set:")
+    print(pooled.assign(share=(100 * pooled.k / pooled.n).round(1)).to_string(index=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""Which pixels are lung, body or frame; images without some of them; attacks that may change only some.
+
+For one question: does a model read the lungs or the scanner? The masks come from thresholds and shapes, no
+model: they are good enough to blank a region, not to measure a lung. Images are uint8 (N, H, W), 8-bit grey.
+"""
+
+import numpy as np
+import pandas as pd
+from scipy import ndimage
+
+from fortify.evaluation import wilson
+
+_AIR_PERCENTILE = 25  # of the pixels below the threshold, most of which are the air around the patient
+MIN_LUNG_SHARE = 0.03  # of the image; a real slice has 4 to 40 %, the least at the apex
+_MIN_LOBE_SHARE = 0.005  # of the image; smaller air inside the body is trachea, bowel or noise
+_CLOSING_SHARE = 0.045  # of the side, a radius: vessels and nodules up to 20 px wide at 224 px count as lung
+_MID_GREY = 128  # of 255; far from air and from most tissue
+_GAP_SHARE = 0.01  # of the side, a radius: a chest wall with a gap of up to twice that is still closed
+_TABLE_SHARE = 0.02  # of the side, a radius: a table and its sheets are thinner than twice that
+
+
+def tissue_threshold(image):
+    """The grey level between air and tissue of one image uint8 (H, W), by Otsu's method (1979).
+
+    It maximises the variance between the two classes, for window and level differ between scanners. Pixels
+    of grey 0 are left out where there are others: they are padding around the scan.
+    """
+    counts = np.bincount(image.ravel(), minlength=256).astype(float)
+    counts[0] = 0 if counts[1:].any() else counts[0]
+    below, first = np.cumsum(counts), np.cumsum(counts * np.arange(256))
+    above = below[-1] - below
+    inside = (below > 0) & (above > 0)
+    if not inside.any():
+        return int(image.max())  # one grey: air
+    between = np.zeros(256)
+    between[inside] = (first[-1] * below - first * below[-1])[inside] ** 2 / (below * above)[inside]
+    return int(between.argmax())
+
+
+def body_mask(images):
+    """The body without the table, lungs included, as bool (N, H, W)."""
+    return np.array([_body(image) for image in _checked(images)]).reshape(images.shape)
+
+
+def lung_mask(images):
+    """Both lungs with their vessels and nodules, as bool (N, H, W); without any air inside the body, empty.
+
+    Air inside the body that does not reach the image's edge, in pieces of at least 0.5 % of the image, each
+    closed over 4.5 % of the side. A large mass at the chest wall or the mediastinum
+    stays outside; :func:`body_mask` holds it.
+    """
+    return np.array([_lungs(image) for image in _checked(images)]).reshape(images.shape)
+
+
+def implausible(mask):
+    """Which masks (N, H, W) hold less than ``MIN_LUNG_SHARE`` of the image: bool (N,). Report them."""
+    return mask.mean((1, 2)) < MIN_LUNG_SHARE
+
+
+def frame_mask(shape, width):
+    """The ``width`` outermost pixels of an image of ``shape`` (H, W), as bool (H, W)."""
+    if not 0 < 2 * width < min(shape):
+        raise ValueError(f"a frame of {width} pixels leaves nothing or everything of an image of {shape}")
+    mask = np.ones(shape, dtype=bool)
+    mask[width:-width, width:-width] = False
+    return mask
+
+
+def blank(images, mask, *, value=None):
+    """A copy of ``images`` with the pixels of ``mask`` (N, H, W) or (H, W) in one grey an image.
+
+    ``value`` is that grey, 0 to 255, for all images; None, the median of the pixels of each that are kept. It
+    occurs in the image, so it makes no new darkest or brightest value, and it tells nothing of what it
+    hides, as the median of the region itself would. Raises ValueError where it has nothing to be taken from.
+    """
+    mask = np.broadcast_to(mask, images.shape)
+    blanked = images.copy()
+    for image, hidden in zip(blanked, mask, strict=True):
+        if value is None and hidden.all():
+            raise ValueError("a mask covers a whole image: nothing is kept to take a grey from; pass a value")
+        image[hidden] = np.uint8(np.median(image[~hidden]) if value is None else value)
+    return blanked
+
+
+def views(images, *, frame_width):
+    """What a model is shown to ask where it looks: {name: uint8 (N, H, W)}, the whole images first.
+
+    Without the lungs, in two greys, for what a model makes of a hole depends on its grey; as a control with a
+    hole of the same shape half an image up or down; without the body, so that air, table and outline are
+    left; and the frame of ``frame_width`` pixels alone. See :func:`blank`.
+    """
+    lungs, (height, width) = lung_mask(images), images.shape[1:]
+    return {
+        "whole image": images,
+        "lungs blanked": blank(images, lungs),
+        f"lungs at grey {_MID_GREY}": blank(images, lungs, value=_MID_GREY),
+        "same hole elsewhere": blank(images, np.roll(lungs, height // 2, axis=1)),
+        "body blanked": blank(images, body_mask(images)),
+        "only the frame": blank(images, ~frame_mask((height, width), frame_width)),
+    }
+
+
+def lungs_or_scanner(model, images, labels, *, attack, frame_width, seed=0, batch_size=64):
+    """How a model reads the :func:`views`, and attacks that may change one region: a DataFrame.
+
+    ``images`` uint8 (N, H, W), ``labels`` int64 (N,). One row per view or region: ``view``, ``attacked``, the
+    mean ``area`` that was blanked or could change (share of the image), k, n, accuracy, low, high (95 %
+    Wilson interval) and balanced_accuracy, which is 1 / classes for a model that always says the same.
+    """
+    from fortify.data import to_tensor
+    from fortify.models import predict
+
+    lungs, body, clean = lung_mask(images), body_mask(images), to_tensor(images)
+    regions = {
+        "anywhere": np.ones_like(lungs),
+        "in the lungs": lungs,
+        "in the rest of the body": body & ~lungs,
+    }
+    regions |= {"outside the body": ~(body | lungs)}
+    rows = []
+    for name, shown in views(images, frame_width=frame_width).items():
+        prediction = predict(model, to_tensor(shown), batch_size=batch_size).argmax(1).numpy()
+        rows.append(_line(name, False, (shown != images).mean(), labels, prediction))
+    for name, mask in regions.items():
+        crafted = craft_within(model, clean, labels, attack, mask, seed=seed, batch_size=batch_size)
+        prediction = predict(model, crafted.images, batch_size=batch_size).argmax(1).numpy()
+        rows.append(_line(f"attack {name}", True, mask.mean(), labels, prediction))
+    return pd.DataFrame(rows)
+
+
+def _line(view, attacked, area, labels, prediction):
+    k, n = int((prediction == labels).sum()), len(labels)
+    low, high = wilson(k, n)
+    line = {"view": view, "attacked": attacked, "area": area, "k": k, "n": n, "accuracy": k / n}
+    recalls = [(prediction[labels == label] == label).mean() for label in np.unique(labels)]
+    return line | {"low": low, "high": high, "balanced_accuracy": np.mean(recalls)}
+
+
+def craft_within(model, images, labels, attack, mask, *, seed=0, batch_size=64):
+    """Attack ``images`` where ``mask`` allows it: an :class:`fortify.attacks.Adversarial`, in order.
+
+    ``images`` (N, 1, H, W) float in [0, 1], ``labels`` (N,) and ``attack`` as in
+    :func:`fortify.attacks.craft`; ``mask`` bool (N, H, W) or (H, W), True where a pixel may change. The
+    attack runs on f(x0 + mask (x - x0)), so its gradient outside is zero, and the pixels outside are x0's bit
+    for bit. PGD's random start is drawn for each batch from ``seed`` and the batch's place.
+    Raises ValueError for a mask of another shape and as ``craft`` does.
+    """
+    import torch  # here and below, so that masks can be made without loading torch
+
+    from fortify.attacks import Adversarial, craft
+    from fortify.models import device_of, predict
+
+    images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+    mask = torch.as_tensor(np.array(np.broadcast_to(mask, (len(images), *images.shape[2:])))).unsqueeze(1)
+    adversarial = []
+    for start in range(0, len(images), batch_size):
+        part = slice(start, start + batch_size)
+        x, allowed = images[part], mask[part]
+        masked = _masked(model, x.to(device_of(model)), allowed.to(device_of(model)))
+        crafted = craft(masked, x, labels[part], attack, seed=seed + start, batch_size=batch_size)
+        adversarial.append(torch.where(allowed, crafted.images, x))
+    adversarial = torch.cat(adversarial)
+    success = predict(model, adversarial, batch_size=batch_size).argmax(1) != labels
+    return Adversarial(adversarial, success)
+
+
+def _masked(model, x0, allowed):
+    """The model of x with the pixels that must not change put back to those of ``x0``."""
+    import torch
+
+    class Masked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            n = len(x)  # `craft` first asks for the number of classes with one image
+            return self.model(torch.where(allowed[:n], x, x0[:n]))
+
+    return Masked().train(model.training)
+
+
+def _body(image):
+    side = min(image.shape)
+    threshold = tissue_threshold(image)
+    # Half-way from the air around to the threshold: skin and fat, blurred into the air, close the outline.
+    tissue = image > (threshold + np.percentile(image[image <= threshold], _AIR_PERCENTILE)) / 2
+    # Filled before it is opened: at 32 px the chest wall is one pixel wide and would be opened away.
+    filled = ndimage.binary_fill_holes(_disk_close(tissue, max(1, round(_GAP_SHARE * side))))
+    # The table is a thin shell below a gap: the opening cuts it off, the largest piece is the patient.
+    return _largest(_disk_open(filled, max(2, round(_TABLE_SHARE * side))))
+
+
+def _lungs(image):
+    side = min(image.shape)
+    tissue = image > tissue_threshold(image)
+    air = ndimage.binary_opening(_body(image) & ~tissue)
+    labelled, count = ndimage.label(air)
+    lungs = np.zeros_like(air)
+    edge = set(np.unique(np.concatenate([labelled[0], labelled[-1], labelled[:, 0], labelled[:, -1]])))
+    sizes = np.bincount(labelled.ravel(), minlength=count + 1)
+    for number in range(1, count + 1):
+        if number not in edge and sizes[number] >= _MIN_LOBE_SHARE * image.size:
+            # One lobe at a time, so that the closing does not bridge the mediastinum.
+            closed = _disk_close(labelled == number, max(1, round(_CLOSING_SHARE * side)))
+            lungs |= ndimage.binary_fill_holes(closed)
+    return lungs
+
+
+def _disk_close(mask, radius):
+    """Closing with a disk, by distances: far faster than a large structuring element."""
+    padded = np.pad(mask, radius + 1)
+    if not mask.any():
+        return mask
+    grown = ndimage.distance_transform_edt(~padded) <= radius
+    closed = ndimage.distance_transform_edt(grown) > radius
+    return closed[radius + 1 : -radius - 1, radius + 1 : -radius - 1] | mask
+
+
+def _disk_open(mask, radius):
+    # Beyond the edge the tissue goes on: a body that the image cuts must not be eroded there.
+    padded = np.pad(mask, radius + 1, mode="edge")
+    if padded.all():
+        return mask
+    shrunk = ndimage.distance_transform_edt(padded) > radius
+    opened = ndimage.distance_transform_edt(~shrunk) <= radius if shrunk.any() else shrunk
+    return opened[radius + 1 : -radius - 1, radius + 1 : -radius - 1] & mask
+
+
+def _largest(mask):
+    labelled, found = ndimage.label(mask)
+    return labelled == 1 + np.bincount(labelled[mask], minlength=2)[1:].argmax() if found else mask
+
+
+def _checked(images):
+    if images.ndim != 3 or images.dtype != np.uint8:
+        raise ValueError(f"images must be uint8 (N, H, W), not {images.dtype} {images.shape}")
+    return images
