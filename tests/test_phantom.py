@@ -98,7 +98,7 @@ def test_the_lesion_is_all_that_differs_between_classes():
 
 def test_neighbouring_slices_are_near_duplicates_and_patients_are_not():
     slices = phantom.phantom_slices(patients=20, slices_per_patient=4, size=64)
-    thumbnails = splits._thumbnails(slices.images, 56)
+    thumbnails = splits.unit_thumbnails(slices.images, 56)
     r = thumbnails @ thumbnails.T
     same = slices.patients[:, None] == slices.patients
     adjacent = np.diagonal(r, 1)[np.diagonal(same, 1)]
@@ -123,7 +123,7 @@ def test_a_network_learns_what_shortcuts_do_not_and_an_attack_undoes_it():
         classifier.fit(features[index["train"]], slices.labels[index["train"]])
         return classifier.score(features[index["test"]], slices.labels[index["test"]])
 
-    thumbnails = splits._thumbnails(slices.images, 56)
+    thumbnails = splits.unit_thumbnails(slices.images, 56)
     histograms = np.array([np.histogram(image, 32, (0, 256))[0] for image in slices.images])
     nearest = shortcut(KNeighborsClassifier(1), thumbnails, split)
     histogram = shortcut(RandomForestClassifier(200, random_state=0), histograms, split)
