@@ -179,7 +179,8 @@ def test_matrix_has_every_evaluation_once_and_counts_the_rows(rows):
     protocol, correct = rows
     table = published.matrix(protocol, correct, class_names=NAMES, budgets_255=[1, 4], cw_l2=0.5)
     names = ["clean", "clamp alone", "tanh alone", "published PGD", "published FGSM", "published CW"]
-    names += ["published combined", "FGSM 1/255", "FGSM 4/255", "PGD 1/255", "PGD 4/255", "CW L2 0.5"]
+    names += ["published combined", "FGSM 1/255", "FGSM 4/255", "PGD 1/255", "PGD 4/255"]
+    names += ["CW L2 0.25", "CW L2 0.5", "CW L2 1"]
     assert table.sort_values("order").evaluation.tolist() == names
     cells = table.set_index("evaluation")
     clamp = protocol[protocol.attack == "clamp"]
@@ -188,6 +189,10 @@ def test_matrix_has_every_evaluation_once_and_counts_the_rows(rows):
     assert cells.loc["published combined", ["k", "n"]].tolist() == [(~three.success).sum(), 180]
     pgd = correct[(correct.attack == "pgd") & (correct.eps_255 == 4)]
     assert cells.loc["PGD 4/255", "k"] == (~pgd.success).sum()
+    cw = correct[correct.attack == "cw"].set_index("index")
+    clean = correct[correct.attack == "clean"].set_index("index")
+    stands = (~cw.success & ~clean.success) | (cw.success & (cw.l2 > 1) & ~clean.success)
+    assert cells.loc["CW L2 1", "k"] == stands.sum()
 
 
 def test_findings_state_the_counts_of_the_matrix(rows):

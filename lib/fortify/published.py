@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fortify.attacks import FGSM, PGD, margin
 from fortify.evaluation import COLUMNS, accuracy_table, at_budget
-from fortify.models import device_of
+from fortify.models import device_of, float32_convolutions
 from fortify.runs import progress_bar
 from fortify.training import TrainingState, accuracy, fingerprint, on_device, stop_if_not_finite
 
@@ -196,28 +196,37 @@ def score_published(model, images, labels, *, index, model_name, split, seed, at
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
         x, y = images[part].to(device), labels[part].to(device)
-        with torch.no_grad():
-            z = model[0](x)
-        made = {"clamp": clamp(z), "tanh": tanh(z), **published_images(model, z, y, attacks)}
-        for name, changed in made.items():
-            with torch.no_grad():
-                probability, prediction = model[1:](changed).softmax(1).max(1)
-                change = (to_grey(model, changed) - x).flatten(2)
-            rows = {
-                "attack": name,
-                "index": np.asarray(index)[part],
-                "label": y.cpu().numpy(),
-                "prediction": prediction.cpu().numpy(),
-                "probability": probability.cpu().numpy(),
-                "success": (prediction != y).cpu().numpy(),
-                "linf_255": change.abs().amax((1, 2)).cpu().numpy() * 255,
-                "l2": change.square().sum(2).mean(1).sqrt().cpu().numpy(),
-            }
-            parts.append(pd.DataFrame(rows))
+        with float32_convolutions(device):
+            rows = _score_batch(model, x, y, attacks)
+        parts.append(rows.assign(index=np.tile(np.asarray(index)[part], len(_COLUMNS))))
     about = {"model": model_name, "split": split, "seed": seed, "protocol": "adaptive", "eps_255": np.nan}
     table = pd.concat(parts).assign(**about)[list(COLUMNS)]
-    rank = table.attack.map({name: i for i, name in enumerate(("clamp", "tanh", *PUBLISHED))})
+    rank = table.attack.map({name: i for i, name in enumerate(_COLUMNS)})
     return table.iloc[rank.argsort(kind="stable")].reset_index(drop=True)
+
+
+_COLUMNS = ("clamp", "tanh", *PUBLISHED)
+
+
+def _score_batch(model, x, y, attacks):
+    with torch.no_grad():
+        z = model[0](x)
+    made = {"clamp": clamp(z), "tanh": tanh(z), **published_images(model, z, y, attacks)}
+    parts = []
+    for name, changed in made.items():
+        with torch.no_grad():
+            probability, prediction = model[1:](changed).softmax(1).max(1)
+            change = (to_grey(model, changed) - x).flatten(2)
+        rows = {
+            "label": y,
+            "prediction": prediction,
+            "probability": probability,
+            "success": prediction != y,
+            "linf_255": change.abs().amax((1, 2)) * 255,
+            "l2": change.square().sum(2).mean(1).sqrt(),
+        }
+        parts.append(pd.DataFrame({k: v.cpu().numpy() for k, v in rows.items()}).assign(attack=name))
+    return pd.concat(parts)
 
 
 def matrix(published, correct, *, class_names, budgets_255, cw_l2):
@@ -226,7 +235,7 @@ def matrix(published, correct, *, class_names, budgets_255, cw_l2):
     ``published`` are :func:`score_published`'s rows, ``correct`` those of :func:`fortify.evaluation.evaluate`
     for the same models. ``evaluation`` names the column of the matrix, ``order`` its place in it. The numbers
     are those of :func:`fortify.evaluation.accuracy_table`; ``published combined`` pools the three published
-    attacks, as the paper's last column does.
+    attacks, as the paper's last column does. CW is counted within half of ``cw_l2``, all of it, and twice it.
     """
     correct = correct[correct.protocol.eq("adaptive")]
     tables, order = [], {}
@@ -246,7 +255,8 @@ def matrix(published, correct, *, class_names, budgets_255, cw_l2):
     for name, words in (("fgsm", "FGSM"), ("pgd", "PGD")):
         for eps in budgets_255:
             add(at_budget(correct, eps_255=eps, cw_l2=cw_l2), {name: f"{words} {eps:g}/255"})
-    add(at_budget(correct, eps_255=budgets_255[0], cw_l2=cw_l2), {"cw": f"CW L2 {cw_l2:g}"})
+    for l2 in (cw_l2 / 2, cw_l2, 2 * cw_l2):
+        add(at_budget(correct, eps_255=budgets_255[0], cw_l2=l2), {"cw": f"CW L2 {l2:g}"})
     table = pd.concat(tables, ignore_index=True)
     columns = ["split", "model", "evaluation", "k", "n", "accuracy", "low", "high", "balanced_accuracy"]
     return table[[*columns, "images", "seeds", "sd"]].assign(order=table.evaluation.map(order))
