@@ -1,6 +1,7 @@
 """The published protocol, re-expressed: it does what the authors' notebook does, faults included."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -200,15 +201,34 @@ def test_findings_state_the_counts_of_the_matrix(rows):
     every = ("normal", "published", "tone curves", "adversarial")
     import pandas as pd
 
-    protocol, correct = (pd.concat([t.assign(model=m) for m in every]) for t in (protocol, correct))
+    def of(rows, model, wrong):
+        """The rows as another model's, which misreads the first ``wrong`` images under every attack."""
+        first = rows["index"] < wrong
+        prediction = (rows.label + first) % 3
+        return rows.assign(model=model, prediction=prediction, success=first)
+
+    protocol = pd.concat([of(protocol, m, 3 * i + 2) for i, m in enumerate(every)])
+    correct = correct[correct.attack.ne("cw")]
+    correct = pd.concat([of(correct, m, 5 * i + 1) for i, m in enumerate(every)])
+    moved = protocol.attack.eq("published_cw") & protocol.model.eq("published")
+    protocol.loc[moved, "l2"] += 1
     table = published.matrix(protocol, correct, class_names=NAMES, budgets_255=[1, 4], cw_l2=0.5)
-    text = " ".join(published.findings(protocol, table, eps_255=4, class_names=NAMES))
-    cell = table[(table.model == "normal") & (table.evaluation == "clamp alone")].iloc[0]
-    assert f"{cell.accuracy:.1%} ({cell.k}/{cell.n})" in text
-    measures = published.attack_measures(protocol).set_index("measure")
-    stuck = measures.loc["CW equal to tanh"]
-    assert f"({stuck.k:.0f}/{stuck.n:.0f})" in text and stuck.n == 240
+    first, second, third, fourth = published.findings(protocol, table, eps_255=4, class_names=NAMES)
+    assert first.count("(58/60)") == 2
+    measures = published.attack_measures(protocol).set_index(["measure", "model"])
+    stuck, every_stuck = (measures.loc[("CW equal to tanh", m)] for m in ("normal", "all"))
+    assert (stuck.n, every_stuck.n) == (60, 240) and every_stuck.k == 3 * stuck.k > 0
+    assert f"({stuck.k:.0f}/60) of the normal" in second and f"({every_stuck.k:.0f}/240)" in second
+    of_180 = [3 * (60 - (3 * i + 2)) for i in (1, 2, 0, 3)]  # published, tone curves, normal, adversarial
+    assert re.findall(r"\((\d+)/180\)", third) == [str(k) for k in of_180]
+    assert re.findall(r"\((\d+)/60\)", fourth) == [str(60 - (5 * i + 1)) for i in (1, 2, 0, 3)]
     matrix_dots(table)
+
+
+def test_a_last_image_alone_joins_the_batch_before(images, labels, model):
+    sizes = [len(part) for part in published._batches(torch.arange(33), 16)]
+    assert sizes == [16, 17] and [len(p) for p in published._batches(torch.arange(34), 16)] == [16, 16, 2]
+    assert torch.equal(torch.cat(published._batches(torch.arange(33), 16)), torch.arange(33))
 
 
 def test_panels_show_what_the_model_is_given(model, images, labels):

@@ -21,6 +21,10 @@ class ClaimError(ValueError):
     """A claim is malformed or points to a number that is not there; the message names claim and cell."""
 
 
+class MissingNumber(ClaimError):
+    """A claim points to a table, row or number that these tables do not hold."""
+
+
 @dataclass(frozen=True)
 class Claim:
     """One claim of the paper. ``ours`` is text with {names} of ``numbers``, cells such as
@@ -65,14 +69,14 @@ def read_cell(tables, cell):
     """(number, text) of a cell such as ``table1_random.csv[model=normal, attack=pgd].k``, below ``tables``.
 
     Without a column the row is an accuracy: the number is in per cent, the text has k/n and interval.
-    Raises ClaimError when the table, the one row or the column is missing.
+    Raises MissingNumber when the table, the row or the number is missing, ClaimError when the cell is wrong.
     """
     parsed = _CELL.fullmatch(cell)
     if not parsed:
         raise ClaimError(f"{cell!r} is no cell like table.csv[column=value, ...].column")
     path = Path(tables) / parsed["table"]
     if not path.is_file():
-        raise ClaimError(f"{cell}: {path} does not exist")
+        raise MissingNumber(f"{cell}: {path} does not exist")
     table = pd.read_csv(path, keep_default_na=False)
     for condition in filter(None, (part.strip() for part in parsed["row"].split(","))):
         column, _, value = condition.partition("=")
@@ -80,11 +84,12 @@ def read_cell(tables, cell):
             raise ClaimError(f"{cell}: {path.name} has no column {column!r}, only {', '.join(table)}")
         table = table[table[column].astype(str).eq(value)]
     if len(table) != 1:
-        raise ClaimError(f"{cell}: {len(table)} rows of {path.name} fit, not one")
+        error = ClaimError if len(table) else MissingNumber
+        raise error(f"{cell}: {len(table)} rows of {path.name} fit, not one")
     row = table.iloc[0]
     if parsed["column"]:
         if parsed["column"] not in row or row[parsed["column"]] == "":
-            raise ClaimError(f"{cell}: no such number in {path.name}")
+            raise MissingNumber(f"{cell}: no such number in {path.name}")
         value = row[parsed["column"]]
         try:  # a column with empty cells is read as text
             return float(value), f"{float(value):.4g}" if "." in str(value) else str(value)
@@ -97,24 +102,31 @@ def read_cell(tables, cell):
     return accuracy, f"{accuracy:.1f} % ({row.k}/{row.n}, {low:.1f}–{high:.1f})"
 
 
-def ledger(claims, tables):
+def ledger(claims, tables, *, partial=False):
     """One row a claim, with our numbers filled in from the CSV files in the folder ``tables``.
 
     Columns: id, claim, where, ours, verdict, holds (do these tables bear the verdict out), evidence (the
-    cells), command. Raises ClaimError for a number that is not there.
+    cells), command. A number that is not there raises MissingNumber; with ``partial``, for a run of fewer
+    splits, seeds or budgets, its claim is open instead. Raises ClaimError for a malformed claim.
     """
     rows = []
     for claim in claims:
+        verdict, broken = f"{claim.verdict} {claim.under}".strip(), []
         try:
             cells = {name: read_cell(tables, cell) for name, cell in claim.numbers.items()}
             ours = claim.ours.format(**{name: text for name, (_, text) in cells.items()})
             values = {name: value for name, (value, _) in cells.items()}
             broken = [rule for rule in claim.holds if not _true(rule, values)]
+        except MissingNumber as error:
+            if not partial:
+                raise MissingNumber(f"claim {claim.id}: {error}") from None
+            ours, broken = "", [str(error)]
+            verdict = f"open: not measured here ({str(error).partition(': ')[0]})"
         except (ClaimError, KeyError, IndexError) as error:
             raise ClaimError(f"claim {claim.id}: {error}") from None
-        verdict = f"{claim.verdict} {claim.under}".strip()
-        if broken:
-            verdict = f"open: these numbers do not bear out “{verdict}” ({'; '.join(broken)})"
+        else:
+            if broken:
+                verdict = f"open: these numbers do not bear out “{verdict}” ({'; '.join(broken)})"
         rows.append(
             {
                 "id": claim.id,

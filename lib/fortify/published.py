@@ -151,7 +151,7 @@ def fit_published(model, train, val, recipe, *, attacks, seed=0, checkpoints=Non
         epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
         order = torch.randperm(len(y_train), generator=torch.Generator().manual_seed(epoch_seed)).to(device)
         losses, correct = [], 0
-        for index in order.split(recipe.batch_size):
+        for index in _batches(order, recipe.batch_size):
             loss, right = _step(state, x_train[index].float() / 255, y_train[index], attacks)
             losses.append(loss)
             correct += right
@@ -168,6 +168,14 @@ def fit_published(model, train, val, recipe, *, attacks, seed=0, checkpoints=Non
             state.save(file)
     model.eval()
     return state.table()
+
+
+def _batches(order, size):
+    """Split ``order``; one left over joins the batch before it: BatchNorm cannot train on a single image."""
+    parts = list(order.split(size))
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
 
 
 def _step(state, x, y, attacks):
@@ -275,15 +283,17 @@ def findings(protocol, table, *, eps_255, class_names):
         cell = cells.loc[(model, evaluation)]
         return f"{cell.accuracy:.1%} ({cell.k}/{cell.n})"
 
-    found = attack_measures(protocol).set_index("measure")
-    stuck, largest = found.loc["CW equal to tanh"], found.loc["largest change by the clamp"].grey_levels
+    found = attack_measures(protocol).set_index(["measure", "model"])
+    stuck, every = (found.loc[("CW equal to tanh", model)] for model in ("normal", "all"))
+    largest = found.loc[("largest change by the clamp", "normal")].grey_levels
     pooled, correct = "published combined", f"PGD {eps_255:g}/255"
     return [
         f"The clamp alone changes a slice by up to {largest:.0f} grey levels (mean over the slices). The "
         f"normally trained model reads {said('normal', 'clamp alone')} after it and "
         f"{said('normal', 'published PGD')} after the published PGD; it calls {called}.",
         f"The published CW is tanh and nothing else, to the last bit of its norm, on {stuck.percent:.1f} % "
-        f"({stuck.k:.0f}/{stuck.n:.0f}) of the images of all models.",
+        f"({stuck.k:.0f}/{stuck.n:.0f}) of the normal model's images, and on {every.percent:.1f} % "
+        f"({every.k:.0f}/{every.n:.0f}) of those of all four.",
         f"Trained as published, the network reads {said('published', pooled)} of the published attacks; "
         f"trained on the two tone curves, without a gradient, {said('tone curves', pooled)}; normally, "
         f"{said('normal', pooled)}; with correct adversarial training, {said('adversarial', pooled)}.",
@@ -296,20 +306,29 @@ def findings(protocol, table, *, eps_255, class_names):
 def attack_measures(protocol):
     """How much of the published attacks is no attack, from :func:`score_published`'s rows: a tidy table.
 
-    "CW equal to tanh": on how many images, all models together, CW's norm is tanh's to the last bit (k of n,
-    ``percent``). "largest change by ...": the largest change of a grey, mean over the images of the normally
-    trained model, in ``grey_levels`` of 255.
+    "CW equal to tanh": on how many images CW's norm is tanh's to the last bit (k of n, ``percent``), for each
+    model and for "all". "largest change by ...": the largest change of a grey, mean over the images of the
+    normally trained model, in ``grey_levels`` of 255.
     """
     key = ["model", "split", "seed", "index"]
     l2 = {name: part.set_index(key).l2 for name, part in protocol.groupby("attack")}
     stuck = l2["published_cw"].eq(l2["tanh"])
+    counted = {model: part for model, part in stuck.groupby("model", sort=False)} | {"all": stuck}
     rows = [
-        {"measure": "CW equal to tanh", "k": int(stuck.sum()), "n": len(stuck), "percent": 100 * stuck.mean()}
+        {
+            "measure": "CW equal to tanh",
+            "model": model,
+            "k": int(part.sum()),
+            "n": len(part),
+            "percent": 100 * part.mean(),
+        }
+        for model, part in counted.items()
     ]
     own = protocol[protocol.model.eq("normal")]
     for attack, words in (("clamp", "the clamp"), ("published_pgd", "published PGD"), ("tanh", "tanh")):
-        largest = own[own.attack.eq(attack)].linf_255.mean()
-        rows.append({"measure": f"largest change by {words}", "n": len(own) // 5, "grey_levels": largest})
+        changes = own[own.attack.eq(attack)].linf_255
+        measure = f"largest change by {words}"
+        rows.append({"measure": measure, "model": "normal", "n": len(changes), "grey_levels": changes.mean()})
     return pd.DataFrame(rows).astype({"k": "Int64"})
 
 
