@@ -108,7 +108,7 @@ def test_an_honest_attack_and_an_undefended_model_are_not_caught(model, data):
         ("logit scaling", "T9"),
         ("rounding", "T9"),
         ("8-bit front end", "T8"),
-        ("random noise", "T0"),
+        ("random noise", "T0"),  # which names the model, see below
         ("shattered gradient", "T8"),
         ("label only", "T9"),
         ("saturation", "T9"),
@@ -131,6 +131,8 @@ def test_one_table_with_every_check(honest):
 def test_t10_takes_its_place_and_replaces_itself(honest, zoo):
     more = honest.with_check(zoo_check(zoo)).with_check(zoo_check(zoo))
     assert list(more.table.id[-5:]) == ["T10", "T11", "T13", "T14", "T15"]
+    elsewhere = honest.with_check(zoo_check(None)).table.set_index("id").loc["T10"]
+    assert elsewhere.verdict == NOT_RUN and elsewhere.note == "the mutants met another model"
 
 
 def test_the_worst_case_is_no_better_than_any_attack(honest):
@@ -143,6 +145,16 @@ def test_the_worst_case_is_no_better_than_any_attack(honest):
 def test_an_attack_that_does_nothing_is_seen(model, data):
     found = audit(model, data, SUITE, craft=nothing, only=["T0", "T1", "T2", "T3", "T5"])
     assert found.failed == ("T1", "T2", "T5"), "T0 and T3 have nothing to object to"
+    right = int((predict(model, data.images).argmax(1) == data.labels).nonzero()[0])
+    one = AuditData(data.images[right : right + 1], data.labels[right : right + 1])
+    assert "T1" in audit(model, one, SUITE, craft=nothing, only=["T1"]).failed, "one image is no exception"
+
+
+def test_a_model_that_is_random_is_named(model, data):
+    found = audit(FAKE_DEFENCES["random noise"](model), data, SUITE, only=["T0"])
+    assert "answers one image differently each time" in found.table.measured[0]
+    assert "the model, not an attack" in found.table.measured[0]
+    assert "differently" not in audit(model, data, SUITE, only=["T0"]).table.measured[0]
 
 
 def test_t0b_sees_a_pipeline_that_corrupts_images(model, phantoms, images):
@@ -182,8 +194,13 @@ def test_t11_needs_both_a_gap_and_turning_gradients(model, data):
     suite = replace(SUITE, eps_255=8)
     assert verdict("T11", model, data, suite, craft=weak_fgsm) == PASS, "the gradients are aligned"
     assert verdict("T11", shattered(model), data, suite) == PASS, "no gap"
-    turning = replace(suite, alignment=1.01)
-    assert verdict("T11", model, data, turning, craft=weak_fgsm) == FAIL
+
+    def hills(x):
+        """Moves greys so that the way up turns within the ball: where FGSM overfits, the loss does that."""
+        return x - 8 / 255 * (2 * torch.pi * 255 / 8 * x).sin()
+
+    found = audit(_Around(model, before=hills), data, suite, only=["T11"])
+    assert found.failed == ("T11",), "at the suite's own limits"
 
 
 def test_t14_sees_attacks_that_no_file_can_hold(model, data):
@@ -209,6 +226,8 @@ def test_t7_sees_masked_gradients(model, data):
     assert verdict("T7", model, data, suite) == PASS
     found = audit(saved_file(model), data, suite, only=["T7"])
     assert found.failed == ("T7",)
+    strong = audit(model, data, suite, craft=nothing, only=["T7"])
+    assert strong.failed == ("T7",) and "that AutoAttack breaks" in strong.table.measured[0]
     assert list(found.accuracies.attack[-5:-1]) == [
         f"AutoAttack to {part}" for part in ("apgd-ce", "apgd-dlr", "fab-t", "square")
     ]
@@ -255,6 +274,12 @@ def test_transfer_needs_another_model(model, data):
 def test_an_interval_needs_groups(model, data):
     assert verdict("T15", model, data) == PASS
     assert verdict("T15", model, AuditData(data.images, data.labels)) == FAIL
+    few = AuditData(data.images, data.labels, np.arange(16) // 4)
+    (line,) = audit(model, few, SUITE, only=["T15"]).checks
+    assert line.verdict == FAIL and line.note == "4 groups" and line.limit == "5 groups"
+    single = AuditData(data.images, data.labels, np.arange(16))
+    (line,) = audit(model, single, SUITE, only=["T15"]).checks
+    assert "16 groups, each of one image" in line.note
 
 
 def test_cluster_interval_knows_what_belongs_together():
@@ -264,6 +289,8 @@ def test_cluster_interval_knows_what_belongs_together():
     scans = cluster_interval(correct, np.repeat(np.arange(10), 10))
     assert scans[1] - scans[0] > 2 * (alone[1] - alone[0]), "ten slices of a scan are not ten scans"
     assert cluster_interval(correct, np.zeros(100)) == (0.5, 0.5)
+    none, every = (cluster_interval(np.full(20, right), np.arange(20) // 2) for right in (False, True))
+    assert none == wilson(0, 10) and every == wilson(10, 10), "no spread seen is not no spread"
     assert cluster_interval(correct, np.arange(100), seed=3) == cluster_interval(
         correct, np.arange(100), seed=3
     )
@@ -290,7 +317,8 @@ def test_no_attack_is_run_twice(model, data):
         calls.append((repr(attack), images.numpy().tobytes(), seed, type(model)))
         return craft(model, images, labels, attack, seed=seed, batch_size=batch_size)
 
-    audit(model, data, SUITE, craft=counted, only=[id for id in CHECKS if id not in ("T0", "T0b", "T7")])
+    suite = replace(SUITE, eps_grid_255=(1, 3, 16))  # its own budget among them, as an integer
+    audit(model, data, suite, craft=counted, only=[id for id in CHECKS if id not in ("T0", "T0b", "T7")])
     assert len(calls) > 8 and len(set(calls)) == len(calls)
 
 
@@ -359,6 +387,10 @@ def test_unusable_input_says_what_to_do(model, data, images):
         audit(model, wrong, SUITE)
     with pytest.raises(ValueError, match="one label and one group for each image"):
         AuditData(data.images, data.labels[:3])
+    for wrong in (data.images[:, 0], data.images * 255, (data.images * 255).byte(), data.images.log()):
+        with pytest.raises(ValueError, match=r"images must be float \(N, 1, H, W\) in \[0, 1\]"):
+            AuditData(wrong, data.labels)
+    assert torch.equal(AuditData(data.images.numpy(), data.labels.numpy()).images, data.images)
 
 
 def test_two_classes_have_no_dlr(images, phantoms):
@@ -366,3 +398,8 @@ def test_two_classes_have_no_dlr(images, phantoms):
     labels = predict(two, images[:8]).argmax(1)
     (line,) = audit(two, AuditData(images[:8], labels), SUITE, only=["T9"]).checks
     assert "DLR" not in line.measured and "margin" in line.measured
+    pytest.importorskip("pyautoattack", reason="optional: pip install 'fortify[audit]'")
+    (line,) = audit(two, AuditData(images[:8], labels), SUITE, only=["T7"]).checks
+    assert "two classes: without DLR" in line.note and line.verdict in (PASS, FAIL)
+    with pytest.raises(ValueError, match="DLR loss needs three classes, the model has 2"):
+        autoattack(two, images[:8], labels, "apgd-dlr", eps_255=4)

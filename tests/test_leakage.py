@@ -1,6 +1,7 @@
 """The leak meter: high where a split leaks, at chance where nothing does, and the two told apart."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 
@@ -278,6 +279,21 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
     done = command(tmp_path / "nowhere")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_the_command_names_a_class_that_cannot_be_split(slices, tmp_path):
+    for number, image in enumerate(slices.images[:12]):
+        for name in ("dogs", "cats"):
+            path = tmp_path / name / f"{name}{7 * number}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(slices.images[0] if name == "cats" else image).save(path)
+    done = command(tmp_path, "--size", 48, "--threshold", 0.999)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "12 images of cats fall into 1 groups" in done.stderr and "--threshold" in done.stderr
+    shutil.rmtree(tmp_path / "cats")
+    done = command(tmp_path, "--size", 48)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "has one class only, dogs" in done.stderr
 
 
 def test_the_room_knows_no_model():

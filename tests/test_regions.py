@@ -165,3 +165,5 @@ def test_wrong_arrays_are_refused(model, images, labels):
         regions.lung_mask(images.numpy()[:, 0])
     with pytest.raises(ValueError):
         regions.craft_within(model, images[:2], labels[:2], FGSM(1), np.ones((5, 5), bool))
+    with pytest.raises(ValueError, match="attacks of one start"):
+        regions.craft_within(model, images[:2], labels[:2], PGD(1, restarts=2), np.ones((32, 32), bool))

@@ -15,6 +15,7 @@ from fortify.autoattack import WHITE_BOX, autoattack
 from fortify.evaluation import wilson
 from fortify.models import predict
 
+FEWEST_GROUPS = 5  # of which an interval can be drawn at all
 WHITE = 255.0  # grey levels: a budget of the whole range
 
 
@@ -121,7 +122,7 @@ def loss_rises(ctx):
         mean.append(loss.mean().item())
     rising = int((loss > clean).sum())
     falls = any(after < before - 0.01 * max(mean) for before, after in zip(mean, mean[1:], strict=False))
-    allowed = max(1, int((1 - ctx.suite.rising_share) * ctx.n))
+    allowed = ctx.suite.tolerated(ctx.n, 100 * (1 - ctx.suite.rising_share))
     trace = ", ".join(f"{value:.3g} at {length}" for length, value in zip(lengths, mean, strict=True))
     return _check(
         "T1",
@@ -176,7 +177,7 @@ def iterated_beats_one_step(ctx):
 
 def monotone(ctx):
     """T4: accuracy never rises with the budget."""
-    budgets = sorted({*ctx.suite.eps_grid_255, ctx.suite.eps_255, WHITE})
+    budgets = sorted({*map(float, ctx.suite.eps_grid_255), float(ctx.suite.eps_255), WHITE})
     standing = [ctx.n, *(int((~ctx.pgd(eps)[0]).sum()) for eps in budgets)]
     rise = max(after - before for before, after in zip(standing, standing[1:], strict=False))
     allowed = ctx.suite.tolerated(ctx.n)
@@ -211,13 +212,17 @@ def random_noise(ctx):
 
 
 def black_box(ctx):
-    """T7: Square, which needs no gradient, breaks no more than one image that white-box attacks did not."""
+    """T7: Square, which needs no gradient, and AutoAttack break (nearly) none that white-box attacks did not.
+
+    With two classes AutoAttack goes without DLR, which needs three.
+    """
     suite, (white_box, _) = ctx.suite, ctx.white_box()
     settings = {"eps_255": suite.eps_255, "steps": suite.autoattack_steps, "queries": suite.square_queries}
     settings |= {"seed": ctx.seed, "batch_size": suite.batch_size}
     together, heard = torch.zeros(ctx.n, dtype=torch.bool), []
+    two = ctx.logits(ctx.images[:1]).shape[1] < 3
     try:
-        for part in (*WHITE_BOX, "square"):
+        for part in (*(part for part in WHITE_BOX if not (two and part == "apgd-dlr")), "square"):
             # Square meets what stands against AutoAttack so far, and what stands against this project's PGD.
             where = ~together if part != "square" else ~(together & white_box)
             found = torch.zeros(ctx.n, dtype=torch.bool)
@@ -228,17 +233,19 @@ def black_box(ctx):
             together |= found
             ctx.broken[f"AutoAttack to {part}"] = together.clone()
     except ImportError as error:
-        return Check("T7", "Square and AutoAttack", NOT_RUN, "", "1 more than white-box", str(error))
+        return Check("T7", "Square and AutoAttack", NOT_RUN, "", "", str(error))
     more, others = int((found & ~white_box).sum()), int((together & ~white_box).sum())
+    by_square, allowed = min(1, suite.tolerated(ctx.n)), suite.tolerated(ctx.n)
     note = f"AutoAttack leaves {ctx.share((~together).sum())}, PGD {ctx.share((~white_box).sum())}"
-    note += f"; AutoAttack breaks {others} that PGD did not" if others else ""
+    note += "; two classes: without DLR" if two else ""
     note += "; it warns: " + " ".join(dict.fromkeys(heard)) if heard else ""
     return _check(
         "T7",
         "Square and AutoAttack",
-        more > 1,
-        measured=f"Square breaks {more} that white-box attacks did not ({suite.square_queries} queries)",
-        limit="1",
+        more > by_square or others > allowed,
+        measured=f"white-box attacks miss {more} that Square breaks ({suite.square_queries} queries), "
+        f"{others} that AutoAttack breaks",
+        limit=f"{by_square}, {allowed}",
         note=note,
     )
 
@@ -281,9 +288,9 @@ def gradients_say_something(ctx):
     return _check(
         "T9",
         "gradients and losses",
-        zero > 1 or gap > allowed,
+        zero > min(1, ctx.suite.tolerated(ctx.n)) or gap > allowed,
         measured=f"{ctx.share(zero)} zero gradients; stand: {stand}",
-        limit=f"1 zero gradient; losses {allowed} apart",
+        limit=f"{min(1, ctx.suite.tolerated(ctx.n))} zero gradients; losses {allowed} apart",
     )
 
 
@@ -307,7 +314,10 @@ def local_linearity(ctx):
 
 
 def worst_case(ctx):
-    """T13: per image, the worst case over the attacks is given, and is no better than any of them."""
+    """T13: per image, the worst case over the attacks is given beside their mean. A line to read, not a test:
+
+    it can only be missing, and here it is not.
+    """
     iterated_beats_one_step(ctx), ctx.white_box()
     worst, accuracy = (
         worst_over_attacks(ctx),
@@ -317,9 +327,9 @@ def worst_case(ctx):
     return _check(
         "T13",
         "worst case per image",
-        standing > min(accuracy.values()) or len(accuracy) < 2,
+        False,
         measured=f"worst {standing}, mean {mean:.1f}, lowest {min(accuracy.values())} of {ctx.n} stand",
-        limit=f"at most each of the {len(accuracy)} attacks",
+        limit=f"given, over {len(accuracy)} attacks",
     )
 
 
@@ -338,32 +348,37 @@ def eight_bits(ctx):
 
 def intervals(ctx):
     """T15: the robust accuracy has an interval that knows which slices belong together."""
-    if ctx.data.groups is None:
-        note = "no groups were given: AuditData(images, labels, groups)"
-        return Check("T15", "interval by group", FAIL, "no interval", "given", note)
+    count = 0 if ctx.data.groups is None else len(np.unique(ctx.data.groups))
+    if count < FEWEST_GROUPS:
+        note = f"{count} groups" if count else "no groups were given: AuditData(images, labels, groups)"
+        return Check("T15", "interval by group", FAIL, "no interval", f"{FEWEST_GROUPS} groups", note)
     ctx.white_box()
     correct = torch.zeros(ctx.total, dtype=torch.bool)
     correct[ctx.right] = ~worst_over_attacks(ctx)
     k, groups = int(correct.sum()), ctx.data.groups
     low, high = cluster_interval(correct.numpy(), groups, seed=ctx.seed, draws=ctx.suite.bootstrap_draws)
     narrow = " to ".join(f"{100 * limit:.1f}" for limit in wilson(k, ctx.total))
+    alone = ", each of one image: an interval as if independent" if count == ctx.total else ""
     return _check(
         "T15",
         "interval by group",
-        not low <= k / ctx.total <= high,
+        False,
         measured=f"{k}/{ctx.total}: {100 * k / ctx.total:.1f} % ({100 * low:.1f} to {100 * high:.1f})",
-        limit="given, holds the figure",
-        note=f"{len(np.unique(groups))} groups; slices as if independent: {narrow}; one training seed",
+        limit=f"given, {FEWEST_GROUPS} groups",
+        note=f"{count} groups{alone}; slices as if independent: {narrow}; one training seed",
     )
 
 
 def cluster_interval(correct, groups, *, seed=0, draws=2000, confidence=0.95):
     """Percentile bootstrap interval (low, high) of a share, whole groups drawn with replacement.
 
-    ``correct`` (N,) bool, ``groups`` (N,); fractions. For slices of one scan are not independent. With a
-    single group it is the share itself: there is nothing to learn of the spread.
+    ``correct`` (N,) bool, ``groups`` (N,); fractions. For slices of one scan are not independent. Where all
+    are right, or all wrong, a bootstrap has no spread: then Wilson's interval, as of one image a group. With
+    a single group that is mixed it is the share itself: there is nothing to learn of the spread.
     """
     _, number = np.unique(groups, return_inverse=True)
+    if np.all(correct) or not np.any(correct):
+        return wilson(int(np.all(correct)) * (number.max() + 1), int(number.max() + 1))
     right, size = np.bincount(number, weights=correct), np.bincount(number)
     drawn = np.random.default_rng(seed).integers(0, len(size), (draws, len(size)))
     shares = right[drawn].sum(1) / size[drawn].sum(1)

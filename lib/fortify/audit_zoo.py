@@ -1,4 +1,4 @@
-"""Does the audit see? Broken attacks and fake defences that it must catch, each with where it was met.
+"""Does the audit see? Broken attacks and fake defences that it must catch, with where they were met if known.
 
 A broken attack has the signature of :func:`fortify.attacks.craft`; a fake defence takes a model and returns
 one that looks more robust and is not. To add one, write it and list it in its dictionary: the tests
@@ -14,7 +14,7 @@ from torch import nn
 
 from fortify.attacks import CW, FGSM, PGD, Adversarial, craft, craft_batch, frozen
 from fortify.audit import audit
-from fortify.audit_context import FAIL, PASS, AuditData, Check
+from fortify.audit_context import FAIL, NOT_RUN, PASS, AuditData, Check
 from fortify.models import device_of, predict
 
 # What a mutant meets: all but T4, T7 and T14, which cost more than they add here, and what judges no attack.
@@ -207,8 +207,8 @@ def run_zoo(model, data, suite, *, images=None, seed=0, attacks=None, defences=N
     that the model reads rightly. ``by`` lists the checks that fail for the
     mutant and pass for the honest attack on the honest model, so that none counts which fails anyway. The
     budget is not the suite's but the model's :func:`contested_budget`, where an attack's strength shows.
-    Defences are attacked honestly, and from the undefended model too (T8). ``attacks`` and ``defences``
-    default to this module's.
+    Defences are attacked honestly, and from the undefended model too (T8); for a broken attack that would be
+    the honest one beside it, which no audit has. ``attacks`` and ``defences`` default to this module's.
     """
     right = (predict(model, data.images).argmax(1) == data.labels).nonzero().squeeze(1)[:images]
     data = AuditData(data.images[right], data.labels[right])
@@ -216,13 +216,16 @@ def run_zoo(model, data, suite, *, images=None, seed=0, attacks=None, defences=N
     attacks = BROKEN_ATTACKS if attacks is None else attacks
     defences = FAKE_DEFENCES if defences is None else defences
 
-    def failures(subject, implementation):
-        found = audit(subject, data, suite, craft=implementation, others=(model,), seed=seed, only=ZOO_CHECKS)
+    def failures(subject, implementation, others=()):
+        found = audit(subject, data, suite, craft=implementation, others=others, seed=seed, only=ZOO_CHECKS)
         return found.failed
 
-    anyway = failures(model, craft)
+    anyway = failures(model, craft, (model,))
     table = [(name, "broken attack", failures(model, mutant)) for name, mutant in attacks.items()]
-    table += [(name, "fake defence", failures(disguise(model), craft)) for name, disguise in defences.items()]
+    table += [
+        (name, "fake defence", failures(disguise(model), craft, (model,)))
+        for name, disguise in defences.items()
+    ]
     rows = []
     for name, kind, failed in table:
         by = [check for check in failed if check not in anyway]
@@ -261,7 +264,9 @@ def score(zoo):
 
 
 def zoo_check(zoo):
-    """T10, the test of the audit itself: fails when any mutant survives."""
+    """T10, the test of the audit itself: fails when any mutant survives. None: not run on this model."""
+    if zoo is None:
+        return Check("T10", "mutants are caught", NOT_RUN, "", "", "the mutants met another model")
     missed = list(zoo.name[~zoo.caught])
     return Check(
         "T10",

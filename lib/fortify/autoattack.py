@@ -1,8 +1,8 @@
-"""AutoAttack (Croce & Hein 2020) for any number of classes, through the optional package pyautoattack.
+"""AutoAttack (Croce & Hein 2020) for two classes or more, through the optional package pyautoattack.
 
 Its *standard* version needs at least four classes: its targeted losses divide by a difference of logits
 that three classes do not have. Here the parts run one by one: APGD on cross-entropy, APGD on the untargeted
-DLR loss, FAB targeted at every other class, and Square.
+DLR loss (three classes or more), FAB targeted at every other class, and Square.
 """
 
 import contextlib
@@ -42,12 +42,15 @@ def autoattack(model, images, labels, part, *, eps_255, steps=100, queries=5000,
     ``"apgd-ce"``, ``"apgd-dlr"``, ``"fab-t"`` (``steps`` each, one start) or ``"square"`` (``queries``).
     An image counts as broken only if the returned one is in [0, 1], within the Linf budget ``eps_255`` (grey
     levels) and misread by :func:`fortify.models.predict`. The global random state is as before on return.
-    Raises ImportError without pyautoattack, ValueError for an unknown part.
+    Raises ImportError without pyautoattack, ValueError for an unknown part or DLR with two classes.
     """
     AutoAttack = require_autoattack()
     if part not in (*WHITE_BOX, "square"):
         raise ValueError(f"unknown part {part!r}; use one of {', '.join((*WHITE_BOX, 'square'))}")
     device, eps = device_of(model), eps_255 / 255
+    classes = predict(model, images[:1]).shape[1]
+    if part == "apgd-dlr" and classes < 3:
+        raise ValueError(f"the DLR loss needs three classes, the model has {classes}; use the other parts")
     with frozen(model), float32_convolutions(device), torch.random.fork_rng(), _heard() as warnings:
         adversary = AutoAttack(
             model, norm="Linf", eps=eps, version="custom", attacks=[part], device=device, seed=seed
@@ -60,8 +63,7 @@ def autoattack(model, images, labels, part, *, eps_255, steps=100, queries=5000,
             max(int(share * steps), 1) for share in (0.22, 0.06, 0.03)
         )
         adversary.square.n_queries = queries
-        with torch.no_grad():
-            adversary.fab.n_target_classes = model(images[:1].to(device)).shape[1] - 1
+        adversary.fab.n_target_classes = classes - 1
         found, _ = adversary.run_standard_evaluation(images, labels, batch_size=batch_size)
     allowed = ((found - images).abs().flatten(1).amax(1) <= eps + 2**-23) & (found >= 0).flatten(1).all(1)
     allowed &= (found <= 1).flatten(1).all(1)

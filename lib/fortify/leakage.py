@@ -1,9 +1,11 @@
-"""A leak meter for folders of images: how much of the class can be told without looking at the disease.
+"""A leak meter for folders of images: how much of the class can be told without recognising a disease.
 
-Classifiers that cannot know a disease (:data:`CLASSIFIERS`) are tested on random and on grouped splits. What
-they score on a random split and not on a grouped one is leakage: near-copies of the test images in the
-training set. What they score on both above the majority class is a tell of the source: scanner, protocol,
-preprocessing. That says what a model *could* use, not what it uses; for that see :mod:`fortify.regions`.
+Classifiers too simple to be evidence of that (:data:`CLASSIFIERS`) are tested on random and on grouped
+splits; two of them, frame and background, see no lung of a whole CT slice at all. What they score on a random
+split and not on a grouped one is leakage: near-copies of the test images in the training set. What they score
+on both above the majority class is a tell of the source (scanner, protocol, preprocessing), leakage that the
+groups miss, or, for the two that see the whole image, anatomy and disease. That says what a model *could*
+use, not what it uses; for that see :mod:`fortify.regions`.
 
 On any folder with one subfolder a class: ``python -m fortify.leakage my-images``.
 """
@@ -41,7 +43,7 @@ _ITERATIONS = 500  # of L-BFGS; it converges in fewer
 
 @dataclass(frozen=True)
 class LeakClassifier:
-    """A feature and a scikit-learn classifier of it that cannot know what the disease looks like."""
+    """A feature and a scikit-learn classifier of it, too simple to recognise a disease."""
 
     features: Callable  # uint8 (N, H, W) -> float (N, F)
     build: Callable  # seed -> an unfitted scikit-learn classifier
@@ -292,6 +294,16 @@ def _number(name):
     return int(digits[-1]) if digits else None
 
 
+def _require_groups(slices):
+    for label, name in enumerate(slices.class_names):
+        own = slices.labels == label
+        if (count := len(np.unique(slices.groups[own]))) < 3:
+            raise DataError(
+                f"the {own.sum()} images of {name} fall into {count} groups of alike images; a grouped split "
+                "needs 3. Raise --threshold and --neighbour-threshold, or add images."
+            )
+
+
 def main(arguments=None):
     """The command: print the meter and the twins of a folder; 2 and one line on stderr for a bad folder."""
     parser = argparse.ArgumentParser(prog="python -m fortify.leakage", description=main.__doc__)
@@ -308,8 +320,14 @@ def main(arguments=None):
         parser.error("--seeds must be at least 1")
     try:
         slices = load_folder(options.folder, size=options.size, ct=False)
+        if len(slices.class_names) < 2:
+            only = slices.class_names[0]
+            raise DataError(
+                f"{options.folder} has one class only, {only}; put each class into its own subfolder"
+            )
         thresholds = {"threshold": options.threshold, "neighbour_threshold": options.neighbour_threshold}
         slices = replace(slices, groups=splits.near_duplicate_groups(slices, **thresholds))
+        _require_groups(slices)
         seeds = range(options.seeds)
         meter = summary(leak_meter(slices, seeds=seeds))
         found = twins(slices, draw_splits(slices, seeds=seeds), options.twins)
@@ -320,7 +338,7 @@ def main(arguments=None):
     print(f"{slices.source}; {groups} groups; {len(duplicates(slices))} exact copies of another image\n")
     percent = ["accuracy", "low", "high", "sd", "min", "max", "balanced_accuracy", "gap"]
     meter[percent] = (100 * meter[percent]).round(1)
-    print("Accuracy in % without looking at the disease, and what the random split adds (gap):")
+    print("Accuracy in % of classifiers too simple to recognise a disease; gap: what the random split adds")
     print(meter.to_string(index=False, na_rep=""))
     pooled = found.groupby(["split", "threshold"], sort=False)[["k", "n"]].sum().reset_index()
     print("\nTest images with a twin in the training set:")

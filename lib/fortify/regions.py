@@ -69,16 +69,16 @@ def frame_mask(shape, width):
 def blank(images, mask, *, value=None):
     """A copy of ``images`` with the pixels of ``mask`` (N, H, W) or (H, W) in one grey an image.
 
-    ``value`` is that grey, 0 to 255, for all images; None, the median of the pixels of each that are kept. It
-    occurs in the image, so it makes no new darkest or brightest value, and it tells nothing of what it
-    hides, as the median of the region itself would. Raises ValueError where it has nothing to be taken from.
+    ``value`` is that grey, 0 to 255, for all images; None, the (lower) median of the pixels of each that are
+    kept. It occurs in the image, so it makes no new darkest or brightest value, and it tells nothing of what
+    it hides, as the median of the region itself would. Raises ValueError where none is kept.
     """
     mask = np.broadcast_to(mask, images.shape)
     blanked = images.copy()
     for image, hidden in zip(blanked, mask, strict=True):
         if value is None and hidden.all():
             raise ValueError("a mask covers a whole image: nothing is kept to take a grey from; pass a value")
-        image[hidden] = np.uint8(np.median(image[~hidden]) if value is None else value)
+        image[hidden] = np.percentile(image[~hidden], 50, method="lower") if value is None else value
     return blanked
 
 
@@ -143,8 +143,11 @@ def craft_within(model, images, labels, attack, mask, *, seed=0, batch_size=64):
     :func:`fortify.attacks.craft`; ``mask`` bool (N, H, W) or (H, W), True where a pixel may change. The
     attack runs on f(x0 + mask (x - x0)), so its gradient outside is zero, and the pixels outside are x0's bit
     for bit. PGD's random start is drawn for each batch from ``seed`` and the batch's place.
-    Raises ValueError for a mask of another shape and as ``craft`` does.
+    Raises ValueError for a mask of another shape, for an attack with restarts (it would bring images back in
+    another order than their masks) and as ``craft`` does.
     """
+    if getattr(attack, "restarts", 1) > 1:
+        raise ValueError("craft_within takes attacks of one start: use restarts=1, and several seeds")
     import torch  # here and below, so that masks can be made without loading torch
 
     from fortify.attacks import Adversarial, craft
