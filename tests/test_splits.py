@@ -89,6 +89,17 @@ def test_the_neighbour_rule_links_consecutive_numbers_of_one_class_only():
     assert groups[0] == groups[1] and len(set(groups)) == 4
 
 
+def test_numbers_follow_each_other_within_a_series_only(slices):
+    """Numbering that starts anew for each patient: no slice hides another's number."""
+    names = [f"A/p{patient}_{number:02}.png" for patient in range(3) for number in range(4)]
+    names += ["A/9_left.png", "A/10_right.png", "A/10_left.png", "A/no number.png"]
+    numbered = dataclasses.replace(slices.subset(range(len(names))), names=tuple(names))
+    numbered = dataclasses.replace(numbered, labels=np.zeros(len(names), np.int64))
+    pairs = {(names[i], names[j]) for i, j in splits._neighbours(numbered).T}
+    within = {(f"A/p{p}_{n:02}.png", f"A/p{p}_{n + 1:02}.png") for p in range(3) for n in range(3)}
+    assert pairs == within | {("A/9_left.png", "A/10_left.png")}
+
+
 def test_identical_pixels_are_linked_whatever_the_thresholds(slices):
     images = slices.images.copy()
     images[-1] = images[0]  # benign and normal: groups may span classes

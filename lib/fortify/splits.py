@@ -213,13 +213,17 @@ def _correlated(thumbnails, threshold):
 
 
 def _neighbours(slices):
-    """Index arrays (before, after) of slices with consecutive file numbers in one class."""
+    """Index arrays (before, after) of slices with consecutive file numbers in one class and series.
+
+    A series is what the name says besides its last number: p1_01 and p1_02 follow each other, p2_02 does not.
+    """
     numbered = {}
     for index, (name, label) in enumerate(zip(slices.names, slices.labels, strict=True)):
-        digits = re.findall(r"\d+", name.rsplit("/", 1)[-1].rsplit(".", 1)[0])
-        if digits:
-            numbered[label, int(digits[-1])] = index
-    pairs = [(i, numbered[c, n + 1]) for (c, n), i in numbered.items() if (c, n + 1) in numbered]
+        last = re.fullmatch(r"(.*?)(\d+)(\D*)", name.rsplit("/", 1)[-1].rsplit(".", 1)[0], re.DOTALL)
+        if last:
+            series = label, last[1], last[3]
+            numbered[series, int(last[2])] = index
+    pairs = [(i, numbered[s, n + 1]) for (s, n), i in numbered.items() if (s, n + 1) in numbered]
     return np.array(pairs, dtype=np.int64).reshape(-1, 2).T
 
 
