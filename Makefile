@@ -14,7 +14,7 @@ help:
 	@echo "make demo     the whole paper on embedded phantoms, minutes on two cores; prints Table 1"
 	@echo "make test     ruff, unit tests, every notebook twice (papermill and nbmake)"
 	@echo "make data     download the IQ-OTH/NCCD slices to data/iq-oth-nccd"
-	@echo "make laptop   the real slices, a small ResNet at 112 px, about 35 minutes on two cores"
+	@echo "make laptop   the real slices, a small ResNet at 112 px, about 50 minutes on two cores"
 	@echo "make paper    the reference run: ResNet-50 at 224 px, five seeds, one GPU"
 	@echo "make publish  executed notebooks, figures and tables of PROFILE=laptop (or paper) for committing"
 	@echo "make lab      JupyterLab with the notebooks"
