@@ -314,12 +314,14 @@ def test_no_attack_is_run_twice(model, data):
     calls = []
 
     def counted(model, images, labels, attack, *, seed=0, batch_size=64):
-        calls.append((repr(attack), images.numpy().tobytes(), seed, type(model)))
+        calls.append((attack, images.numpy().tobytes(), seed, type(model)))  # 3 and 3.0 are one budget
         return craft(model, images, labels, attack, seed=seed, batch_size=batch_size)
 
-    suite = replace(SUITE, eps_grid_255=(1, 3, 16))  # its own budget among them, as an integer
-    audit(model, data, suite, craft=counted, only=[id for id in CHECKS if id not in ("T0", "T0b", "T7")])
-    assert len(calls) > 8 and len(set(calls)) == len(calls)
+    for own, among in ((3, 3.0), (3.0, 3), (3, 3)):  # the suite's own budget, and the same among T4's
+        calls.clear()
+        suite = replace(SUITE, eps_255=own, eps_grid_255=(1, among, 16))
+        audit(model, data, suite, craft=counted, only=[id for id in CHECKS if id not in ("T0", "T0b", "T7")])
+        assert len(calls) > 8 and len(set(calls)) == len(calls)
 
 
 def test_the_same_audit_twice_says_the_same(model, data):

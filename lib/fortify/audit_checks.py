@@ -177,7 +177,7 @@ def iterated_beats_one_step(ctx):
 
 def monotone(ctx):
     """T4: accuracy never rises with the budget."""
-    budgets = sorted({*map(float, ctx.suite.eps_grid_255), float(ctx.suite.eps_255), WHITE})
+    budgets = sorted({*ctx.suite.eps_grid_255, ctx.suite.eps_255, WHITE})
     standing = [ctx.n, *(int((~ctx.pgd(eps)[0]).sum()) for eps in budgets)]
     rise = max(after - before for before, after in zip(standing, standing[1:], strict=False))
     allowed = ctx.suite.tolerated(ctx.n)

@@ -127,7 +127,7 @@ class Context:
         broken, images = torch.zeros(self.n, dtype=torch.bool), self.images.clone()
         if not where.any():
             return broken, images
-        key = (repr(attack), where.numpy().tobytes(), seed, training)
+        key = (attack, where.numpy().tobytes(), seed, training)
         if model is None and key in self._cache:
             return self._cache[key]
         target = self.model if model is None else model
