@@ -84,7 +84,7 @@ def craft(model, images, labels, attack, *, seed=0, batch_size=64, progress=Fals
     and the global random state are as before on return.
     Raises ValueError for wrong shapes, values outside [0, 1] or labels outside the model's classes.
     """
-    images, labels = _checked(images, labels)
+    images, labels = checked(images, labels)
     if isinstance(attack, PGD) and attack.restarts > 1:
         return _with_restarts(model, images, labels, attack, seed, batch_size, progress)
     device, noise = device_of(model), None
@@ -221,7 +221,8 @@ def _with_restarts(model, images, labels, attack, seed, batch_size, progress):
     return Adversarial(best, success)
 
 
-def _checked(images, labels):
+def checked(images, labels):
+    """``images`` as float32 (N, 1, H, W) in [0, 1], ``labels`` as int64 (N,); ValueError if they are not."""
     images, labels = torch.as_tensor(images), torch.as_tensor(labels)
     if images.ndim != 4 or images.shape[1] != 1 or not images.is_floating_point():
         kind = f"{tuple(images.shape)} {images.dtype}"

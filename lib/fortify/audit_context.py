@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fortify.attacks import CW, PGD, frozen, perturbation_norms
+from fortify.attacks import CW, PGD, checked, frozen, perturbation_norms
 from fortify.models import device_of, float32_convolutions, predict
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
@@ -61,16 +61,14 @@ class AuditData:
     groups: np.ndarray | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "images", torch.as_tensor(self.images))
-        object.__setattr__(self, "labels", torch.as_tensor(self.labels).long())
-        shape, inside = tuple(self.images.shape), (self.images >= 0) & (self.images <= 1)
-        if len(shape) != 4 or not self.images.is_floating_point() or not inside.all():
-            raise ValueError(f"images must be float (N, 1, H, W) in [0, 1], not {self.images.dtype} {shape}")
-        if self.groups is not None:
-            object.__setattr__(self, "groups", np.asarray(self.groups))
         sizes = {len(part) for part in (self.images, self.labels, self.groups) if part is not None}
         if len(sizes) != 1:
             raise ValueError(f"one label and one group for each image, not {sorted(sizes)} of them")
+        images, labels = checked(self.images, torch.as_tensor(self.labels).long())
+        object.__setattr__(self, "images", images)
+        object.__setattr__(self, "labels", labels)
+        if self.groups is not None:
+            object.__setattr__(self, "groups", np.asarray(self.groups))
 
 
 @dataclass(frozen=True)
@@ -106,8 +104,10 @@ class Context:
         self.broken = {}  # {attack's name: (n,) bool}: what each whole attack at eps_255 broke
         self.faults = {}  # {breach of the contract: first attack that committed it}, in order of discovery
         self._cache = {}
+        logits = self.logits(data.images)
+        self.classes = logits.shape[1]
         # Every later check takes the model's word for what an image is: it must be one word.
-        if not torch.equal(self.logits(data.images), self.logits(data.images)):
+        if not torch.equal(logits, self.logits(data.images)):
             self.faults["answers one image differently each time; attack the mean over its randomness"] = (
                 "the model, not an attack"
             )
