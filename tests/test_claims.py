@@ -75,7 +75,7 @@ def test_no_number_of_ours_is_typed():
         assert set(re.findall(r"\d+(?:\.\d+)?", text)) - theirs == set(), claim.id
 
 
-def test_a_verdict_on_numbers_has_a_rule_and_every_rule_can_fail():
+def test_a_verdict_on_numbers_has_a_rule_and_every_rule_names_one():
     for claim in load_claims(SOURCE):
         assert bool(claim.numbers) == bool(claim.holds), claim.id
         assert all(re.search(r"[a-z]\w* ", rule) for rule in claim.holds), claim.id

@@ -111,12 +111,14 @@ def ledger(claims, tables, *, partial=False):
     """
     rows = []
     for claim in claims:
-        verdict, broken = f"{claim.verdict} {claim.under}".strip(), []
+        verdict = f"{claim.verdict} {claim.under}".strip()
         try:
             cells = {name: read_cell(tables, cell) for name, cell in claim.numbers.items()}
             ours = claim.ours.format(**{name: text for name, (_, text) in cells.items()})
             values = {name: value for name, (value, _) in cells.items()}
             broken = [rule for rule in claim.holds if not _true(rule, values)]
+            if broken:
+                verdict = f"open: these numbers do not bear out “{verdict}” ({'; '.join(broken)})"
         except MissingNumber as error:
             if not partial:
                 raise MissingNumber(f"claim {claim.id}: {error}") from None
@@ -124,9 +126,6 @@ def ledger(claims, tables, *, partial=False):
             verdict = f"open: not measured here ({str(error).partition(': ')[0]})"
         except (ClaimError, KeyError, IndexError) as error:
             raise ClaimError(f"claim {claim.id}: {error}") from None
-        else:
-            if broken:
-                verdict = f"open: these numbers do not bear out “{verdict}” ({'; '.join(broken)})"
         rows.append(
             {
                 "id": claim.id,

@@ -11,7 +11,6 @@ On any folder with one subfolder a class: ``python -m fortify.leakage my-images`
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -250,7 +249,10 @@ def scan_recovery(slices, groups=None):
     groups = slices.groups if groups is None else groups
     table = []
     for scan in KNOWN_SCANS if _is_iq_oth_nccd(slices) else ():
-        numbers = [_number(name) if name.split("/")[0] == scan.folder else None for name in slices.names]
+        numbers = [
+            splits.file_number(name)[1] if name.split("/")[0] == scan.folder else None
+            for name in slices.names
+        ]
         own = np.array([number is not None and scan.first <= number <= scan.last for number in numbers])
         parts, others = len(np.unique(groups[own])), int((np.isin(groups, groups[own]) & ~own).sum())
         words = [f"split into {parts} groups"] * (parts > 1) + [f"merged with {others} others"] * (others > 0)
@@ -287,11 +289,6 @@ def _is_iq_oth_nccd(slices):
     folders = [name.split("/")[0] for name in slices.names]
     counts = {folder: folders.count(folder) for folder in IQ_OTH_NCCD.counts}
     return slices.patients is None and counts == dict(IQ_OTH_NCCD.counts)
-
-
-def _number(name):
-    digits = re.findall(r"\d+", name.rsplit("/", 1)[-1].rsplit(".", 1)[0])
-    return int(digits[-1]) if digits else None
 
 
 def _require_groups(slices):

@@ -212,17 +212,23 @@ def _correlated(thumbnails, threshold):
         yield i + start, j + start, r[i, j]
 
 
-def _neighbours(slices):
-    """Index arrays (before, after) of slices with consecutive file numbers in one class and series.
+def file_number(name):
+    """(series, number) of a file name: its last number, None without one, and what stands around it.
 
-    A series is what the name says besides its last number: p1_01 and p1_02 follow each other, p2_02 does not.
+    p1_01 and p1_02 follow each other in one series, p2_02 is of another.
     """
+    stem = name.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+    last = re.fullmatch(r"(.*?)(\d+)(\D*)", stem, re.DOTALL)
+    return ((last[1], last[3]), int(last[2])) if last else ((stem,), None)
+
+
+def _neighbours(slices):
+    """Index arrays (before, after) of slices with consecutive file numbers in one class and series."""
     numbered = {}
     for index, (name, label) in enumerate(zip(slices.names, slices.labels, strict=True)):
-        last = re.fullmatch(r"(.*?)(\d+)(\D*)", name.rsplit("/", 1)[-1].rsplit(".", 1)[0], re.DOTALL)
-        if last:
-            series = label, last[1], last[3]
-            numbered[series, int(last[2])] = index
+        series, number = file_number(name)
+        if number is not None:
+            numbered[(label, *series), number] = index
     pairs = [(i, numbered[s, n + 1]) for (s, n), i in numbered.items() if (s, n + 1) in numbered]
     return np.array(pairs, dtype=np.int64).reshape(-1, 2).T
 
