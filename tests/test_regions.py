@@ -92,6 +92,8 @@ def test_blanking_keeps_the_rest_and_tells_nothing_of_what_it_hides(phantoms):
     assert not np.shares_memory(blanked, images)
     with pytest.raises(ValueError, match="covers a whole image"):
         regions.blank(images, np.ones(images.shape, bool))
+    half = np.array([[[10, 10], [20, 99]]], np.uint8)  # kept are 10 and 20: no grey between
+    assert regions.blank(half, np.array([[0, 1], [0, 1]], bool)).tolist() == [[[10, 10], [20, 10]]]
     given = regions.blank(images, mask, value=128)
     assert (given[mask] == 128).all() and np.array_equal(given[~mask], images[~mask])
 
