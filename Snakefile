@@ -103,7 +103,7 @@ rule data:
 rule baseline:
     input:
         "notebooks/02_baseline.ipynb",
-        lib("data", "splits", "models", "attacks", "augmentation", "training", "evaluation"),
+        lib("data", "splits", "models", "attacks", "folding", "augmentation", "training", "evaluation"),
         f"{BUILD}/data/slices.npz",
         f"{BUILD}/data/splits/{{split}}-s{{seed}}.csv",
     output:
@@ -125,7 +125,7 @@ rule baseline:
 rule attacks:
     input:
         "notebooks/03_attacks.ipynb",
-        lib("data", "splits", "models", "attacks", "evaluation"),
+        lib("data", "splits", "models", "attacks", "folding", "evaluation"),
         f"{BUILD}/data/slices.npz",
         f"{BUILD}/data/splits/{{split}}-s{{seed}}.csv",
         f"{BUILD}/{{split}}-s{{seed}}/normal.safetensors",
@@ -148,7 +148,7 @@ rule attacks:
 rule adversarial_training:
     input:
         "notebooks/04_adversarial_training.ipynb",
-        lib("data", "splits", "models", "attacks", "augmentation", "training", "evaluation"),
+        lib("data", "splits", "models", "attacks", "folding", "augmentation", "training", "evaluation"),
         f"{BUILD}/data/slices.npz",
         f"{BUILD}/data/splits/{{split}}-s{{seed}}.csv",
         f"{BUILD}/{{split}}-s{{seed}}/normal_attacked.npz",
@@ -208,7 +208,7 @@ rule results:
 rule published_protocol:
     input:
         "notebooks/06_published_protocol.ipynb",
-        lib("data", "splits", "models", "attacks", "training", "evaluation", "published", "printed"),
+        lib("data", "splits", "models", "attacks", "folding", "training", "evaluation", "published", "printed"),
         f"{BUILD}/data/slices.npz",
         f"{BUILD}/data/splits/{{split}}-s{{seed}}.csv",
         expand(f"{BUILD}/{{{{split}}}}-s{{{{seed}}}}/{{model}}.safetensors", model=["normal", "adversarial"]),
@@ -234,7 +234,7 @@ rule published_protocol:
 rule leakage:
     input:
         "notebooks/07_leakage.ipynb",
-        lib("data", "splits", "models", "attacks", "evaluation", "leakage", "regions"),
+        lib("data", "splits", "models", "attacks", "folding", "evaluation", "leakage", "regions"),
         f"{BUILD}/data/slices.npz",
         expand(f"{BUILD}/data/splits/{{run}}.csv", run=FIRST_RUNS),
         expand(f"{BUILD}/{{run}}/{{model}}.safetensors", run=FIRST_RUNS, model=["normal", "adversarial"]),
@@ -261,7 +261,7 @@ rule leakage:
 rule robustness_audit:
     input:
         "notebooks/08_robustness_audit.ipynb",
-        lib("data", "splits", "models", "attacks", "evaluation", "audit", "audit_checks", "audit_context", "audit_zoo", "autoattack"),
+        lib("data", "splits", "models", "attacks", "folding", "evaluation", "audit", "audit_checks", "audit_context", "audit_zoo", "autoattack"),
         f"{BUILD}/data/slices.npz",
         f"{BUILD}/data/splits/{{split}}-s{{seed}}.csv",
         expand(f"{BUILD}/{{{{split}}}}-s{{{{seed}}}}/{{model}}.safetensors", model=["normal", "adversarial"]),

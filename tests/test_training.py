@@ -122,7 +122,7 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_batch_and_checkpoint(parts, 
 def test_the_batch_holds_the_shares_asked_for(model, images, labels):
     x, y = images[:30], labels[:30]
     generator = torch.Generator().manual_seed(0)
-    joined, joined_labels = training._with_attacked(model, x, y, 0.5, THIRDS, generator)
+    joined, joined_labels = training._with_attacked(model, x, y, 0.5, THIRDS, None, generator)
     assert len(joined) == len(joined_labels) == 15 + 30
     assert torch.equal(joined[:15], x[:15])
     moved = (joined[15:] - x).flatten(1).abs().amax(1) * 255

@@ -15,6 +15,7 @@ import eagerpy as ep
 import foolbox as fb
 import torch
 
+from fortify.folding import Twin
 from fortify.models import device_of, float32_convolutions
 from fortify.runs import progress_bar
 
@@ -94,11 +95,12 @@ def craft(model, images, labels, attack, *, seed=0, batch_size=64, progress=Fals
     adversarial, success = [], []
     with frozen(model), float32_convolutions(device):
         _check_labels(model, images, labels, device)
+        twin = Twin(model, images[:1].to(device)).net
         for start in progress_bar(range(0, len(images), batch_size), desc=attack.name, show=progress):
             part = slice(start, start + batch_size)
             x, y = images[part].to(device), labels[part].to(device)
             start_noise = None if noise is None else noise[part].to(device)
-            x_adv = craft_batch(model, x, y, attack, noise=start_noise)
+            x_adv = craft_batch(model, x, y, attack, noise=start_noise, twin=twin)
             with torch.no_grad():
                 prediction = model(x_adv).argmax(1)
             adversarial.append(x_adv.cpu())
@@ -136,8 +138,8 @@ def perturbation_norms(clean, adversarial):
 
 def margin(logits, labels):
     """Carlini & Wagner's f before clipping: the best other class's logit minus the true one's, (N,)."""
-    true = torch.nn.functional.one_hot(labels, logits.shape[1]).bool()
-    return logits.masked_fill(true, -torch.inf).amax(1) - logits[true]
+    true = labels[:, None]  # by index: a boolean mask would make a GPU wait for its count
+    return logits.scatter(1, true, -torch.inf).amax(1) - logits.gather(1, true).squeeze(1)
 
 
 class _LinfPGD(fb.attacks.LinfPGD):
@@ -157,16 +159,17 @@ class _LinfPGD(fb.attacks.LinfPGD):
         return lambda x: ep.astensor(margin(model(x).raw, labels.raw).sum())
 
 
-def craft_batch(model, x, y, attack, *, noise=None):
+def craft_batch(model, x, y, attack, *, noise=None, twin=None):
     """Attack one batch on its own device, unchecked: for loops that already hold :func:`frozen`.
 
     ``x`` (B, 1, H, W) in [0, 1], ``y`` (B,); ``noise`` in [-1, 1] times eps is PGD's start (None: at x).
+    ``twin`` is a faster net of the same function to walk on (:class:`fortify.folding.Twin`).
     Returns the adversarial batch (B, 1, H, W).
     """
-    fmodel = fb.PyTorchModel(model, bounds=(0, 1), device=x.device)
+    fmodel = fb.PyTorchModel(model if twin is None else twin, bounds=(0, 1), device=x.device)
     criterion = fb.criteria.Misclassification(y)
     if isinstance(attack, CW):
-        return _carlini_wagner(fmodel, x, criterion, attack)
+        return _carlini_wagner(fmodel, x, criterion, attack, judge=model)
     eps = attack.eps_255 / 255
     if eps == 0:
         return x.clone()  # bit for bit; Foolbox's own start would still round
@@ -182,7 +185,76 @@ def craft_batch(model, x, y, attack, *, noise=None):
     return x_adv.clamp(x - eps, x + eps).clamp(0, 1)
 
 
-def _carlini_wagner(fmodel, x, criterion, attack):
+def craft_parts(model, parts, *, twin=None):
+    """:func:`craft_batch` on the parts of one training batch, with FGSM and PGD walking together.
+
+    ``parts`` are (attack, x, y, noise), all x of one size. Returns the adversarial images of each part.
+    Foolbox takes one attack at a time; :func:`_walk` makes the same steps in fewer and larger passes.
+    """
+    linf = [part for part in parts if isinstance(part[0], FGSM | PGD) and part[0].eps_255 > 0]
+    together = iter(_walk(model if twin is None else twin, linf) if linf else ())
+    return [
+        next(together)
+        if any(part is walked for walked in linf)
+        else craft_batch(model, part[1], part[2], part[0], noise=part[3], twin=twin)
+        for part in parts
+    ]
+
+
+def _walk(net, parts):
+    """Foolbox's LinfPGD, step by step, for images of several attacks: each its own budget, steps and loss."""
+    order = sorted(
+        range(len(parts)), key=lambda i: -_as_pgd(parts[i][0]).steps
+    )  # those that go on are a prefix
+    attacks, sizes = [_as_pgd(parts[i][0]) for i in order], [len(parts[i][1]) for i in order]
+    x, y = (torch.cat([parts[i][k] for i in order]) for k in (1, 2))
+
+    def of_each(values, dtype=torch.float32):  # one value an attack -> one an image
+        rows = [
+            torch.full((n,), value, dtype=dtype, device=x.device)
+            for n, value in zip(sizes, values, strict=True)
+        ]
+        return torch.cat(rows)
+
+    eps = of_each([a.eps_255 / 255 for a in attacks]).view(-1, 1, 1, 1)
+    stepsize = of_each([_stepsize(a) for a in attacks]).view(-1, 1, 1, 1)
+    by_margin = of_each([a.loss == "margin" for a in attacks], torch.bool)
+    noise = [
+        n if a.random_start else None for a, n in zip(attacks, (parts[i][3] for i in order), strict=True)
+    ]
+    start = torch.cat(
+        [torch.zeros_like(parts[i][1]) if n is None else n for i, n in zip(order, noise, strict=True)]
+    )
+    adversarial = (x + eps * start).clamp(0, 1)
+    for step in range(attacks[0].steps):
+        going = sum(n for a, n in zip(attacks, sizes, strict=True) if a.steps > step)
+        x0, z = x[:going], adversarial[:going].detach().requires_grad_()
+        logits = net(z)
+        loss = torch.nn.functional.cross_entropy(logits, y[:going], reduction="none")
+        if any(a.loss == "margin" for a in attacks):
+            loss = torch.where(by_margin[:going], margin(logits, y[:going]), loss)
+        (gradient,) = torch.autograd.grad(loss.sum(), z)
+        z = z.detach() + stepsize[:going] * gradient.sign()
+        z = x0 + (z - x0).clamp(-eps[:going], eps[:going])
+        adversarial = torch.cat([z.clamp(0, 1), adversarial[going:]])
+    adversarial = adversarial.clamp(x - eps, x + eps).clamp(0, 1)  # as in craft_batch
+    found = dict(zip(order, adversarial.split(sizes), strict=True))
+    return [found[i] for i in range(len(parts))]
+
+
+def _as_pgd(attack):
+    """FGSM is PGD of one whole step from the image itself."""
+    if isinstance(attack, FGSM):
+        return PGD(attack.eps_255, steps=1, rel_stepsize=1.0, random_start=False)
+    return attack
+
+
+def _stepsize(attack):
+    relative = 2.5 / attack.steps if attack.rel_stepsize is None else attack.rel_stepsize
+    return relative * attack.eps_255 / 255
+
+
+def _carlini_wagner(fmodel, x, criterion, attack, judge):
     foolbox_attack = fb.attacks.L2CarliniWagnerAttack(
         binary_search_steps=attack.binary_search_steps,
         steps=attack.steps,
@@ -195,7 +267,7 @@ def _carlini_wagner(fmodel, x, criterion, attack):
     # Where it finds nothing Foolbox returns an all-black image, which may even count as a success.
     failed = (x_adv == 0).flatten(1).all(1) & (x != 0).flatten(1).any(1)
     with torch.no_grad():
-        failed |= fmodel(x_adv).argmax(1) == criterion.labels.raw
+        failed |= judge(x_adv).argmax(1) == criterion.labels.raw  # it stops on the boundary, to rounding
     return torch.where(failed.view(-1, 1, 1, 1), x, x_adv)
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fortify.attacks import FGSM, PGD, margin
 from fortify.evaluation import COLUMNS, accuracy_table, at_budget
+from fortify.folding import Twin
 from fortify.models import device_of, float32_convolutions
 from fortify.runs import progress_bar
 from fortify.training import TrainingState, accuracy, fingerprint, on_device, stop_if_not_finite
@@ -61,30 +62,39 @@ def published_fgsm(model, z, y, eps):
     return clamp(z + eps * _gradient(model, z, y).sign() if eps else z)
 
 
-def published_cw(model, z, y, attacks):
+def published_cw(model, z, y, attacks, *, net=None, batch_size=64):
     """tanh(z + delta), delta by Adam on ``c * clamp(real - other + kappa, 0) + |delta|^2``.
 
     ``other`` is the largest of (logits - onehot): it still contains the true class. Where that leads by more
     than 1, ``real - other`` is the constant 1; where another class leads by more than kappa, the clamp is 0.
     Neither has a gradient, and the result is tanh(z) for good. In eval mode those images are not computed
-    further, which changes no bit of theirs.
+    further, which changes no bit of theirs; the others walk together, ``batch_size`` at once, on ``net`` if
+    one is given, a twin of ``model[1:]``.
     """
+    if not attacks.cw_steps:
+        return tanh(z)
+    if model.training:  # images see each other in BatchNorm: one batch, all of it
+        return tanh(z + _cw_delta(model[1:], z, y, attacks))
+    with torch.no_grad():
+        behind = [margin(model[1:](tanh(part)), y_part) for part, y_part in _in_batches(batch_size, z, y)]
+    behind = torch.cat(behind)
+    moving = (behind >= -1) & (behind <= attacks.cw_kappa)
     delta = torch.zeros_like(z)
-    moving = torch.ones(len(z), dtype=torch.bool, device=z.device)
-    if not model.training and attacks.cw_steps:
-        with torch.no_grad():
-            behind = margin(model[1:](tanh(z)), y)
-        moving = (behind >= -1) & (behind <= attacks.cw_kappa)
-    if moving.any() and attacks.cw_steps:
-        delta[moving] = _cw_delta(model, z[moving], y[moving], attacks)
+    if moving.any():
+        parts = _in_batches(batch_size, z[moving], y[moving])
+        delta[moving] = torch.cat([_cw_delta(net or model[1:], *part, attacks) for part in parts])
     return tanh(z + delta)
 
 
-def _cw_delta(model, z, y, attacks):
+def _in_batches(size, *tensors):
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+def _cw_delta(net, z, y, attacks):
     delta = torch.zeros_like(z, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=attacks.cw_lr)
     for _ in range(attacks.cw_steps):
-        logits = model[1:](tanh(z + delta))
+        logits = net(tanh(z + delta))
         real = logits.gather(1, y[:, None]).squeeze(1)
         other = (logits - F.one_hot(y, logits.shape[1])).amax(1)
         hinge = (real - other + attacks.cw_kappa).clamp(min=0)
@@ -100,12 +110,12 @@ def _gradient(model, z, y):
     return torch.autograd.grad(F.cross_entropy(model[1:](z), y), z)[0]
 
 
-def published_images(model, z, y, attacks):
-    """{name: (B, 3, H, W)}: the three published attacks on z, in whatever mode the model is."""
+def published_images(model, z, y, attacks, *, cw=None):
+    """{name: (B, 3, H, W)}: the three published attacks on z, in whatever mode; ``cw`` was made before."""
     return {
         "published_pgd": published_fgsm(model, z, y, attacks.pgd_alpha),
         "published_fgsm": published_fgsm(model, z, y, attacks.fgsm_eps),
-        "published_cw": published_cw(model, z, y, attacks),
+        "published_cw": published_cw(model, z, y, attacks) if cw is None else cw,
     }
 
 
@@ -198,14 +208,19 @@ def score_published(model, images, labels, *, index, model_name, split, seed, at
     channels and the root mean square over them.
     """
     attacks, device = attacks or PublishedAttacks(), device_of(model)
-    labels = torch.as_tensor(labels)
+    x, y = images.to(device), torch.as_tensor(labels).to(device)
     model.eval()
     parts = []
+    with float32_convolutions(device):
+        with torch.no_grad():
+            z = model[0](x)
+        # The few images that move: first, and together.
+        twin = Twin(model[1:], z[:1]).net
+        cw = published_cw(model, z, y, attacks, net=twin, batch_size=batch_size)
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
-        x, y = images[part].to(device), labels[part].to(device)
         with float32_convolutions(device):
-            rows = _score_batch(model, x, y, attacks)
+            rows = _score_batch(model, x[part], z[part], y[part], attacks, cw[part])
         parts.append(rows.assign(index=np.tile(np.asarray(index)[part], len(_COLUMNS))))
     about = {"model": model_name, "split": split, "seed": seed, "protocol": "adaptive", "eps_255": np.nan}
     table = pd.concat(parts).assign(**about)[list(COLUMNS)]
@@ -216,10 +231,8 @@ def score_published(model, images, labels, *, index, model_name, split, seed, at
 _COLUMNS = ("clamp", "tanh", *PUBLISHED)
 
 
-def _score_batch(model, x, y, attacks):
-    with torch.no_grad():
-        z = model[0](x)
-    made = {"clamp": clamp(z), "tanh": tanh(z), **published_images(model, z, y, attacks)}
+def _score_batch(model, x, z, y, attacks, cw):
+    made = {"clamp": clamp(z), "tanh": tanh(z), **published_images(model, z, y, attacks, cw=cw)}
     parts = []
     for name, changed in made.items():
         with torch.no_grad():

@@ -1,0 +1,174 @@
+"""A twin of a model to craft attacks on: the same function in eval mode, in less time.
+
+In eval mode the BatchNorm after a convolution is a fixed scale and shift of each channel: the twin has it
+folded into the convolution's weights. Its first convolution reads the one grey channel (:class:`GreyStem`),
+its weights have no gradients, its tensors lie channels last, as convolutions like them. Its logits are the
+model's to rounding: attacks walk on the twin, the model itself judges what they find.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from fortify.models import GreyNormalise
+
+
+class Twin:
+    """``twin.net`` computes what ``model`` does in eval mode; :meth:`refresh` takes over its present weights.
+
+    ``example`` is a batch that the model takes, on its device. Where the twin does not give the model's
+    logits on it, as with a model that is random or uses its layers in another order than it lists them, and
+    where a model cannot be copied, ``net`` is the model itself.
+    """
+
+    def __init__(self, model, example):
+        self.net, self._plain, self._folded, self._stems = model, [], [], []
+        try:
+            net = copy.deepcopy(model)
+        except (RuntimeError, TypeError):  # holds what torch or Python cannot copy
+            return
+        net.requires_grad_(False).to(memory_format=torch.channels_last)
+        both, absorbed = list(zip(model.modules(), net.modules(), strict=True)), set()
+        for own_parent, parent in both:
+            pairs = zip(_conv_then_batchnorm(own_parent), _conv_then_batchnorm(parent), strict=True)
+            for (conv, norm, name), (twin, twin_norm, _) in pairs:
+                if twin.bias is None:
+                    twin.bias = nn.Parameter(torch.zeros_like(norm.running_mean), requires_grad=False)
+                setattr(parent, name, nn.Identity())
+                self._folded.append((twin, conv, norm))
+                absorbed |= {twin, twin_norm}
+        for own, twin in both:
+            if twin not in absorbed:
+                self._plain += zip(_tensors(twin), _tensors(own), strict=True)
+        self._stems = [stem for parent in net.modules() for stem in _take_grey(parent)]
+        net.eval()  # the new layers too
+        self._fold()
+        if _same_logits(model, net, example):
+            self.net = net
+
+    def refresh(self):
+        """Take over the weights and statistics that the model has now, and return ``net``."""
+        self._fold()
+        return self.net
+
+    @torch.no_grad()
+    def _fold(self):
+        for target, source in self._plain:
+            target.copy_(source)
+        for target, conv, norm in self._folded:
+            weight, bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            target.weight.copy_(weight)
+            target.bias.copy_(bias)
+        for stem in self._stems:
+            stem.refresh()
+
+
+class GreyStem(nn.Module):
+    """GreyNormalise and the strided three-channel convolution after it, as one convolution of the grey image.
+
+    The convolution is linear and its three inputs are one grey: its kernel is the sum of the three, each over
+    its standard deviation. What the means contribute, and the border, where zero padding comes after the
+    normalisation, is the convolution of a black image, an offset added to each. At stride 2 a pixel of each
+    2 x 2 block becomes a channel, which convolves faster than an image of one channel.
+    """
+
+    def __init__(self, normalise, conv):
+        super().__init__()
+        self.normalise, self.conv, self.offsets = normalise, conv, {}
+        pad, size = conv.padding[0], conv.kernel_size[0]
+        self.front, self.before = pad % 2, (pad + 1) // 2  # the kernel starts on an even pixel
+        self.blocks = (size + self.front + 1) // 2
+        self.register_buffer("kernel", self._kernel(), persistent=False)
+
+    @staticmethod
+    def fits(conv):
+        """Whether ``conv`` is one that this can stand for: square, of three channels, at stride 2."""
+        square = len(set(conv.kernel_size)) == 1 and conv.padding in ((0, 0), (1, 1), (2, 2), (3, 3))
+        plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+        return (
+            type(conv) is nn.Conv2d and conv.in_channels == 3 and conv.stride == (2, 2) and square and plain
+        )
+
+    def _kernel(self):
+        grey = (self.conv.weight / self.normalise.std).sum(1)
+        back = 2 * self.blocks - self.front - grey.shape[-1]
+        grey = F.pad(grey, (self.front, back) * 2).unsqueeze(1)
+        return F.pixel_unshuffle(grey, 2).contiguous(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def refresh(self):
+        """Take over the present weights of ``conv``."""
+        self.kernel.copy_(self._kernel())
+        for size in self.offsets:
+            self.offsets[size].copy_(self._offset(size))
+
+    @torch.no_grad()
+    def _offset(self, size):
+        return self.conv(self.normalise(self.kernel.new_zeros(1, 1, *size)))
+
+    def forward(self, x):
+        size = tuple(x.shape[2:])
+        if x.shape[1] != 1 or any(side % 2 for side in size):
+            return self.conv(self.normalise(x))
+        if size not in self.offsets:
+            self.offsets[size] = self._offset(size)
+        offset = self.offsets[size]
+        # As many blocks beyond the far edge as the output needs.
+        after = [
+            out - side // 2 - self.before + self.blocks - 1
+            for out, side in zip(offset.shape[2:], size, strict=True)
+        ]
+        blocks = F.pad(F.pixel_unshuffle(x, 2), (self.before, after[1], self.before, after[0]))
+        return F.conv2d(blocks.contiguous(memory_format=torch.channels_last), self.kernel) + offset
+
+
+def _conv_then_batchnorm(parent):
+    """[(convolution, the BatchNorm listed right after it, that one's name)] among a module's children."""
+    children, found = list(parent.named_children()), []
+    for (_, conv), (name, norm) in zip(children, children[1:], strict=False):
+        # The exact types: a subclass or a parametrisation (spectral norm) may compute something else.
+        if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.track_running_stats:
+            if conv.out_channels == norm.num_features and not (_hooked(conv) or _hooked(norm)):
+                found.append((conv, norm, name))
+    return found
+
+
+def _take_grey(parent):
+    """[the GreyStem] put into ``parent``, a Sequential that starts with GreyNormalise; [] if none fits."""
+    if not (isinstance(parent, nn.Sequential) and len(parent) > 1 and type(parent[0]) is GreyNormalise):
+        return []
+    for owner in parent[1].modules():
+        for name, child in owner.named_children():
+            if isinstance(child, nn.Conv2d):  # the first convolution
+                if not GreyStem.fits(child) or _hooked(child) or _hooked(parent[0]):
+                    return []
+                stem = GreyStem(parent[0], child)
+                setattr(owner, name, stem)
+                parent[0] = nn.Identity()
+                return [stem]
+    return []
+
+
+def _hooked(module):
+    return module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+
+
+def _tensors(module):
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
+
+
+def _same_logits(model, net, example):
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            return torch.allclose(model(example), net(example), rtol=1e-3, atol=1e-4)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

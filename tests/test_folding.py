@@ -1,0 +1,176 @@
+"""The twin is the model's function, or the model itself; the loop for training batches is Foolbox's."""
+
+import pytest
+import torch
+from torch import nn
+
+from fortify.attacks import CW, FGSM, PGD, craft, craft_batch, craft_parts, frozen
+from fortify.folding import GreyStem, Twin
+from fortify.models import GreyNormalise, build_model, predict
+
+THREE = (FGSM(4), PGD(4, steps=3), PGD(2, steps=5, loss="margin"))
+
+
+def lived_in(arch, side=64):
+    """A model whose BatchNorm statistics are not the initial ones, and images for it."""
+    model = build_model(arch, num_classes=3, seed=0)
+    x = torch.rand(6, 1, side, side, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model.train()(x)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5, generator=torch.Generator().manual_seed(2))
+            nn.init.uniform_(module.bias, -0.3, 0.3, generator=torch.Generator().manual_seed(3))
+    return model.eval(), x
+
+
+def input_gradient(model, x):
+    z = x.clone().requires_grad_()
+    return torch.autograd.grad(model(z).logsumexp(1).sum(), z)[0]
+
+
+ARCHS = ("resnet_small", "resnet18", "resnet50", "densenet121", "mobilenet_v2", "vgg11_bn", "googlenet")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_same_logits_and_same_gradients(arch):
+    model, x = lived_in(arch)
+    model, x = model[:2].double(), x.double()  # without the layer that rounds logits to float32
+    twin = Twin(model, x[:1]).net
+    assert twin is not model, "nothing was folded"
+    assert torch.allclose(twin(x), model(x), rtol=1e-9, atol=1e-12)
+    ours, theirs = input_gradient(twin, x), input_gradient(model, x)
+    assert (ours - theirs).norm() < 1e-9 * theirs.norm()
+    assert not any(p.requires_grad for p in twin.parameters())
+    assert not any(module.training for module in twin.modules())
+
+
+def test_nothing_is_left_to_fold_in_the_resnets():
+    for arch in ("resnet_small", "resnet18", "resnet50"):
+        model, x = lived_in(arch)
+        left = [type(m).__name__ for m in Twin(model, x[:1]).net.modules()]
+        assert "BatchNorm2d" not in left and left.count("GreyStem") == 1
+
+
+@pytest.mark.parametrize("side", [32, 33, 48])
+@pytest.mark.parametrize(("size", "pad"), [(7, 3), (3, 1), (4, 1), (5, 2), (2, 0), (6, 2)])
+def test_grey_stem_is_the_three_channel_convolution(size, pad, side):
+    torch.manual_seed(0)
+    conv, normalise = nn.Conv2d(3, 8, size, stride=2, padding=pad), GreyNormalise()
+    assert GreyStem.fits(conv)
+    stem, x = GreyStem(normalise, conv), torch.rand(2, 1, side, side + 2)
+    assert torch.allclose(stem(x), conv(normalise(x)), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        conv.weight.neg_()
+        conv.bias += 1
+    stem.refresh()
+    assert torch.allclose(stem(x), conv(normalise(x)), rtol=1e-5, atol=1e-5)
+
+
+def test_refresh_takes_over_what_training_changed():
+    model, x = lived_in("resnet_small")
+    twin = Twin(model, x[:1])
+    before = twin.net(x)
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    nn.functional.cross_entropy(model(x), torch.tensor([0, 1, 2, 0, 1, 2])).backward()
+    optimizer.step()
+    model.eval()
+    assert not torch.allclose(before, model(x), atol=1e-3)
+    assert torch.allclose(twin.refresh()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+class Backwards(nn.Module):
+    """Lists a convolution before a BatchNorm that it calls first."""
+
+    num_classes = 3
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1), nn.LazyLinear(3)
+
+    def forward(self, x):
+        return self.fc(self.conv(self.norm(x).square()).flatten(1))
+
+
+class Noisy(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x) + torch.randn(len(x), 3)
+
+
+def test_what_cannot_be_folded_is_attacked_itself():
+    x = torch.rand(4, 1, 32, 32)
+    backwards = Backwards()
+    backwards(x)
+    backwards.norm.running_mean.fill_(0.7)
+    noisy = Noisy(lived_in("resnet_small", 32)[0])
+    uncopyable, _ = lived_in("resnet_small", 32)
+    uncopyable.trace = (x.requires_grad_() * 2).sum()  # deepcopy refuses tensors that have a history
+    for model in (backwards.eval(), noisy.eval(), uncopyable):
+        assert Twin(model, x[:1].detach()).net is model
+
+
+def test_hooked_and_parametrised_layers_stay_as_they_are():
+    model, x = lived_in("resnet_small", 32)
+    seen = []
+    model[1].stem[0].register_forward_hook(lambda *_: seen.append(1))
+    nn.utils.parametrizations.spectral_norm(model[1].stages[0].conv1)
+    net = Twin(model.eval(), x[:1]).net
+    kinds = [type(m) for m in net.modules()]
+    assert net is not model and kinds.count(nn.BatchNorm2d) == 2 and GreyStem not in kinds
+    seen.clear()
+    net(x)
+    assert seen, "the hook is still called"
+
+
+def test_the_model_judges_what_its_twin_finds(model, images, labels):
+    """Where the two differ, success is what the model says, and a CW that only fools the twin has failed."""
+    right = predict(model, images).argmax(1) == labels
+    x, y = images[right][:16], labels[right][:16]
+    wrong = build_model("resnet_small", num_classes=3, seed=5).eval()
+    with frozen(model):
+        found = craft_batch(model, x, y, CW(2, 20, 0.05), twin=wrong)
+        fooled = model(found).argmax(1) != y
+    assert torch.equal(found[~fooled], x[~fooled])
+    assert not fooled.all(), "the other net's attacks must not all transfer, or this tests nothing"
+
+
+@pytest.mark.parametrize(
+    "attack", [PGD(4, steps=6), PGD(3, steps=4, rel_stepsize=0.5, loss="margin"), FGSM(4)]
+)
+def test_perturbations_are_those_of_the_unfolded_model(model, images, labels, attack):
+    """The sign of a gradient near zero may turn with the rounding: a few pixels in a thousand, no verdict."""
+    found = craft(model, images, labels, attack)
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with frozen(model):
+        plain = craft_batch(model, images, labels, attack, noise=noise)
+    assert (found.images - plain).abs().gt(1e-6).float().mean() < 0.01
+    assert torch.equal(found.success, predict(model, plain).argmax(1) != labels)
+
+
+@pytest.mark.parametrize("attack", [*THREE, PGD(4, steps=2, random_start=False)], ids=repr)
+def test_the_training_loop_is_foolbox_bit_for_bit(model, images, labels, attack):
+    x, y = images[:12], labels[:12]
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    used = noise if getattr(attack, "random_start", False) else None
+    with frozen(model):
+        theirs = craft_batch(model, x, y, attack, noise=used)
+        (ours,) = craft_parts(model, [(attack, x, y, noise)])
+    assert torch.equal(ours, theirs)
+
+
+def test_parts_of_a_batch_come_back_each_in_its_place(model, images, labels):
+    attacks = (*THREE, CW(1, 5, 0.05), PGD(0, steps=2))
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    cuts = [slice(20 * i, 20 * i + 15 + i) for i in range(len(attacks))]
+    parts = [(a, images[c], labels[c], noise[c]) for a, c in zip(attacks, cuts, strict=True)]
+    with frozen(model):
+        together = craft_parts(model, parts)
+        alone = [craft_batch(model, x, y, a, noise=n) for a, x, y, n in parts]
+    for ours, theirs in zip(together, alone, strict=True):
+        # One pass of another batch size may round another way.
+        assert ours.shape == theirs.shape and (ours - theirs).abs().gt(1e-6).float().mean() < 0.01
