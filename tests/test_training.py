@@ -7,6 +7,7 @@ import torch
 import fortify.training as training
 from fortify.attacks import FGSM, PGD, craft
 from fortify.augmentation import Augmentation, augment
+from fortify.folding import Twin
 from fortify.models import build_model, predict
 from fortify.training import Recipe, class_weights, fit
 
@@ -119,10 +120,12 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_batch_and_checkpoint(parts, 
         fit(small(), *parts, Recipe(epochs=3, batch_size=16), checkpoints=tmp_path, progress=False)
 
 
-def test_the_batch_holds_the_shares_asked_for(model, images, labels):
+@pytest.mark.parametrize("on_twin", [False, True], ids=["as on a CPU", "as on a GPU"])
+def test_the_batch_holds_the_shares_asked_for(model, images, labels, on_twin):
     x, y = images[:30], labels[:30]
     generator = torch.Generator().manual_seed(0)
-    joined, joined_labels = training._with_attacked(model, x, y, 0.5, THIRDS, None, generator)
+    twin = Twin(model, x[:1]) if on_twin else None
+    joined, joined_labels = training._with_attacked(model, x, y, 0.5, THIRDS, twin, generator)
     assert len(joined) == len(joined_labels) == 15 + 30
     assert torch.equal(joined[:15], x[:15])
     moved = (joined[15:] - x).flatten(1).abs().amax(1) * 255

@@ -146,8 +146,7 @@ class _LinfPGD(fb.attacks.LinfPGD):
     """Foolbox's PGD with our random start and a choice of loss; the loop is Foolbox's own."""
 
     def __init__(self, attack, noise):
-        rel_stepsize = 2.5 / attack.steps if attack.rel_stepsize is None else attack.rel_stepsize
-        super().__init__(rel_stepsize=rel_stepsize, steps=attack.steps, random_start=noise is not None)
+        super().__init__(rel_stepsize=_relative(attack), steps=attack.steps, random_start=noise is not None)
         self.noise, self.loss = noise, attack.loss
 
     def get_random_start(self, x0, epsilon):
@@ -188,8 +187,9 @@ def craft_batch(model, x, y, attack, *, noise=None, twin=None):
 def craft_parts(model, parts, *, twin=None):
     """:func:`craft_batch` on the parts of one training batch, with FGSM and PGD walking together.
 
-    ``parts`` are (attack, x, y, noise), all x of one size. Returns the adversarial images of each part.
-    Foolbox takes one attack at a time; :func:`_walk` makes the same steps in fewer and larger passes.
+    ``parts`` are (attack, x, y, noise), all x of one size; ``noise`` is for PGD with a random start.
+    Returns the adversarial images of each part. Foolbox takes one attack at a time; :func:`_walk` makes the
+    same steps in fewer and larger passes.
     """
     linf = [part for part in parts if isinstance(part[0], FGSM | PGD) and part[0].eps_255 > 0]
     together = iter(_walk(model if twin is None else twin, linf) if linf else ())
@@ -203,55 +203,43 @@ def craft_parts(model, parts, *, twin=None):
 
 def _walk(net, parts):
     """Foolbox's LinfPGD, step by step, for images of several attacks: each its own budget, steps and loss."""
-    order = sorted(
-        range(len(parts)), key=lambda i: -_as_pgd(parts[i][0]).steps
-    )  # those that go on are a prefix
-    attacks, sizes = [_as_pgd(parts[i][0]) for i in order], [len(parts[i][1]) for i in order]
-    x, y = (torch.cat([parts[i][k] for i in order]) for k in (1, 2))
-
-    def of_each(values, dtype=torch.float32):  # one value an attack -> one an image
-        rows = [
-            torch.full((n,), value, dtype=dtype, device=x.device)
-            for n, value in zip(sizes, values, strict=True)
-        ]
-        return torch.cat(rows)
-
-    eps = of_each([a.eps_255 / 255 for a in attacks]).view(-1, 1, 1, 1)
-    stepsize = of_each([_stepsize(a) for a in attacks]).view(-1, 1, 1, 1)
-    by_margin = of_each([a.loss == "margin" for a in attacks], torch.bool)
-    noise = [
-        n if a.random_start else None for a, n in zip(attacks, (parts[i][3] for i in order), strict=True)
+    # FGSM is PGD of one whole step from the image itself.
+    pgds = [
+        PGD(a.eps_255, steps=1, rel_stepsize=1.0, random_start=False) if isinstance(a, FGSM) else a
+        for a, *_ in parts
     ]
-    start = torch.cat(
-        [torch.zeros_like(parts[i][1]) if n is None else n for i, n in zip(order, noise, strict=True)]
-    )
-    adversarial = (x + eps * start).clamp(0, 1)
-    for step in range(attacks[0].steps):
-        going = sum(n for a, n in zip(attacks, sizes, strict=True) if a.steps > step)
-        x0, z = x[:going], adversarial[:going].detach().requires_grad_()
+    order = sorted(range(len(parts)), key=lambda i: -pgds[i].steps)  # those that still walk come first
+    rows = [(pgds[i], *parts[i][1:]) for i in order]
+    x, y = torch.cat([part[1] for part in rows]), torch.cat([part[2] for part in rows])
+
+    def of_each(value, dtype=torch.float32):  # an attack's value for each of its images
+        return torch.cat([torch.full((len(p[1]),), value(p[0]), dtype=dtype, device=x.device) for p in rows])
+
+    eps = of_each(lambda a: a.eps_255 / 255).view(-1, 1, 1, 1)
+    stepsize = of_each(lambda a: _relative(a) * (a.eps_255 / 255)).view(-1, 1, 1, 1)
+    by_margin = of_each(lambda a: a.loss == "margin", torch.bool)
+    starts = [
+        noise if a.random_start and noise is not None else torch.zeros_like(xs) for a, xs, _, noise in rows
+    ]
+    adversarial = (x + eps * torch.cat(starts)).clamp(0, 1)
+    for step in range(rows[0][0].steps):
+        n = sum(len(xs) for a, xs, *_ in rows if a.steps > step)
+        x0, z = x[:n], adversarial[:n].detach().requires_grad_()
         logits = net(z)
-        loss = torch.nn.functional.cross_entropy(logits, y[:going], reduction="none")
-        if any(a.loss == "margin" for a in attacks):
-            loss = torch.where(by_margin[:going], margin(logits, y[:going]), loss)
+        loss = torch.nn.functional.cross_entropy(logits, y[:n], reduction="none")
+        if any(a.loss == "margin" for a in pgds):
+            loss = torch.where(by_margin[:n], margin(logits, y[:n]), loss)
         (gradient,) = torch.autograd.grad(loss.sum(), z)
-        z = z.detach() + stepsize[:going] * gradient.sign()
-        z = x0 + (z - x0).clamp(-eps[:going], eps[:going])
-        adversarial = torch.cat([z.clamp(0, 1), adversarial[going:]])
+        z = z.detach() + stepsize[:n] * gradient.sign()
+        z = x0 + (z - x0).clamp(-eps[:n], eps[:n])
+        adversarial = torch.cat([z.clamp(0, 1), adversarial[n:]])
     adversarial = adversarial.clamp(x - eps, x + eps).clamp(0, 1)  # as in craft_batch
-    found = dict(zip(order, adversarial.split(sizes), strict=True))
+    found = dict(zip(order, adversarial.split([len(part[1]) for part in rows]), strict=True))
     return [found[i] for i in range(len(parts))]
 
 
-def _as_pgd(attack):
-    """FGSM is PGD of one whole step from the image itself."""
-    if isinstance(attack, FGSM):
-        return PGD(attack.eps_255, steps=1, rel_stepsize=1.0, random_start=False)
-    return attack
-
-
-def _stepsize(attack):
-    relative = 2.5 / attack.steps if attack.rel_stepsize is None else attack.rel_stepsize
-    return relative * attack.eps_255 / 255
+def _relative(attack):
+    return 2.5 / attack.steps if attack.rel_stepsize is None else attack.rel_stepsize
 
 
 def _carlini_wagner(fmodel, x, criterion, attack, judge):

@@ -148,6 +148,11 @@ def update_readme(root, profile):
     write_text(readme, text)
 
 
+def replace_section(path, section, content):
+    """Replace what lies between the two ``generated`` markers of ``section`` in a text file, atomically."""
+    write_text(path, _replaced(path.read_text(encoding="utf-8"), section, content))
+
+
 def _replaced(text, section, content):
     """``text`` with what lies between the two markers of ``section`` replaced."""
     start, end = f"<!-- generated: {section} -->", f"<!-- /generated: {section} -->"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from fortify.attacks import craft, craft_parts, frozen
+from fortify.attacks import craft, craft_batch, craft_parts, frozen
 from fortify.augmentation import Augmentation, augment
 from fortify.folding import Twin
 from fortify.models import device_of, predict, read_safetensors
@@ -78,8 +78,8 @@ def fit(model, train, val, recipe, *, attacks=None, val_attack=None, seed=0, che
         name = fingerprint(model, train, val, asdict(recipe), attacked, seed)
         file = Path(checkpoints) / f"{name}.safetensors"
         state.resume(file)
-    # On a CPU the model itself: a twin would save a third of a step, and every rounding would lead to other
-    # weights. On a GPU, in bf16 and in no fixed order, no two trainings are the same bit for bit anyway.
+    # Not on a CPU: it would save a third of a step, but another rounding turns the sign of a gradient near
+    # zero and leads to other weights. On a GPU, in bf16, no two trainings end in the same bits anyway.
     twin = Twin(model, x_train[:1].float() / 255) if attacks and device.type == "cuda" else None
     remaining = range(state.epoch + 1, recipe.epochs + 1)
     for epoch in progress_bar(remaining, desc="training", show=progress):
@@ -212,7 +212,10 @@ def _with_attacked(model, x, y, clean_share, attacks, twin, generator):
             noise = torch.rand(x[part].shape, generator=generator, device=x.device) * 2 - 1
             parts.append((attack, x[part], y[part], noise))
     with frozen(model):
-        attacked = craft_parts(model, parts, twin=twin and twin.refresh())
+        if twin is None:
+            attacked = [craft_batch(model, part, labels, a, noise=noise) for a, part, labels, noise in parts]
+        else:
+            attacked = craft_parts(model, parts, twin=twin.refresh())
     return torch.cat([x[clean], *(a.detach() for a in attacked)]), torch.cat(
         [y[clean], *(p[2] for p in parts)]
     )
