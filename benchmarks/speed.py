@@ -318,6 +318,8 @@ def section(root):
             continue
         table = pd.read_csv(path)
         about = table.iloc[0]
+        for task in set(TASKS) - set(table.task):
+            parts.append(f"`--tasks {task}` has not been run to its end on `{device}` yet.\n")
         lines = ["| task | " + " | ".join(table.library.unique()) + " |"]
         lines.append("| --- |" + " ---: |" * table.library.nunique())
         for task in table.task.unique():
@@ -352,11 +354,12 @@ def main():
     )
     parser.add_argument("--device", choices=SHAPES, default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     arguments = parser.parse_args()
     root = find_root()
     sys.path.append(str(root / "build" / "benchmark-packages"))
     with contextlib.redirect_stdout(sys.stderr):
-        table = measure(arguments.device, arguments.rounds)
+        table = measure(arguments.device, arguments.rounds, arguments.tasks)
     path = root / "benchmarks" / f"speed_{arguments.device}.csv"
     write_csv(path, table)
     save(figure(table), path.parent, path.stem)
