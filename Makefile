@@ -11,7 +11,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 SNAKEMAKE = snakemake --cores $(CORES) --rerun-incomplete --quiet rules --config
 
 help:
-	@echo "make demo     the whole paper on embedded phantoms, about 17 minutes on two cores; prints Table 1"
+	@echo "make demo     the whole paper on embedded phantoms, about 14 minutes on two cores; prints Table 1"
 	@echo "make test     ruff, unit tests, every notebook twice (papermill and nbmake)"
 	@echo "make data     download the IQ-OTH/NCCD slices to data/iq-oth-nccd"
 	@echo "make laptop   the real slices, a small ResNet at 112 px, about 50 minutes on two cores"
