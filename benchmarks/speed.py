@@ -37,7 +37,7 @@ from fortify.figures import DOUBLE, save, styled
 from fortify.models import build_model
 from fortify.publish import replace_section
 from fortify.runs import describe_device, find_root, write_csv
-from fortify.training import Recipe, TrainingState, _epoch
+from fortify.training import Recipe, TrainingState, _epoch, crafting_twin
 
 SHAPES = {  # device: arch, side in px, batch, PGD steps
     "cpu": ("resnet18", 64, 32, 5),
@@ -141,7 +141,7 @@ def training(name, attacks, model, x, y, steps):
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
         state, greys = TrainingState(model, optimizer, schedule), (x * 255).round().byte()
         weight, shares = torch.ones(model.num_classes, device=x.device), {PGD(EPS_255, steps=steps): 1.0}
-        twin = training_twin(model, x)
+        twin = crafting_twin(model, x[:1])
         return lambda: _epoch(state, greys, y, weight, recipe, shares, twin, 0)
     pgd = attacks["pgd"](steps)
 
@@ -174,13 +174,6 @@ def table1(name, attacks, model, x, y, steps):
         return right
 
     return run
-
-
-def training_twin(model, x):
-    """As in :func:`fortify.training.fit`: on a GPU only."""
-    from fortify.folding import Twin
-
-    return Twin(model, x[:1]) if x.is_cuda else None
 
 
 def timed(run, device):
@@ -318,7 +311,7 @@ def section(root):
             continue
         table = pd.read_csv(path)
         about = table.iloc[0]
-        for task in set(TASKS) - set(table.task):
+        for task in [task for task in TASKS if task not in set(table.task)]:
             parts.append(f"`--tasks {task}` has not been run to its end on `{device}` yet.\n")
         lines = ["| task | " + " | ".join(table.library.unique()) + " |"]
         lines.append("| --- |" + " ---: |" * table.library.nunique())

@@ -120,6 +120,14 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_batch_and_checkpoint(parts, 
         fit(small(), *parts, Recipe(epochs=3, batch_size=16), checkpoints=tmp_path, progress=False)
 
 
+def test_training_on_a_cpu_crafts_on_the_model_itself(parts, monkeypatch):
+    """A twin's rounding would end in other weights than those of the published tables."""
+    made = []
+    monkeypatch.setattr(training, "Twin", lambda *arguments: made.append(arguments))
+    fit(small(), *parts, Recipe(epochs=1, batch_size=16), attacks=THIRDS, progress=False)
+    assert not made
+
+
 @pytest.mark.parametrize("on_twin", [False, True], ids=["as on a CPU", "as on a GPU"])
 def test_the_batch_holds_the_shares_asked_for(model, images, labels, on_twin):
     x, y = images[:30], labels[:30]

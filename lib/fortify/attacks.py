@@ -16,7 +16,7 @@ import foolbox as fb
 import torch
 
 from fortify.folding import Twin
-from fortify.models import device_of, float32_convolutions
+from fortify.models import device_of, eval_mode, float32_convolutions
 from fortify.runs import progress_bar
 
 
@@ -115,17 +115,13 @@ def frozen(model):
     Foolbox does neither: in train mode an attack would update BatchNorm statistics, and its backward
     pass would add into the parameters' ``.grad`` and pay for it.
     """
-    modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval()
     for parameter in wanted:
         parameter.requires_grad_(False)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with eval_mode(model), torch.inference_mode(False), torch.enable_grad():
             yield model
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for parameter, want in wanted.items():
             parameter.requires_grad_(want)
 

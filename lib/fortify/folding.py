@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from fortify.models import GreyNormalise, float32_convolutions
+from fortify.models import GreyNormalise, eval_mode, float32_convolutions
 
 
 class Twin:
@@ -166,12 +166,6 @@ def _tensors(module):
 
 
 def _same_logits(model, net, example):
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), float32_convolutions(example.device):
-            logits = model(example)
-            return bool((logits - net(example)).abs().max() <= 1e-3 * logits.abs().max().clamp(min=1))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with eval_mode(model), torch.no_grad(), float32_convolutions(example.device):
+        logits = model(example)
+        return bool((logits - net(example)).abs().max() <= 1e-3 * logits.abs().max().clamp(min=1))

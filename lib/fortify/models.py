@@ -124,15 +124,20 @@ def predict(model, images, *, batch_size=256):
 
     In eval mode and float32 whatever the model's state, which is as before on return.
     """
+    with eval_mode(model), torch.no_grad(), float32_convolutions(device_of(model)):
+        return torch.cat([model(x.to(device_of(model))).softmax(1).cpu() for x in images.split(batch_size)])
+
+
+@contextlib.contextmanager
+def eval_mode(model):
+    """The model in eval mode inside the block; after it each of its modules is in the mode it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad(), float32_convolutions(device_of(model)):
-            parts = [model(x.to(device_of(model))).softmax(1).cpu() for x in images.split(batch_size)]
+        yield model
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return torch.cat(parts)
 
 
 def float32_convolutions(device):

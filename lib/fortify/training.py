@@ -78,9 +78,7 @@ def fit(model, train, val, recipe, *, attacks=None, val_attack=None, seed=0, che
         name = fingerprint(model, train, val, asdict(recipe), attacked, seed)
         file = Path(checkpoints) / f"{name}.safetensors"
         state.resume(file)
-    # Not on a CPU: it would save a third of a step, but another rounding turns the sign of a gradient near
-    # zero and leads to other weights. On a GPU, in bf16, no two trainings end in the same bits anyway.
-    twin = Twin(model, x_train[:1].float() / 255) if attacks and device.type == "cuda" else None
+    twin = crafting_twin(model, x_train[:1].float() / 255) if attacks else None
     remaining = range(state.epoch + 1, recipe.epochs + 1)
     for epoch in progress_bar(remaining, desc="training", show=progress):
         epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
@@ -196,6 +194,15 @@ def _epoch(state, x_train, y_train, weight, recipe, attacks, twin, seed):
         correct += (logits.detach().argmax(1) == y).sum()
         seen += len(y)
     return torch.stack(losses).float().cpu(), correct.item() / seen
+
+
+def crafting_twin(model, example):
+    """The :class:`fortify.folding.Twin` that training crafts on; None on a CPU, where it is the model itself.
+
+    There a twin would save a third of a step, but another rounding turns the sign of a gradient near zero and
+    leads to other weights. On a GPU, in bf16, no two trainings end in the same bits anyway.
+    """
+    return Twin(model, example) if example.is_cuda else None
 
 
 def _with_attacked(model, x, y, clean_share, attacks, twin, generator):
