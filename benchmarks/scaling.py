@@ -7,19 +7,18 @@ Each setting once a round, so that a slow moment of the machine meets all; media
 benchmarks/scaling_<device>.csv and README's section.
 """
 
-import argparse
 import statistics
 import time
 
 import numpy as np
 import pandas as pd
+import results
 import torch
 
 from fortify.attacks import PGD, craft
 from fortify.data import Slices
 from fortify.models import build_model
-from fortify.publish import replace_section
-from fortify.runs import describe_device, find_root, write_csv
+from fortify.runs import describe_device, find_root
 from fortify.training import Recipe, fit
 
 SHAPES = {  # device: arch, side, batch, crafting's PGD steps; then what is varied, one at a time
@@ -96,45 +95,28 @@ def cost(table):
     return start, slope
 
 
-def section(root):
-    """README's section on cost, from the CSV files that are there."""
-    parts = []
-    for device in SHAPES:
-        path = root / "benchmarks" / f"scaling_{device}.csv"
-        if not path.exists():
-            parts.append(f"`python benchmarks/scaling.py --device {device}` has not been run yet.\n")
-            continue
-        table = pd.read_csv(path)
-        about, (start, slope) = table.iloc[0], cost(table)
-        for what, part in table.groupby("varied", sort=False):
-            unit = "s an epoch" if what == "training: images" else "images/s"
-            shown = part.seconds if what == "training: images" else part.images_per_s
-            lines = [
-                f"| {what} | " + " | ".join(map(str, part.value)) + " |",
-                "| --- |" + " ---: |" * len(part),
-            ]
-            parts.append(
-                "\n".join([*lines, f"| {unit} | " + " | ".join(f"{v:.3g}" for v in shown) + " |"]) + "\n"
-            )
-        text = f"{about.device}: {about.arch}, {about.side} px, batch {about.batch} and PGD-{about.steps} in "
-        text += f"crafting, batch 32 in training, unless varied. An image takes {start:.2g} ms an epoch and "
-        text += f"{slope:.2g} ms more for each attack step; images, epochs, splits and seeds multiply it.\n"
-        parts.append(text)
-    return "\n".join(parts)
+def section(table, device):
+    """README's text on one device, from the table that :func:`measure` makes; a list of paragraphs."""
+    parts, about, (start, slope) = [], table.iloc[0], cost(table)
+    for what, part in table.groupby("varied", sort=False):
+        unit = "s an epoch" if what == "training: images" else "images/s"
+        shown = part.seconds if what == "training: images" else part.images_per_s
+        lines = [
+            f"| {what} | " + " | ".join(map(str, part.value)) + " |",
+            "| --- |" + " ---: |" * len(part),
+            f"| {unit} | " + " | ".join(f"{v:.3g}" for v in shown) + " |",
+        ]
+        parts.append("\n".join(lines) + "\n")
+    text = f"{about.device}: {about.arch}, {about.side} px, batch {about.batch} and PGD-{about.steps} in "
+    text += f"crafting, batch 32 in training, unless varied. An image takes {start:.2g} ms an epoch and "
+    text += f"{slope:.2g} ms more for each attack step; images, epochs, splits and seeds multiply it.\n"
+    return [*parts, text]
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=SHAPES, default="cpu")
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
-    root = find_root()
-    path = root / "benchmarks" / f"scaling_{arguments.device}.csv"
-    write_csv(path, measure(arguments.device, arguments.rounds))
-    replace_section(root / "README.md", "cost", section(root))
-    print(path.relative_to(root))
+    arguments = results.parser(__doc__, SHAPES, rounds=3).parse_args()
+    table = measure(arguments.device, arguments.rounds)
+    results.publish(find_root(), "scaling", arguments.device, table)
 
 
 if __name__ == "__main__":

@@ -3,29 +3,35 @@ r"""How fast is this project, against the libraries a user would pick instead, e
     python benchmarks/speed.py                   CPU: ResNet-18, 64 px, batch 32, PGD-5
     python benchmarks/speed.py --device cuda     GPU: ResNet-50, 224 px, batch 128, PGD-10
 
-Three tasks: crafting PGD; one adversarial training step (the batch attacked by PGD, then learnt from with the
-clean one); and Table 1, the whole evaluation on one batch (clean, PGD-20, FGSM and CW of one search of 20
-steps, L2). Same model, images, budget, steps and step size; every library once a round, the order turning, so
-that a slow moment of the machine meets all. Read the ratio, taken within a round.
+Four tasks: crafting PGD, whatever the library's call returns; PGD accuracy, the same with the count of what
+the model still reads (part of our call and of Foolbox's; one more pass for the others); one adversarial
+training step (the batch attacked by PGD, then learnt from with the clean one); and Table 1, the whole
+evaluation on one batch (clean, PGD-20, FGSM and CW of one search of 20 steps, L2). Same model, images,
+budget, steps and step size; every library once a round, the order turning, so that a slow moment of the
+machine meets all. Read the ratio, taken within a round. Memory is the peak of the first call: the device's;
+on a CPU what a fresh process grows by.
 
-Writes benchmarks/speed_<device>.csv and .png, and README's section from what has been measured. torchattacks
-and ART are not of this environment; what is missing is left out and named. They come without their pinned
-dependencies, into a folder of their own:
+Writes benchmarks/speed_<device>.csv and .png (with --tasks, only those tasks' rows are new), and README's
+section from what has been measured. torchattacks and ART are not of this environment; what is missing is left
+out and named. They come without their pinned dependencies, into a folder of their own:
 
     .venv/bin/pip install --no-deps --target build/benchmark-packages \
         torchattacks==3.5.1 adversarial-robustness-toolbox==1.20.1
 """
 
-import argparse
 import contextlib
 import importlib.metadata
+import multiprocessing
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import foolbox as fb
 import numpy as np
 import pandas as pd
+import results
 import torch
 from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,32 +41,36 @@ from fortify.augmentation import Augmentation
 from fortify.evaluation import evaluate
 from fortify.figures import DOUBLE, save, styled
 from fortify.models import build_model
-from fortify.publish import replace_section
-from fortify.runs import describe_device, find_root, write_csv
+from fortify.runs import describe_device, find_root
 from fortify.training import Recipe, TrainingState, _epoch, crafting_twin
 
 SHAPES = {  # device: arch, side in px, batch, PGD steps
     "cpu": ("resnet18", 64, 32, 5),
     "cuda": ("resnet50", 224, 128, 10),
 }
-TASKS = {"crafting": "crafting, PGD", "training": "adversarial training step", "table1": "Table 1"}
+TASKS = {
+    "crafting": "crafting, PGD",
+    "accuracy": "PGD accuracy",
+    "training": "adversarial training step",
+    "table1": "Table 1",
+}
 EPS_255, EPS = 4.0, 4.0 / 255
 TABLE1_STEPS = 20  # of PGD, and of CW's one search
 OURS = "fortify"
 
 
 def fortify_attacks(model, x):
-    def attack(kind):
-        return lambda images, labels: craft(model, images, labels, kind, batch_size=len(images)).images
+    def run(attack):
+        return lambda images, labels: craft(model, images, labels, attack, batch_size=len(images))
 
-    return {"pgd": lambda steps: attack(PGD(EPS_255, steps=steps))}
+    return {"pgd": lambda steps: run(PGD(EPS_255, steps=steps))}
 
 
 def foolbox_attacks(model, x):
     fmodel = fb.PyTorchModel(model, bounds=(0, 1))
 
     def run(attack, epsilons=EPS):
-        return lambda images, labels: attack(fmodel, images, labels, epsilons=epsilons)[1]
+        return lambda images, labels: attack(fmodel, images, labels, epsilons=epsilons)[1:]
 
     return {
         "pgd": lambda steps: run(fb.attacks.LinfPGD(steps=steps, rel_stepsize=2.5 / steps)),
@@ -129,7 +139,25 @@ LIBRARIES = {
 
 def crafting(name, attacks, model, x, y, steps):
     pgd = attacks["pgd"](steps)
-    return lambda: pgd(x, y)
+    return lambda: images_of(pgd(x, y))
+
+
+def accuracy(name, attacks, model, x, y, steps):
+    pgd = attacks["pgd"](steps)
+    return lambda: still_read(model, pgd(x, y), y)
+
+
+def images_of(found):
+    """The adversarial images of a result that may come as (images, success)."""
+    return found[0] if isinstance(found, tuple) else found
+
+
+def still_read(model, found, y):
+    """How many of the attacked images the model reads rightly: the library's own count where it has one."""
+    if isinstance(found, tuple):
+        return (~found[1]).sum().item()
+    with torch.no_grad():
+        return (model(found).argmax(1) == y).sum().item()
 
 
 def training(name, attacks, model, x, y, steps):
@@ -147,7 +175,7 @@ def training(name, attacks, model, x, y, steps):
 
     def step():
         model.eval()
-        adversarial = pgd(x, y).detach()
+        adversarial = images_of(pgd(x, y)).detach()
         model.train()
         loss = torch.nn.functional.cross_entropy(model(torch.cat([x, adversarial])), torch.cat([y, y]))
         optimizer.zero_grad()
@@ -167,11 +195,7 @@ def table1(name, attacks, model, x, y, steps):
     def run():
         with torch.no_grad():
             right = [(model(x).argmax(1) == y).sum().item()]
-        for attack in made:
-            found = attack(x, y)
-            with torch.no_grad():
-                right.append((model(found).argmax(1) == y).sum().item())
-        return right
+        return right + [still_read(model, attack(x, y), y) for attack in made]
 
     return run
 
@@ -186,24 +210,33 @@ def timed(run, device):
     return time.perf_counter() - start, result
 
 
+def ready(task, name, device):
+    """(the library's run of a task, its images) on a model and images that are the same for every library."""
+    arch, side, batch, steps = SHAPES[device]
+    x = torch.rand((batch, 1, side, side), generator=torch.Generator().manual_seed(0)).to(device)
+    model = build_model(arch, num_classes=3, seed=0).to(device).eval()
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    return globals()[task](name, LIBRARIES[name](model, x), model, x, y, steps), x
+
+
 def measure(device, rounds, tasks=tuple(TASKS)):
     """One row a task and library: what it ran at, and how much faster this project is in the same round."""
     arch, side, batch, steps = SHAPES[device]
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand((batch, 1, side, side), generator=generator).to(device)
     peak, bandwidth = machine(device)
     tables = []
     for task in tasks:
-        runs = {}
-        for name, make in LIBRARIES.items():
-            model = build_model(arch, num_classes=3, seed=0).to(device).eval()
-            with torch.no_grad():
-                y = model(x).argmax(1)
+        runs, memory = {}, {}
+        for name in LIBRARIES:
             try:
-                runs[name] = globals()[task](name, make(model, x), model, x, y, steps)
+                run, x = ready(task, name, device)
             except ImportError as error:
                 print(f"{name} is left out: {error}", file=sys.stderr)
-        memory = {name: first_call(name, task, run, x, device) for name, run in runs.items()}
+                continue
+            runs[name], memory[name] = run, peak_memory(task, name, device, run)
+            found = run()
+            if task == "crafting":
+                check_budget(name, x, found)
         tables.append(compare(task, runs, memory, device, batch, rounds))
         print(tables[-1].iloc[:, :7].round(2).to_string(index=False), flush=True)
     about = {"arch": arch, "side": side, "batch": batch, "steps": steps, "rounds": rounds}
@@ -216,16 +249,36 @@ def measure(device, rounds, tasks=tuple(TASKS)):
     return table
 
 
-def first_call(name, task, run, x, device):
-    """Peak device memory (MiB; NaN on a CPU) of the call that pays for set-up. Looks at what was crafted."""
+def check_budget(name, x, found):
+    largest = perturbation_norms(x.cpu(), found.cpu().float())[0].max().item()
+    if not 0.9 * EPS_255 <= largest <= EPS_255 * 1.001:
+        raise RuntimeError(f"{name} moved greys by up to {largest:.3g}, not by the budget of {EPS_255:g}")
+
+
+def peak_memory(task, name, device, run):
+    """Peak memory in MiB that the first call of a task takes: :func:`grown` says it of a CPU."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    found = timed(run, device)[1]
-    if task == "crafting":
-        largest = perturbation_norms(x.cpu(), found.cpu().float())[0].max().item()
-        if not 0.9 * EPS_255 <= largest <= EPS_255 * 1.001:
-            raise RuntimeError(f"{name} moved greys by up to {largest:.3g}, not by the budget of {EPS_255:g}")
-    return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else np.nan
+        timed(run, device)
+        return torch.cuda.max_memory_allocated() / 2**20
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(grown, task, name, device, SHAPES).result()
+
+
+def grown(task, name, device, shapes):
+    """By how many MiB this process grows at most, in its first call of a task."""
+    SHAPES.update(shapes)
+    run, _ = ready(task, name, device)
+    before = memory_status("VmRSS")
+    run()
+    return memory_status("VmHWM") - before  # ru_maxrss would start at the parent's
+
+
+def memory_status(field):
+    """A field of this process's status in MiB; NaN where there is no /proc."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith(field)), np.nan)
 
 
 def compare(task, runs, memory, device, batch, rounds):
@@ -301,64 +354,58 @@ def figure(table):
     return fig
 
 
-def section(root):
-    """README's section on speed: one table a device, from the CSV files that are there."""
-    parts = []
-    for device in SHAPES:
-        path = root / "benchmarks" / f"speed_{device}.csv"
-        if not path.exists():
-            parts.append(f"`python benchmarks/speed.py --device {device}` has not been run yet.\n")
-            continue
-        table = pd.read_csv(path)
-        about = table.iloc[0]
-        for task in [task for task in TASKS if task not in set(table.task)]:
-            parts.append(f"`--tasks {task}` has not been run to its end on `{device}` yet.\n")
-        lines = ["| task | " + " | ".join(table.library.unique()) + " |"]
-        lines.append("| --- |" + " ---: |" * table.library.nunique())
-        for task in table.task.unique():
-            part = table[table.task.eq(task)]
-            cells = [
-                f"{r.images_per_s:.3g}"
-                + (
-                    f" ({r.fortify_is_faster:.2f}×, {r.ratio_min:.2f}–{r.ratio_max:.2f})"
-                    * (r.library != OURS)
-                )
-                for r in part.itertuples()
-            ]
-            lines.append(f"| {TASKS[task]} | " + " | ".join(cells) + " |")
-        ours = table[table.library.eq(OURS) & table.task.eq("crafting")].iloc[0]
-        text = (
-            f"Images/s, median of {about.rounds} rounds, and in brackets how many times faster `fortify` is, "
-        )
-        text += f"median and range. {about.device}: {about.arch}, {about.side} px, batch {about.batch}, "
-        text += f"PGD-{about.steps}. Crafting does {ours.share_of_matrix_peak:.0%} of the arithmetic and "
-        text += (
-            f"{ours.share_of_copy_bandwidth:.0%} of the traffic that a matrix product and a copy reach here, "
-        )
-        text += "counted on the unfolded model.\n"
-        picture = f"![Images per second by task and library](benchmarks/speed_{device}.png)\n"
-        parts += ["\n".join(lines) + "\n", text, picture]
-    return "\n".join(parts)
+def section(table, device):
+    """README's text on one device, from the table that :func:`measure` makes; a list of paragraphs."""
+    libraries, about = table.library.unique(), table.iloc[0]
+    lines = ["| task | " + " | ".join(libraries) + " |", "| --- |" + " ---: |" * len(libraries)]
+    for task, part in table.groupby("task", sort=False):
+        part, cells = part.set_index("library"), []
+        for name in libraries:
+            if name not in part.index:
+                cells.append("")
+                continue
+            row = part.loc[name]
+            faster = f" ({row.fortify_is_faster:.2f}×, {row.ratio_min:.2f}–{row.ratio_max:.2f})"
+            cells.append(f"{row.images_per_s:.3g}{faster * (name != OURS)}, {row.peak_mib:,.0f} MiB")
+        lines.append(f"| {TASKS[task]} | " + " | ".join(cells) + " |")
+    rounds = ", ".join(
+        f"{n} ({', '.join(TASKS[t] for t in part.task.unique())})" for n, part in table.groupby("rounds")
+    )
+    text = "Images/s, in brackets how many times faster `fortify` is (median, range), and peak memory. "
+    text += f"Rounds: {rounds}. {about.device}: {about.arch}, {about.side} px, batch {about.batch}, "
+    text += f"PGD-{about.steps}."
+    crafted = table[table.library.eq(OURS) & table.share_of_matrix_peak.notna()]
+    for row in crafted.itertuples():
+        text += f" Crafting does {row.share_of_matrix_peak:.0%} of the arithmetic and "
+        text += f"{row.share_of_copy_bandwidth:.0%} of the traffic that a matrix product and a copy reach "
+        text += "here, counted on the unfolded model."
+    picture = f"![Images per second by task and library](benchmarks/speed_{device}.png)\n"
+    missing = [task for task in TASKS if task not in set(table.task)]
+    gaps = [f"`--tasks {task}` has not been run to its end on `{device}` yet.\n" for task in missing]
+    return [*gaps, "\n".join(lines) + "\n", text + "\n", picture]
+
+
+def merged(path, table):
+    """``table`` with the rows of the tasks that it lacks as they stand in the CSV file at ``path``."""
+    if path.exists():
+        before = pd.read_csv(path)
+        table = pd.concat([table, before[~before.task.isin(table.task)]], ignore_index=True)
+    return table.sort_values("task", key=lambda task: task.map(list(TASKS).index), kind="stable")
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=SHAPES, default="cpu")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser = results.parser(__doc__, SHAPES, rounds=9)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     arguments = parser.parse_args()
     root = find_root()
     sys.path.append(str(root / "build" / "benchmark-packages"))
     with contextlib.redirect_stdout(sys.stderr):
         table = measure(arguments.device, arguments.rounds, arguments.tasks)
-    path = root / "benchmarks" / f"speed_{arguments.device}.csv"
-    write_csv(path, table)
+    path = results.path(root, "speed", arguments.device)
+    table = merged(path, table)
     save(figure(table), path.parent, path.stem)
     path.with_suffix(".pdf").unlink()
-    replace_section(root / "README.md", "speed", section(root))
-    print(path.relative_to(root))
+    results.publish(root, "speed", arguments.device, table)
 
 
 if __name__ == "__main__":

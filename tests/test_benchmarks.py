@@ -1,6 +1,6 @@
 """The benchmarks run: what they compare does what it must. Their timings are no test."""
 
-import importlib.util
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -13,38 +13,62 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(autouse=True)
+def beside_the_benchmarks(monkeypatch):
+    """As Python sees them when it runs one."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
 @pytest.fixture
 def speed(monkeypatch):
-    module = load("speed")
+    module = importlib.import_module("speed")
     monkeypatch.setitem(module.SHAPES, "cpu", ("resnet_small", 32, 4, 2))
     monkeypatch.setattr(module, "machine", lambda device: (1e11, 1e10))
+    monkeypatch.setattr(module, "LIBRARIES", {n: module.LIBRARIES[n] for n in ("fortify", "foolbox")})
     return module
 
 
-def test_every_library_at_hand_is_measured_and_what_is_missing_is_named(speed, capsys):
+@pytest.fixture
+def without_processes(speed, monkeypatch):
+    monkeypatch.setattr(speed, "peak_memory", lambda task, name, device, run: 7.0)
+
+
+def test_every_library_at_hand_is_measured_and_what_is_missing_is_named(speed, without_processes, capsys):
     def absent(model, x):
         raise ImportError("No module named 'absent'")
 
-    speed.LIBRARIES = {name: speed.LIBRARIES[name] for name in ("fortify", "foolbox")}
     speed.LIBRARIES["absent"] = absent
     table = speed.measure("cpu", rounds=2)
-    assert table.library.tolist() == ["fortify", "foolbox"] * 3 and (table.images_per_s > 0).all()
+    assert table.library.tolist() == ["fortify", "foolbox"] * 4 and (table.images_per_s > 0).all()
     assert list(table.task.unique()) == list(speed.TASKS)
     ours = table[table.library.eq("fortify")]
     assert (ours.fortify_is_faster == 1).all() and (table.ratio_min <= table.ratio_max).all()
     assert table.share_of_matrix_peak.notna().sum() == 2, "of crafting alone"
     assert "absent is left out: No module named 'absent'" in capsys.readouterr().err
-    assert len(speed.figure(table).axes) == 3
+    assert len(speed.figure(table).axes) == 4
 
 
-def test_a_library_that_attacks_with_another_budget_is_no_comparison(speed):
+def test_memory_is_that_of_the_task(speed):
+    """PGD of a larger batch needs more: 64 images of 64 px take the stem's output alone 6 MiB of float32."""
+    few = speed.peak_memory("crafting", "fortify", "cpu", None)
+    speed.SHAPES["cpu"] = ("resnet_small", 64, 64, 2)
+    many = speed.peak_memory("crafting", "fortify", "cpu", None)
+    assert 0 < few < many - 6 and many < 2000
+
+
+def test_a_task_measured_again_leaves_the_others_rows(speed, without_processes, tmp_path):
+    both = speed.measure("cpu", rounds=1, tasks=["training", "accuracy"])
+    both.to_csv(tmp_path / "speed_cpu.csv", index=False)
+    again = speed.measure("cpu", rounds=2, tasks=["accuracy"])
+    table = speed.merged(tmp_path / "speed_cpu.csv", again)
+    assert table.task.tolist() == ["accuracy"] * 2 + ["training"] * 2
+    assert table.rounds.tolist() == [2, 2, 1, 1]
+    shown = "\n".join(speed.section(table, "cpu"))
+    assert "Rounds: 1 (adversarial training step), 2 (PGD accuracy)" in shown
+    assert "`--tasks crafting` has not been run" in shown and "`--tasks training`" not in shown
+
+
+def test_a_library_that_attacks_with_another_budget_is_no_comparison(speed, without_processes):
     speed.LIBRARIES = {"fortify": lambda model, x: {"pgd": lambda steps: lambda images, labels: images}}
     with pytest.raises(RuntimeError, match="fortify moved greys by up to 0, not by the budget of 4"):
         speed.measure("cpu", rounds=1, tasks=["crafting"])
@@ -61,7 +85,7 @@ def test_flops_are_those_of_the_layers(speed):
 
 
 def test_scaling_covers_what_it_names_and_finds_the_cost_it_is_given(monkeypatch):
-    scaling = load("scaling")
+    scaling = importlib.import_module("scaling")
     monkeypatch.setitem(scaling.SHAPES, "cpu", ("resnet_small", 32, 2, 1))
     for name, values in (("BATCHES", (1, 2)), ("SIDES", (32,)), ("STEPS", (1, 2)), ("IMAGES", (8, 12))):
         monkeypatch.setattr(scaling, name, values)
@@ -77,4 +101,4 @@ def test_scaling_covers_what_it_names_and_finds_the_cost_it_is_given(monkeypatch
 @pytest.mark.parametrize(("name", "section"), [("speed", "speed"), ("scaling", "cost")])
 def test_the_readme_shows_what_was_measured(name, section):
     shown = README.split(f"<!-- generated: {section} -->\n")[1].split(f"<!-- /generated: {section} -->")[0]
-    assert shown == load(name).section(ROOT)
+    assert shown == importlib.import_module("results").section(ROOT, name)

@@ -94,8 +94,11 @@ def craft(model, images, labels, attack, *, seed=0, batch_size=64, progress=Fals
         noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     adversarial, success = [], []
     with frozen(model), float32_convolutions(device):
-        _check_labels(model, images, labels, device)
-        twin = Twin(model, images[:1].to(device)).net
+        first = images[:1].to(device)
+        with torch.no_grad():
+            logits = model(first)
+        _check_labels(labels, classes=logits.shape[1])
+        twin = Twin(model, first, logits=logits).net
         for start in progress_bar(range(0, len(images), batch_size), desc=attack.name, show=progress):
             part = slice(start, start + batch_size)
             x, y = images[part].to(device), labels[part].to(device)
@@ -294,9 +297,7 @@ def checked(images, labels):
     return images.detach().float(), labels.detach().long()
 
 
-def _check_labels(model, images, labels, device):
-    with torch.no_grad():
-        classes = model(images[:1].to(device)).shape[1]
+def _check_labels(labels, classes):
     if labels.min() < 0 or labels.max() >= classes:
         found = f"{labels.min().item()} to {labels.max().item()}"
         raise ValueError(f"labels must lie in 0..{classes - 1}, the model's classes, not {found}")

@@ -19,18 +19,19 @@ from fortify.models import GreyNormalise, eval_mode, float32_convolutions
 class Twin:
     """``twin.net`` computes what ``model`` does in eval mode; :meth:`refresh` takes over its present weights.
 
-    ``example`` is a batch that the model takes, on its device. Where the twin does not give the model's
-    logits on it, as with a model that is random or uses its layers in another order than it lists them, and
-    where a model cannot be copied, ``net`` is the model itself.
+    ``example`` is a batch that the model takes, on its device; ``logits``, the model's on it in eval mode,
+    spare it a pass. Where the twin does not give these, as with a model that is random or uses its layers in
+    another order than it lists them, and where a model cannot be copied, ``net`` is the model itself.
     """
 
-    def __init__(self, model, example):
+    def __init__(self, model, example, *, logits=None):
         self.net, self._plain, self._folded, self._stems = model, [], [], []
+        # Copied are the modules; the tensors are new and empty until _fold fills them.
+        room = {id(own): _room(own) for module in model.modules() for own in _tensors(module)}
         try:
-            net = copy.deepcopy(model)
+            net = copy.deepcopy(model, room)
         except (RuntimeError, TypeError):  # holds what torch or Python cannot copy
             return
-        net.requires_grad_(False).to(memory_format=torch.channels_last)
         both, absorbed = list(zip(model.modules(), net.modules(), strict=True)), set()
         for own_parent, parent in both:
             pairs = zip(_conv_then_batchnorm(own_parent), _conv_then_batchnorm(parent), strict=True)
@@ -46,7 +47,7 @@ class Twin:
         self._stems = [stem for parent in net.modules() for stem in _take_grey(parent)]
         net.eval()  # the new layers too
         self._fold()
-        if _same_logits(model, net, example):
+        if _same_logits(model, net, example, logits):
             self.net = net
         else:
             self._plain, self._folded, self._stems = [], [], []
@@ -165,7 +166,14 @@ def _tensors(module):
     yield from module.buffers(recurse=False)
 
 
-def _same_logits(model, net, example):
+def _room(tensor):
+    """A tensor like it, channels last and without gradient, of any values."""
+    layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+    room = torch.empty_like(tensor, memory_format=layout, requires_grad=False)
+    return nn.Parameter(room, requires_grad=False) if isinstance(tensor, nn.Parameter) else room
+
+
+def _same_logits(model, net, example, logits):
     with eval_mode(model), torch.no_grad(), float32_convolutions(example.device):
-        logits = model(example)
+        logits = model(example) if logits is None else logits
         return bool((logits - net(example)).abs().max() <= 1e-3 * logits.abs().max().clamp(min=1))
