@@ -16,6 +16,8 @@ from snakemake.exceptions import WorkflowError
 
 # Executed notebooks hold no progress bars, and their kernel is this environment's.
 os.environ |= {"TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
+# glibc hands each layer's freed output back to the system and takes the next one's anew, page by page.
+os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 PROFILE = config.get("profile", "demo")
 BUILD = f"build/{PROFILE}"

@@ -127,6 +127,15 @@ def test_hooked_and_parametrised_layers_stay_as_they_are():
     assert seen, "the hook is still called"
 
 
+def test_attacks_walk_on_the_twin(model, images, labels):
+    """The model is asked about the first image, for labels and twin, and about what was found; no more."""
+    asked = []
+    hook = model.register_forward_hook(lambda module, *_: asked.append(module is model))
+    craft(model, images[:8], labels[:8], PGD(4, steps=3))
+    hook.remove()
+    assert asked.count(True) == 2 and asked.count(False) == 1 + 3
+
+
 def test_the_model_judges_what_its_twin_finds(model, images, labels):
     """Where the two differ, success is what the model says, and a CW that only fools the twin has failed."""
     right = predict(model, images).argmax(1) == labels
