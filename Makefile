@@ -1,6 +1,6 @@
 # What people do: make demo, make test, make laptop, make paper, make lab. `make help` lists all.
 .DELETE_ON_ERROR:
-.PHONY: help demo test laptop paper publish data lab clean
+.PHONY: help demo test laptop paper publish pdf data lab clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PROFILE ?= laptop
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
@@ -17,6 +17,7 @@ help:
 	@echo "make laptop   the real slices, a small ResNet at 112 px, about 50 minutes on two cores"
 	@echo "make paper    the reference run: ResNet-50 at 224 px, five seeds, one GPU"
 	@echo "make publish  executed notebooks, figures and tables of PROFILE=laptop (or paper) for committing"
+	@echo "make pdf      paper/paper.pdf from the published tables of PROFILE=laptop (or paper)"
 	@echo "make lab      JupyterLab with the notebooks"
 	@echo "make clean    remove build/ (results), not the environment"
 
@@ -47,6 +48,10 @@ laptop paper: $(ENV)
 
 publish: $(ENV)
 	python -m fortify.publish commit build/$(PROFILE)
+	python -m fortify.publish pdf $(PROFILE)
+
+pdf: $(ENV)
+	python -m fortify.publish pdf $(PROFILE)
 
 lab: $(ENV)
 	jupyter lab notebooks

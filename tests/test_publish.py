@@ -1,11 +1,20 @@
 """Publishing: outputs travel to the committed notebook, and only from what was really executed."""
 
+import re
+import shutil
+from pathlib import Path
+
 import nbformat
+import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from fortify import publish
 from fortify.publish import PublishError, source_sha256, with_outputs
+
+ROOT = Path(__file__).parents[1]
+PROFILE = nbformat.read(ROOT / "notebooks/05_results.ipynb", as_version=4).metadata.fortify.profile
+BELOW = "" if PROFILE == "paper" else PROFILE
 
 
 def source():
@@ -164,3 +173,50 @@ def test_html_has_table_1_first_and_a_page_a_notebook(checkout):
 def test_usage_is_printed(capsys):
     assert publish.main(["what"]) == 2
     assert "commit" in capsys.readouterr().err
+
+
+@pytest.fixture
+def papers(tmp_path, monkeypatch):
+    """A checkout with the paper and what it reads."""
+    for folder in ("paper", "figures", "benchmarks", "notebooks"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    monkeypatch.setattr(publish, "find_root", lambda: tmp_path)
+    return tmp_path
+
+
+def test_the_committed_pdf_is_made_of_the_published_tables(papers):
+    committed = (ROOT / "paper/paper.pdf").read_bytes()
+    assert publish.pdf(PROFILE, papers / "again.pdf").read_bytes() == committed
+
+
+def test_a_number_that_is_missing_is_an_error(papers, capsys):
+    table = papers / "paper/tables" / BELOW / "table1_random.csv"
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(line for line in lines if not line.startswith("normal,pgd")))
+    before = (papers / "paper/paper.pdf").read_bytes()
+    assert publish.main(["pdf", PROFILE]) == 1
+    assert "table1_random.csv has 0 rows" in capsys.readouterr().err
+    assert (papers / "paper/paper.pdf").read_bytes() == before
+
+
+def test_a_sentence_that_is_no_longer_true_is_an_error(papers):
+    table = papers / "paper/tables" / BELOW / "published_matrix.csv"
+    table.write_text(re.sub(r"(random,published,PGD 4/255,\d+,\d+),[\d.]+", r"\1,0.9", table.read_text()))
+    with pytest.raises(PublishError, match="no longer true of the tables"):
+        publish.pdf(PROFILE)
+
+
+def test_an_unknown_profile_is_named(papers, capsys):
+    assert publish.main(["pdf", "lapdog"]) == 1
+    assert "lapdog.yaml does not exist; the profiles are: demo, laptop" in capsys.readouterr().err
+
+
+def test_no_number_of_ours_is_typed_in_the_paper():
+    tables = ROOT / "paper/tables" / BELOW
+    matrix = pd.read_csv(tables / "published_matrix.csv")
+    ours = {f"{100 * share:.1f}" for share in matrix.accuracy} | set(
+        matrix.k.astype(str) + "/" + matrix.n.astype(str)
+    )
+    printed = set(pd.read_csv(tables / "printed_arithmetic.csv").printed.astype(str))
+    typed = re.findall(r"[\d./]*\d", (ROOT / "paper/paper.typ").read_text(encoding="utf-8"))
+    assert len(ours) > 100 and not (ours - printed) & set(typed)

@@ -2,10 +2,12 @@
 
 python -m fortify.publish html build/demo       HTML copies and an index, in build/demo/html
 python -m fortify.publish commit build/laptop   notebooks/, figures/, paper/tables and README.md
+python -m fortify.publish pdf laptop            paper/paper.pdf, from paper/paper.typ and the published tables
 """
 
 import hashlib
 import html
+import json
 import re
 import shutil
 import sys
@@ -13,8 +15,8 @@ from pathlib import Path
 
 import nbformat
 
-from fortify.profiles import literals
-from fortify.runs import find_root, write_text
+from fortify.profiles import ProfileError, literals, load_profile
+from fortify.runs import atomic_path, find_root, write_text
 
 
 class PublishError(RuntimeError):
@@ -162,6 +164,30 @@ def _replaced(text, section, content):
     return f"{before}{start}\n{content}{end}{rest.split(end)[1]}"
 
 
+def pdf(profile, target=None):
+    """Set paper/paper.typ from the published tables and figures of ``profile``; returns the PDF's path.
+
+    The same tables give the same bytes. Raises PublishError with what typst says, as where a table lacks a
+    row or a sentence is no longer true.
+    """
+    import typst
+
+    root = find_root()
+    target = Path(target or root / "paper" / "paper.pdf")
+    notebooks = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
+    parameters = load_profile(root / "notebooks" / "profiles" / f"{profile}.yaml", notebooks)
+    measured = [p.stem.removeprefix("speed_") for p in sorted((root / "benchmarks").glob("speed_*.csv"))]
+    inputs = {"profile": profile, "parameters": json.dumps(parameters), "devices": json.dumps(measured)}
+    options = {"root": root, "sys_inputs": inputs, "ignore_system_fonts": True, "timestamp": 0}
+    try:
+        made = typst.compile(root / "paper" / "paper.typ", format="pdf", **options)
+    except RuntimeError as error:
+        raise PublishError(f"paper/paper.typ: {error}") from error
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(made)
+    return target
+
+
 def html_pages(build):
     """Write an HTML copy of every executed notebook of ``build`` and an index with Table 1 first."""
     from nbconvert import HTMLExporter
@@ -187,18 +213,20 @@ def html_pages(build):
 
 
 def main(arguments):
-    """``html FOLDER`` or ``commit FOLDER``; returns the exit code."""
-    if len(arguments) != 2 or arguments[0] not in ("html", "commit"):
+    """``html FOLDER``, ``commit FOLDER`` or ``pdf PROFILE``; returns the exit code."""
+    if len(arguments) != 2 or arguments[0] not in ("html", "commit", "pdf"):
         print(__doc__, file=sys.stderr)
         return 2
     action, build = arguments
     try:
         if action == "html":
             html_pages(build)
+        elif action == "pdf":
+            print(pdf(build).relative_to(find_root()))
         else:
             for path in commit(build):
                 print(path.relative_to(find_root()))
-    except (PublishError, FileNotFoundError) as error:
+    except (PublishError, ProfileError, FileNotFoundError) as error:
         print(f"publish: {error}", file=sys.stderr)
         return 1
     return 0
