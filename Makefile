@@ -1,6 +1,6 @@
 # What people do: make demo, make test, make laptop, make paper, make lab. `make help` lists all.
 .DELETE_ON_ERROR:
-.PHONY: help demo test laptop paper publish pdf data lab clean
+.PHONY: help demo test laptop paper publish pdf html data lab clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PROFILE ?= laptop
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
@@ -18,6 +18,7 @@ help:
 	@echo "make paper    the reference run: ResNet-50 at 224 px, five seeds, one GPU"
 	@echo "make publish  executed notebooks, figures and tables of PROFILE=laptop (or paper) for committing"
 	@echo "make pdf      paper/paper.pdf from the published tables of PROFILE=laptop (or paper)"
+	@echo "make html     build/site: the committed notebooks as pages, Table 1 first"
 	@echo "make lab      JupyterLab with the notebooks"
 	@echo "make clean    remove build/ (results), not the environment"
 
@@ -52,6 +53,9 @@ publish: $(ENV)
 
 pdf: $(ENV)
 	python -m fortify.publish pdf $(PROFILE)
+
+html: $(ENV)
+	python -m fortify.site
 
 lab: $(ENV)
 	jupyter lab notebooks

@@ -311,7 +311,7 @@ rule claims:
 
 rule html:
     input:
-        lib("publish"),
+        lib("site"),
         f"{BUILD}/results/05_results.json",
         f"{BUILD}/claims/09_claims.json",
     output:
@@ -319,4 +319,4 @@ rule html:
     params:
         build=BUILD,
     shell:
-        "python -m fortify.publish html {params.build}"
+        "python -m fortify.site {params.build} >/dev/null"

@@ -163,13 +163,6 @@ def test_of_several_runs_the_random_split_is_shown(tmp_path):
     assert publish.executed_notebooks(tmp_path, ["02_b"])["02_b"].parent.name == "random-s0"
 
 
-def test_html_has_table_1_first_and_a_page_a_notebook(checkout):
-    assert publish.main(["html", str(checkout / "build/laptop")]) == 0
-    index = (checkout / "build/laptop/html/index.html").read_text()
-    assert "Table 1 &lt;text&gt;" in index and 'href="01_a.html">1 · A question' in index
-    assert "A question" in (checkout / "build/laptop/html/01_a.html").read_text()
-
-
 def test_usage_is_printed(capsys):
     assert publish.main(["what"]) == 2
     assert "commit" in capsys.readouterr().err

@@ -1,14 +1,11 @@
-"""From a finished profile to what readers open: HTML pages, and the executed notebooks that are committed.
+"""From a finished profile to what is committed: executed notebooks, figures, tables and the paper.
 
-python -m fortify.publish html build/demo       HTML copies and an index, in build/demo/html
 python -m fortify.publish commit build/laptop   notebooks/, figures/, paper/tables and README.md
 python -m fortify.publish pdf laptop            paper/paper.pdf, from paper/paper.typ and the published tables
 """
 
 import hashlib
-import html
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -188,40 +185,14 @@ def pdf(profile, target=None):
     return target
 
 
-def html_pages(build):
-    """Write an HTML copy of every executed notebook of ``build`` and an index with Table 1 first."""
-    from nbconvert import HTMLExporter
-
-    build = Path(build)
-    exporter, links = HTMLExporter(), []
-    for path in sorted((build / "notebooks").rglob("*.ipynb")):
-        name = "_".join(path.relative_to(build / "notebooks").with_suffix("").parts)
-        page, _ = exporter.from_filename(str(path))
-        write_text(build / "html" / f"{name}.html", page)
-        title = re.sub(r"^# ", "", nbformat.read(path, as_version=4).cells[0].source.splitlines()[0])
-        run = "" if path.parent.name == "notebooks" else f" ({path.parent.name})"
-        links.append(f'<li><a href="{name}.html">{html.escape(title + run)}</a></li>')
-    table = html.escape((build / "tables" / "table1.txt").read_text(encoding="utf-8"))
-    page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Table 1 and the notebooks</title>'
-        "<style>body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-        f"pre{{overflow-x:auto}}</style><h1>Table 1</h1><p>Profile <b>{html.escape(build.name)}</b></p>"
-        f"<pre>{table}</pre><h1>Notebooks</h1><ul>{''.join(links)}</ul></html>\n"
-    )
-    # The index last: where it is, the pages are.
-    write_text(build / "html" / "index.html", page)
-
-
 def main(arguments):
-    """``html FOLDER``, ``commit FOLDER`` or ``pdf PROFILE``; returns the exit code."""
-    if len(arguments) != 2 or arguments[0] not in ("html", "commit", "pdf"):
+    """``commit FOLDER`` or ``pdf PROFILE``; returns the exit code."""
+    if len(arguments) != 2 or arguments[0] not in ("commit", "pdf"):
         print(__doc__, file=sys.stderr)
         return 2
     action, build = arguments
     try:
-        if action == "html":
-            html_pages(build)
-        elif action == "pdf":
+        if action == "pdf":
             print(pdf(build).relative_to(find_root()))
         else:
             for path in commit(build):

@@ -1,0 +1,185 @@
+"""The notebooks as a small static site: an index with Table 1 first, each figure linked to its cell.
+
+python -m fortify.site                the committed notebooks, tables and paper: build/site
+python -m fortify.site build/demo     a finished profile, every run of it: build/demo/html
+
+The pages need no server and fetch nothing: they open from the file system, and GitHub Pages serves them.
+"""
+
+import base64
+import html
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+
+from fortify.publish import PublishError
+from fortify.runs import find_root, write_text
+
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#1f2328}
+table{border-collapse:collapse;font-size:.92em}th,td{padding:.2rem .7rem;text-align:right}
+th,td{border-bottom:1px solid #d0d7de}
+th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}
+.scroll{overflow-x:auto}.note,figcaption{color:#57606a;font-size:.88em}
+.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:1rem}
+figure{margin:0;border:1px solid #d0d7de;border-radius:6px;padding:.6rem}
+figure img{width:100%;height:11rem;object-fit:contain}
+"""
+# JupyterLab's look, without the scripts from elsewhere that widgets, formulas and diagrams would want.
+PAGE = """
+{%- extends 'lab/index.html.j2' -%}
+{%- block html_head_js -%}{%- endblock -%}
+{%- block html_head_js_mathjax -%}{%- endblock -%}
+{%- block html_head_js_mermaidjs -%}{%- endblock -%}
+{%- block body_header -%}{{ super() }}
+<p style="margin:1em 4em"><a href="index.html" style="text-decoration:underline">Table 1 and all notebooks</a></p>
+{%- endblock -%}
+"""
+
+
+def build_site(build):
+    """The pages of a finished profile ``build``, one a run and notebook; returns the index's path."""
+    build = Path(build)
+    notebooks = {}
+    for path in sorted((build / "notebooks").rglob("*.ipynb"), key=lambda p: (p.stem, p)):
+        run = "" if path.parent.name == "notebooks" else path.parent.name
+        notebooks["_".join(filter(None, (run, path.stem)))] = (path, run)
+    if not notebooks or not (build / "tables").is_dir():
+        raise PublishError(f"{build} holds no executed notebooks and tables; run that profile first")
+    return _site(build / "html", notebooks, build / "tables", build / "figures", build.name)
+
+
+def published_site(target=None):
+    """The pages of the committed notebooks, for GitHub Pages; returns the index's path."""
+    root = find_root()
+    paths = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
+    profiles = {nbformat.read(p, as_version=4).metadata.get("fortify", {}).get("profile") for p in paths}
+    if len(profiles) != 1 or None in profiles:
+        raise PublishError(
+            "the committed notebooks are not all of one profile's run; `make publish` makes them so"
+        )
+    (profile,) = profiles
+    below = "" if profile == "paper" else profile
+    notebooks = {path.stem: (path, "") for path in paths}
+    places = (root / "paper" / "tables" / below, root / "figures" / below)
+    target = Path(target or root / "build" / "site")
+    return _site(target, notebooks, *places, profile, pdf=root / "paper" / "paper.pdf")
+
+
+def _site(target, notebooks, tables, figures, profile, pdf=None):
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    exporter, listed, shown = _exporter(), [], {}
+    for name, (path, run) in notebooks.items():
+        notebook = nbformat.read(path, as_version=4)
+        page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": _title(notebook)}})
+        write_text(target / f"{name}.html", page)
+        listed.append((name, run, notebook))
+        for png, cell, alt in _pictures(notebook):
+            shown.setdefault(png, (f"{name}.html#cell-id={cell}", alt))
+    (target / "figures").mkdir()
+    files = {path.read_bytes(): path for path in sorted(figures.glob("*.png"))}
+    cards = []
+    for png in [png for png in shown if png in files]:
+        shutil.copy(files[png], target / "figures")
+        cards.append(_card(files[png].name, *shown[png]))
+    (target / "tables").mkdir()
+    for path in sorted(tables.glob("*.csv")):
+        shutil.copy(path, target / "tables")
+    if pdf is not None:
+        shutil.copy(pdf, target)
+    index = target / "index.html"
+    write_text(index, _index(tables, profile, listed, cards, pdf))  # last: where it is, the pages are
+    return index
+
+
+def _exporter():
+    from jinja2 import DictLoader
+    from nbconvert import HTMLExporter
+
+    return HTMLExporter(extra_loaders=[DictLoader({"page.html.j2": PAGE})], template_file="page.html.j2")
+
+
+def _pictures(notebook):
+    """(PNG bytes, cell id, alternative text) of each picture that the notebook shows."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            png = output.get("data", {}).get("image/png")
+            if png:
+                alt = output.metadata.get("image/png", {}).get("alt", "")
+                yield base64.b64decode(png), cell.id, alt
+
+
+def _title(notebook):
+    return notebook.cells[0].source.splitlines()[0].removeprefix("# ")
+
+
+def _question(notebook):
+    lines = notebook.cells[0].source.split("\n\n")
+    found = [line.removeprefix("**Question.** ") for line in lines if line.startswith("**Question.**")]
+    return found[0].replace("\n", " ").replace("*", "") if found else ""
+
+
+def _card(name, link, alt):
+    image = f'<img src="figures/{html.escape(name)}" alt="{html.escape(alt)}" loading="lazy">'
+    return f'<figure><a href="{link}">{image}</a><figcaption>{html.escape(alt)}</figcaption></figure>'
+
+
+def _index(tables, profile, listed, cards, pdf):
+    parts = []
+    for path in sorted(tables.glob("table1_*.md"), reverse=True):  # random, as in the paper, before grouped
+        split = path.stem.removeprefix("table1_")
+        parts.append(
+            f"<h2>Table 1, {html.escape(split)} split</h2>{_table(path.read_text(encoding='utf-8'))}"
+        )
+    items = []
+    for name, run, notebook in listed:
+        words = html.escape(f"{_title(notebook)} ({run})" if run else _title(notebook))
+        items.append(f'<li><a href="{name}.html">{words}</a><br>{html.escape(_question(notebook))}</li>')
+    files = ", ".join(f'<a href="tables/{p.name}">{p.stem}</a>' for p in sorted(tables.glob("*.csv")))
+    paper = f'<p><a href="{pdf.name}">The paper (PDF)</a></p>' if pdf is not None else ""
+    warning = "" if profile == "paper" else " It is not the reference run (profile <b>paper</b>)."
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Adversarial training on lung-CT slices</title><style>{STYLE}</style>"
+        "<h1>Adversarial training on lung-CT slices, reproducibly</h1>"
+        f"<p>What the <b>{html.escape(profile)}</b> profile gave.{warning}</p>{paper}{''.join(parts)}"
+        f"<h2>Notebooks</h2><ul>{''.join(items)}</ul>"
+        f"<h2>Figures</h2><p>Each leads to the cell that made it.</p>"
+        f'<div class="figures">{"".join(cards)}</div>'
+        f"<h2>Tables</h2><p>{files}</p></html>\n"
+    )
+
+
+def _table(markdown):
+    """A Markdown table of ours and the note below it, as HTML."""
+    rows, note = [], []
+    for line in markdown.splitlines():
+        if line.startswith("|"):
+            rows.append([html.escape(cell.strip()) for cell in line.strip("|").split("|")])
+        elif line:
+            note.append(html.escape(line))
+    head = "".join(f"<th>{cell}</th>" for cell in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows[2:])
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll">{table}</div><p class="note">{" ".join(note)}</p>'
+
+
+def main(arguments):
+    """No argument, or the FOLDER of a finished profile; returns the exit code."""
+    if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        print(build_site(arguments[0]) if arguments else published_site())
+    except (PublishError, FileNotFoundError) as error:
+        print(f"site: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
