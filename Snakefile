@@ -23,7 +23,9 @@ PROFILE = config.get("profile", "demo")
 BUILD = f"build/{PROFILE}"
 NOTEBOOKS = sorted(Path("notebooks").glob("[0-9]*.ipynb"))
 try:
-    changes = {name: value for name, value in config.items() if name != "profile"}
+    # --config reads what stands in [a, b] as text.
+    lists = {name: list(map(yaml.safe_load, map(str, v))) for name, v in config.items() if isinstance(v, list)}
+    changes = {name: value for name, value in (config | lists).items() if name != "profile"}
     PARAMETERS = load_profile(f"notebooks/profiles/{PROFILE}.yaml", NOTEBOOKS, changes=changes)
 except ProfileError as error:
     raise WorkflowError(str(error))

@@ -40,9 +40,10 @@ from fortify.attacks import CW, FGSM, PGD, craft, craft_batch, frozen, perturbat
 from fortify.augmentation import Augmentation
 from fortify.evaluation import evaluate
 from fortify.figures import DOUBLE, save, styled
+from fortify.folding import Twin
 from fortify.models import build_model
 from fortify.runs import describe_device, find_root
-from fortify.training import Recipe, TrainingState, _epoch, crafting_twin
+from fortify.training import Recipe, TrainingState, _epoch
 
 SHAPES = {  # device: arch, side in px, batch, PGD steps
     "cpu": ("resnet18", 64, 32, 5),
@@ -169,7 +170,7 @@ def training(name, attacks, model, x, y, steps):
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
         state, greys = TrainingState(model, optimizer, schedule), (x * 255).round().byte()
         weight, shares = torch.ones(model.num_classes, device=x.device), {PGD(EPS_255, steps=steps): 1.0}
-        twin = crafting_twin(model, x[:1])
+        twin = Twin(model, x[:1])
         return lambda: _epoch(state, greys, y, weight, recipe, shares, twin, 0)
     pgd = attacks["pgd"](steps)
 

@@ -1,5 +1,7 @@
 """Publishing: outputs travel to the committed notebook, and only from what was really executed."""
 
+import gzip
+import json
 import re
 import shutil
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from fortify import publish
+from fortify.evaluation import accuracy_table, at_budget, read_rows
 from fortify.publish import PublishError, source_sha256, with_outputs
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +97,10 @@ def checkout(tmp_path, monkeypatch):
         (tmp_path / "build/laptop" / folder).mkdir(parents=True)
     nbformat.write(executed(), tmp_path / "build/laptop/notebooks/01_a.ipynb")
     (tmp_path / "build/laptop/figures/robustness_curves.png").write_bytes(b"png")
+    (tmp_path / "build/laptop/random-s0").mkdir()
+    (tmp_path / "build/laptop/random-s0/02_baseline.json").write_text("{}")
+    (tmp_path / "build/laptop/random-s0/normal_predictions.csv").write_text("index,label\n1,2\n")
+    (tmp_path / "build/laptop/random-s0/normal.safetensors").write_bytes(b"large")
     (tmp_path / "build/laptop/tables/table1_random.md").write_text("| a |\n")
     (tmp_path / "build/laptop/tables/table1.txt").write_text("Table 1 <text>\n")
     (tmp_path / "build/laptop/tables/claims.md").write_text("| claim |\n")
@@ -109,6 +116,9 @@ def test_commit_writes_notebooks_figures_tables_and_readme(checkout):
     assert notebook.cells[2].outputs[0].data["text/plain"] == "2"
     assert (checkout / "figures/laptop/robustness_curves.png").read_bytes() == b"png"
     assert not list((checkout / "figures").glob("*.png")), "only the paper profile writes there"
+    runs = checkout / "paper/tables/laptop/runs/random-s0"
+    assert sorted(p.name for p in runs.iterdir()) == ["02_baseline.json", "normal_predictions.csv.gz"]
+    assert gzip.decompress((runs / "normal_predictions.csv.gz").read_bytes()) == b"index,label\n1,2\n"
     readme = (checkout / "README.md").read_text()
     assert (
         readme.startswith("top\n")
@@ -180,6 +190,27 @@ def papers(tmp_path, monkeypatch):
 def test_the_committed_pdf_is_made_of_the_published_tables(papers):
     committed = (ROOT / "paper/paper.pdf").read_bytes()
     assert publish.pdf(PROFILE, papers / "again.pdf").read_bytes() == committed
+
+
+def test_the_published_table_1_is_what_the_published_rows_say():
+    """From the committed rows by image to the committed table, as notebook 5 goes."""
+    tables = ROOT / "paper/tables" / BELOW
+    files = sorted((tables / "runs").glob("*/*_predictions.csv.gz"))
+    assert files and sum(p.stat().st_size for p in tables.rglob("*") if p.is_file()) < 5e6
+    rows = pd.concat([read_rows(path) for path in files if not path.name.startswith("published")])
+    budget = json.loads(next(iter((tables / "runs").glob("*/03_attacks.json"))).read_text())["parameters"]
+    counted = accuracy_table(
+        at_budget(rows, eps_255=budget["eps_255"], cw_l2=budget["cw_l2"]),
+        class_names=("benign", "malignant", "normal"),
+    )
+    counted = counted[counted.protocol == "adaptive"].set_index(["split", "model", "attack"])
+    compared = 0
+    for split in ("random", "grouped"):
+        for row in pd.read_csv(tables / f"table1_{split}.csv").itertuples():
+            own = counted.loc[(split, row.model, row.attack)]
+            assert (own.k, own.n) == (row.k, row.n), (split, row.model, row.attack)
+            compared += 1
+    assert compared == 20
 
 
 def test_a_number_that_is_missing_is_an_error(papers, capsys):

@@ -70,7 +70,8 @@ def test_same_seed_same_weights(parts):
 
 @pytest.mark.parametrize("attacks", [None, THIRDS], ids=["normal", "adversarial"])
 def test_an_interrupted_training_ends_in_the_same_weights(parts, tmp_path, monkeypatch, attacks):
-    recipe, val_attack = Recipe(epochs=3, batch_size=16), PGD(4, steps=2) if attacks else None
+    recipe = Recipe(epochs=3, batch_size=16, eps_warmup=0.5, ema=0.9 if attacks else 0.0)
+    val_attack = PGD(4, steps=2) if attacks else None
     arguments = dict(attacks=attacks, val_attack=val_attack, seed=1, progress=False)
     whole = small()
     expected = fit(whole, *parts, recipe, **arguments)
@@ -120,20 +121,10 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_batch_and_checkpoint(parts, 
         fit(small(), *parts, Recipe(epochs=3, batch_size=16), checkpoints=tmp_path, progress=False)
 
 
-def test_training_on_a_cpu_crafts_on_the_model_itself(parts, monkeypatch):
-    """A twin's rounding would end in other weights than those of the published tables."""
-    made = []
-    monkeypatch.setattr(training, "Twin", lambda *arguments: made.append(arguments))
-    fit(small(), *parts, Recipe(epochs=1, batch_size=16), attacks=THIRDS, progress=False)
-    assert not made
-
-
-@pytest.mark.parametrize("on_twin", [False, True], ids=["as on a CPU", "as on a GPU"])
-def test_the_batch_holds_the_shares_asked_for(model, images, labels, on_twin):
+def test_the_batch_holds_the_shares_asked_for(model, images, labels):
     x, y = images[:30], labels[:30]
     generator = torch.Generator().manual_seed(0)
-    twin = Twin(model, x[:1]) if on_twin else None
-    joined, joined_labels = training._with_attacked(model, x, y, 0.5, THIRDS, twin, generator)
+    joined, joined_labels = training._with_attacked(model, x, y, 0.5, THIRDS, Twin(model, x[:1]), generator)
     assert len(joined) == len(joined_labels) == 15 + 30
     assert torch.equal(joined[:15], x[:15])
     moved = (joined[15:] - x).flatten(1).abs().amax(1) * 255
@@ -141,11 +132,78 @@ def test_the_batch_holds_the_shares_asked_for(model, images, labels, on_twin):
     assert torch.equal(joined_labels, torch.cat([y[:15], y]))
 
 
+def test_attacks_walk_on_the_present_weights(parts, monkeypatch):
+    """A twin that is not refreshed would attack the network as it was before training."""
+    walked = []
+    craft_parts = training.craft_parts
+
+    def spied(model, parts, *, twin):
+        x = parts[0][1]
+        with torch.no_grad():
+            walked.append((twin(x) - model(x)).abs().max().item())
+        return craft_parts(model, parts, twin=twin)
+
+    monkeypatch.setattr(training, "craft_parts", spied)
+    fit(small(), *parts, Recipe(epochs=2, batch_size=16), attacks=THIRDS, progress=False)
+    assert len(walked) == 10 and max(walked) < 1e-3
+
+
+def test_budgets_grow_over_the_first_epochs(parts, monkeypatch):
+    budgets = []
+    craft_parts = training.craft_parts
+
+    def spied(model, parts, *, twin):
+        budgets.append([attack.eps_255 for attack, *_ in parts])
+        return craft_parts(model, parts, twin=twin)
+
+    monkeypatch.setattr(training, "craft_parts", spied)
+    recipe = Recipe(epochs=4, batch_size=80, eps_warmup=0.5)
+    fit(small(), *parts, recipe, attacks=THIRDS, progress=False)
+    assert budgets == [[2, 2, 2], [4, 4, 4], [4, 4, 4], [4, 4, 4]]
+
+
+def test_an_average_keeps_less_of_itself_in_the_first_steps():
+    model = small()
+    state = training.TrainingState(model, torch.optim.SGD(model.parameters()), ema=0.5)
+    first = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.add_(1)
+    for keep in (0.1, 2 / 11, 3 / 12):
+        before = {k: v.clone() for k, v in state.judged.state_dict().items()}
+        state.average()
+        for name, own in state.judged.state_dict().items():
+            wanted = first[name] + 1
+            if own.is_floating_point():
+                wanted = keep * before[name] + (1 - keep) * wanted
+            assert torch.allclose(own, wanted, atol=1e-6), name
+    state.averaged = 1000
+    before = weights(state.judged)
+    state.average()
+    middle = (before + weights(model)) / 2
+    assert torch.allclose(weights(state.judged)[: len(middle) // 2], middle[: len(middle) // 2], atol=1e-6)
+    assert not any(parameter.requires_grad for parameter in state.judged.parameters())
+
+
+def test_the_average_is_what_is_judged_and_kept(parts):
+    plain, averaged = small(), small()
+    fit(plain, *parts, Recipe(epochs=2, batch_size=16), progress=False)
+    history = fit(averaged, *parts, Recipe(epochs=2, batch_size=16, ema=0.9), progress=False)
+    assert not torch.equal(weights(plain), weights(averaged))
+    kept = history[history.selected].val_accuracy.item()
+    x, y = training.on_device(parts[1], "cpu")
+    assert training.accuracy(averaged, x, y) == pytest.approx(kept)
+
+
 def test_class_weights_are_inverse_frequencies_with_mean_one_over_examples():
     labels = np.array([0] * 1 + [1] * 4 + [2] * 5)
     found = class_weights(labels, 3)
     assert found * np.bincount(labels) == pytest.approx([10 / 3] * 3)
     assert found[labels].mean() == pytest.approx(1)
+    root = class_weights(labels, 3, power=0.5)
+    assert root / root[0] == pytest.approx([1, 1 / 2, 1 / 5**0.5])
+    assert root[labels].mean() == pytest.approx(1)
+    assert class_weights(labels, 3, power=0) == pytest.approx([1, 1, 1])
 
 
 @pytest.mark.parametrize(
@@ -169,7 +227,9 @@ def test_an_absent_class_and_an_empty_set_are_named(parts, phantoms):
         fit(small(), parts[0], phantoms.subset([]), Recipe(epochs=1), progress=False)
 
 
-@pytest.mark.parametrize("arguments", [{"epochs": 0}, {"batch_size": 1}, {"clean_share": 1.5}])
+@pytest.mark.parametrize(
+    "arguments", [{"epochs": 0}, {"batch_size": 1}, {"clean_share": 1.5}, {"eps_warmup": 2}, {"ema": 1}]
+)
 def test_impossible_recipes_are_refused(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         Recipe(**arguments)
@@ -217,3 +277,31 @@ def test_level_and_gain_move_greys_within_their_ranges():
             grey, Augmentation(**still, **change), generator=torch.Generator().manual_seed(0)
         ).mean((1, 2, 3))
         assert low - 1e-6 <= means.min() < low + 0.02 and high - 0.02 < means.max() <= high + 1e-6
+
+
+def test_smoothing_keeps_the_mean_and_takes_the_noise(images):
+    noisy = (images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    smooth = Augmentation(flip=False, degrees=0, scale=0, translate=0, blur=1.0)
+    views = augment(noisy, smooth, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(views.mean((1, 2, 3)), noisy.mean((1, 2, 3)), atol=5e-3)
+    inner = (slice(None), 0, slice(1, -1), slice(1, -1))
+    expected = sum(
+        w * v * noisy[:, 0, i : i + 62, j : j + 62]
+        for i, w in enumerate((0.25, 0.5, 0.25))
+        for j, v in enumerate((0.25, 0.5, 0.25))
+    )
+    assert torch.allclose(views[inner], expected, atol=1e-4)
+    half = Augmentation(flip=False, degrees=0, scale=0, translate=0, blur=0.5)
+    views = augment(noisy, half, generator=torch.Generator().manual_seed(0))
+    changed = ((views - noisy).flatten(1).abs().amax(1) > 0.01).float().mean()
+    assert 0.3 < changed < 0.7
+
+
+def test_a_square_of_the_share_asked_for_is_cut_out():
+    white = torch.ones(300, 1, 40, 40)
+    cut = Augmentation(flip=False, degrees=0, scale=0, translate=0, cutout=0.25)
+    holes = 1 - augment(white, cut, generator=torch.Generator().manual_seed(0))
+    areas = holes.round().sum((1, 2, 3))
+    assert areas.max() == 100, "10 of 40 pixels a side, where the square is whole"
+    assert areas.min() >= 25, "a quarter of it at least: its centre lies in the image"
+    assert (holes.mean(0) > 0).all(), "anywhere"

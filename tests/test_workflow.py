@@ -14,10 +14,12 @@ from fortify.evaluation import check_rows, read_rows
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "test"
+CHECKSUM = ["--max-checksum-file-size", "1000000000"]  # as in the Makefile
+SEED_ALONE = dict.fromkeys(("baseline", "attacks", "adversarial_training", "published_protocol"), 2)
 
 
 def snakemake(*arguments, config=("profile=test",)):
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments, "--config", *config]
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", *CHECKSUM, *arguments, "--config", *config]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -88,6 +90,30 @@ AFTER_TRAINING |= {"results": 1, "claims": 1, "html": 1, "all": 1}
 )
 def test_a_changed_parameter_redoes_only_what_depends_on_it(finished, change, redone):
     assert jobs(snakemake("--dry-run", config=("profile=test", change)).stdout) == redone
+
+
+def test_another_seed_leaves_the_finished_one(finished):
+    two = ("profile=test", "seeds=[0,1]")
+    try:
+        assert snakemake("data", "--quiet", "rules", config=two).returncode == 0
+        found = jobs(snakemake("--dry-run", config=two).stdout)
+    finally:  # as it was
+        assert snakemake("data", "--quiet", "rules").returncode == 0
+    assert found == SEED_ALONE | {"results": 1, "claims": 1, "html": 1, "all": 1}
+
+
+def test_tables_are_made_without_the_weights(finished, tmp_path):
+    table = BUILD / "tables" / "table1.txt"
+    before, weights = table.read_text(), sorted(BUILD.glob("*/*.safetensors"))
+    table.unlink()
+    for path in weights:
+        shutil.move(path, tmp_path / f"{path.parent.name}-{path.name}")
+    allowed = ("--allowed-rules", "results", "claims", "html", "all")
+    done = snakemake("--quiet", "rules", *allowed)
+    for path in weights:
+        shutil.move(tmp_path / f"{path.parent.name}-{path.name}", path)
+    assert done.returncode == 0 and len(weights) == 8, done.stderr[-2000:]
+    assert table.read_text() == before
 
 
 def test_the_reference_run_is_five_seeds_on_both_splits():

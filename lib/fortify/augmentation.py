@@ -23,6 +23,8 @@ class Augmentation:
     gain: float = 0.0  # grey * (1 +- gain)
     level: float = 0.0  # grey +- level, in [0, 1] units
     noise: float = 0.0  # Gaussian noise, its sd drawn from 0 .. noise, in [0, 1] units
+    blur: float = 0.0  # share of the images that are smoothed by a 3 x 3 binomial kernel
+    cutout: float = 0.0  # side of a black square put at random, as a share of the image's side
 
 
 def augment(images, augmentation, *, generator):
@@ -51,7 +53,28 @@ def augment(images, augmentation, *, generator):
     if a.noise:
         sd = uniform(a.noise).abs().view(each)
         x = x + sd * torch.randn(x.shape, generator=generator, device=device)
+    if a.blur:
+        smoothed = torch.rand(count, generator=generator, device=device) < a.blur
+        x = torch.where(smoothed.view(each), _smooth(x), x)
+    if a.cutout:
+        x = x * _outside_squares(x, a.cutout, uniform(1.0), uniform(1.0))
     return x.clamp(0, 1)
+
+
+def _smooth(x):
+    kernel = x.new_tensor([1.0, 2.0, 1.0]) / 4
+    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), torch.outer(kernel, kernel)[None, None])
+
+
+def _outside_squares(x, share, row, column):
+    """Mask like ``x``: 0 in a square of that share of the side, around centres in -1 .. 1, else 1."""
+
+    def inside(centre, size):
+        pixels = (torch.arange(size, device=x.device) + 0.5) / size * 2 - 1
+        return (pixels - centre[:, None]).abs() < share
+
+    rows, columns = inside(row, x.shape[2]), inside(column, x.shape[3])
+    return (~(rows[:, :, None] & columns[:, None, :])).unsqueeze(1).to(x.dtype)
 
 
 def _affine(images, *, angle, scale, shift, mirror):

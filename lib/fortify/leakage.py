@@ -46,6 +46,7 @@ class LeakClassifier:
 
     features: Callable  # uint8 (N, H, W) -> float (N, F)
     build: Callable  # seed -> an unfitted scikit-learn classifier
+    sees_lung: bool  # whether the feature is of the whole slice
 
 
 def thumbnail_features(images):
@@ -97,17 +98,20 @@ def _forest(seed):
 
 CLASSIFIERS = {
     "majority class": LeakClassifier(
-        histogram_features, lambda seed: DummyClassifier(strategy="most_frequent")
+        histogram_features, lambda seed: DummyClassifier(strategy="most_frequent"), sees_lung=False
     ),
-    "nearest neighbour": LeakClassifier(thumbnail_features, lambda seed: KNeighborsClassifier(1)),
+    "nearest neighbour": LeakClassifier(
+        thumbnail_features, lambda seed: KNeighborsClassifier(1), sees_lung=True
+    ),
     "frame": LeakClassifier(
         frame_features,
         lambda seed: make_pipeline(
             StandardScaler(), LogisticRegression(max_iter=_ITERATIONS, random_state=seed)
         ),
+        sees_lung=False,
     ),
-    "histogram": LeakClassifier(histogram_features, _forest),
-    "background": LeakClassifier(background_features, _forest),
+    "histogram": LeakClassifier(histogram_features, _forest, sees_lung=True),
+    "background": LeakClassifier(background_features, _forest, sees_lung=False),
 }
 
 

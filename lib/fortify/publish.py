@@ -4,6 +4,7 @@ python -m fortify.publish commit build/laptop   notebooks/, figures/, paper/tabl
 python -m fortify.publish pdf laptop            paper/paper.pdf, from paper/paper.typ and the published tables
 """
 
+import gzip
 import hashlib
 import json
 import shutil
@@ -87,7 +88,8 @@ def _changed_parameters(cell, executed, profile):
 
 
 def commit(build):
-    """Put a profile's executed notebooks, figures and tables where readers look; returns what was written.
+    """Put a profile's executed notebooks, figures, tables and the per-example results they are made of
+    where readers look; returns what was written.
 
     Only the ``paper`` profile writes ``figures/`` and ``paper/tables/`` themselves; any other writes to
     their subfolder of its name, so that nothing smaller passes for the reference run.
@@ -115,8 +117,23 @@ def commit(build):
         shutil.rmtree(folder, ignore_errors=True) if below else None
         folder.mkdir(parents=True, exist_ok=True)
         written += [Path(shutil.copy(p, folder)) for p in sorted((build / kind).iterdir()) if p.is_file()]
+    for path in per_example_results(build):
+        packed = root / "paper" / "tables" / below / "runs" / path.relative_to(build)
+        if path.suffix == ".csv":
+            packed = packed.with_suffix(".csv.gz")
+        with atomic_path(packed) as temporary:
+            data = path.read_bytes()
+            temporary.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".csv" else data)
+        written.append(packed)
     update_readme(root, profile)
     return written
+
+
+def per_example_results(build):
+    """The splits, every run's rows by image, histories and manifests: what the tables are made of."""
+    runs = [path.parent for path in sorted(build.glob("*/02_baseline.json"))]
+    found = sorted((build / "data").glob("splits/*.csv"))
+    return found + [p for run in runs for p in sorted(run.iterdir()) if p.suffix in (".csv", ".json")]
 
 
 def update_readme(root, profile):

@@ -236,12 +236,15 @@ def progress_bar(iterable, *, desc, show=True):
 def notebook_parameters(namespace):
     """The plain literals of a notebook's namespace, as a dict: call it right after the parameters cell.
 
-    Skips names that start with ``_`` and IPython's own; modules, functions and classes are no literals.
+    Skips names that start with ``_``, constants in CAPITALS and IPython's own; modules, functions and classes
+    are no literals.
     """
     plain = (str, int, float, bool, list, tuple, dict, type(None))
     own = {"In", "Out", "exit", "quit"}
     return {
-        k: v for k, v in namespace.items() if isinstance(v, plain) and not k.startswith("_") and k not in own
+        k: v
+        for k, v in namespace.items()
+        if isinstance(v, plain) and not (k.startswith("_") or k.isupper() or k in own)
     }
 
 

@@ -34,7 +34,7 @@ PAGE = """
 {%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
 {%- block body_header -%}{{ super() }}
-<p style="margin:1em 4em"><a href="index.html" style="text-decoration:underline">Table 1 and all notebooks</a></p>
+<p style="margin:1em 4em"><a href="index.html" style="text-decoration:underline">Table 1, all notebooks</a></p>
 {%- endblock -%}
 """
 

@@ -1,8 +1,9 @@
 """One training loop: without attacks it is normal training, with them adversarial training."""
 
+import copy
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from fortify.attacks import craft, craft_batch, craft_parts, frozen
+from fortify.attacks import craft, craft_parts, frozen
 from fortify.augmentation import Augmentation, augment
 from fortify.folding import Twin
 from fortify.models import device_of, predict, read_safetensors
@@ -22,8 +24,11 @@ from fortify.runs import atomic_path, progress_bar
 class Recipe:
     """How :func:`fit` trains; the defaults are the reference run's normal training.
 
-    AdamW with a one-cycle learning rate; classes weighted by inverse frequency. ``clean_share`` of
-    every batch enters as it is. Adversarial training adds attacked images (see :func:`fit`).
+    AdamW with a one-cycle learning rate. ``clean_share`` of every batch enters as it is; adversarial
+    training adds attacked images (see :func:`fit`), at budgets that grow to their whole over the first
+    ``eps_warmup`` of the epochs. With ``ema`` the network that is validated and kept is an exponential
+    moving average of the trained one: at each step it keeps that share of itself (less in the first steps).
+    ``class_balance`` is the power of the inverse class frequency that weights the loss; 0 is no weighting.
     """
 
     epochs: int = 60
@@ -32,6 +37,9 @@ class Recipe:
     weight_decay: float = 0.05
     label_smoothing: float = 0.05
     clean_share: float = 1.0
+    eps_warmup: float = 0.0
+    ema: float = 0.0
+    class_balance: float = 1.0
     augmentation: Augmentation = Augmentation()
 
     def __post_init__(self):
@@ -39,6 +47,12 @@ class Recipe:
             raise ValueError(f"epochs >= 1 and batch_size >= 2, not {self.epochs} and {self.batch_size}")
         if not 0 <= self.clean_share <= 1:
             raise ValueError(f"clean_share is a share of the batch, 0 to 1, not {self.clean_share}")
+        if not 0 <= self.eps_warmup <= 1:
+            raise ValueError(f"eps_warmup is a share of the epochs, 0 to 1, not {self.eps_warmup}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(
+                f"ema is what the average keeps of itself at a step, 0 to below 1, not {self.ema}"
+            )
 
 
 def fit(model, train, val, recipe, *, attacks=None, val_attack=None, seed=0, checkpoints=None, progress=True):
@@ -47,7 +61,8 @@ def fit(model, train, val, recipe, *, attacks=None, val_attack=None, seed=0, che
     ``train`` and ``val`` are :class:`fortify.data.Slices`. ``attacks`` maps an attack to the share of
     every batch it attacks, for example ``{FGSM(4): 1/3, PGD(4, steps=4): 1/3, PGD(4, steps=4,
     loss="margin"): 1/3}``: as in the paper, they are crafted on the current model, in eval mode with
-    frozen weights, and joined with the clean images into one forward. None is normal training.
+    frozen weights (on its :class:`fortify.folding.Twin`), and joined with the clean images into one
+    forward. None is normal training.
 
     The epoch with the highest validation accuracy is kept, under ``val_attack`` if one is given
     (ties: the higher clean accuracy, then the later epoch).
@@ -65,31 +80,34 @@ def fit(model, train, val, recipe, *, attacks=None, val_attack=None, seed=0, che
         model.to(memory_format=torch.channels_last)
     x_train, y_train = on_device(train, device)
     x_val, y_val = on_device(val, "cpu")
-    weight = _class_weights(y_train, model.num_classes)
+    weight = class_weights(y_train.cpu(), model.num_classes, power=recipe.class_balance)
+    weight = torch.tensor(weight, dtype=torch.float32, device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     batches = -(-len(y_train) // recipe.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=recipe.lr, total_steps=recipe.epochs * batches
     )
-    state = TrainingState(model, optimizer, schedule)
+    state = TrainingState(model, optimizer, schedule, ema=recipe.ema)
     file = None
     if checkpoints is not None:
         attacked = ([(repr(a), share) for a, share in attacks.items()], repr(val_attack))
         name = fingerprint(model, train, val, asdict(recipe), attacked, seed)
         file = Path(checkpoints) / f"{name}.safetensors"
         state.resume(file)
-    twin = crafting_twin(model, x_train[:1].float() / 255) if attacks else None
+    twin = Twin(model, x_train[:1].float() / 255) if attacks else None
     remaining = range(state.epoch + 1, recipe.epochs + 1)
     for epoch in progress_bar(remaining, desc="training", show=progress):
         epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(epoch_seed)  # for nets with dropout: a resumed epoch draws the same
-            losses, correct = _epoch(state, x_train, y_train, weight, recipe, attacks, twin, epoch_seed)
+            now = _at_epoch(attacks, epoch, recipe)
+            losses, correct = _epoch(state, x_train, y_train, weight, recipe, now, twin, epoch_seed)
         stop_if_not_finite(losses, epoch, file)
-        val_accuracy = accuracy(model, x_val, y_val)
+        val_accuracy = accuracy(state.judged, x_val, y_val)
         robust = np.nan
         if val_attack is not None:
-            robust = 1 - craft(model, x_val / 255, y_val, val_attack, seed=seed).success.float().mean().item()
+            found = craft(state.judged, x_val / 255, y_val, val_attack, seed=seed)
+            robust = 1 - found.success.float().mean().item()
         state.record(epoch, losses.mean().item(), correct, val_accuracy, robust)
         if file is not None:
             state.save(file)
@@ -98,23 +116,48 @@ def fit(model, train, val, recipe, *, attacks=None, val_attack=None, seed=0, che
     return state.table()
 
 
-def class_weights(labels, num_classes):
-    """Inverse-frequency weights (num_classes,), mean 1 over the examples. Every class must be present."""
+def class_weights(labels, num_classes, *, power=1.0):
+    """Weights (num_classes,): inverse class frequencies to a power, mean 1 over the examples.
+
+    Raises ValueError where a class has no example.
+    """
     counts = np.bincount(np.asarray(labels), minlength=num_classes)
     if (counts == 0).any():
         raise ValueError(f"no training image of class {counts.argmin()}: every class must be present")
-    return counts.sum() / (num_classes * counts)
+    weights = counts.astype(float) ** -power
+    return weights * counts.sum() / (weights * counts).sum()
 
 
 class TrainingState:
     """What an interrupted training needs to go on: weights, best weights, optimiser, schedule, history.
 
     ``keep`` says which epoch ends up in ``best``: the ``"best"`` on validation, or the ``"last"``.
+    ``judged`` is what is validated and kept: ``model``, or with ``ema`` its moving average.
     """
 
-    def __init__(self, model, optimizer, schedule=None, *, keep="best"):
+    def __init__(self, model, optimizer, schedule=None, *, keep="best", ema=0.0):
         self.model, self.epoch, self.history, self.best = model, 0, [], _copy(model)
         self.optimizer, self.schedule, self.keep = optimizer, schedule, keep
+        self.ema, self.averaged = ema, 0
+        self.judged = copy.deepcopy(model).eval().requires_grad_(False) if ema else model
+
+    @torch.no_grad()
+    def average(self):
+        """After a step: let ``judged`` follow ``model``, its BatchNorm statistics included."""
+        if not self.ema:
+            return
+        self.averaged += 1
+        # A tenth of the new weights at first, so that the initial ones are soon forgotten.
+        keep = min(self.ema, self.averaged / (self.averaged + 9))
+        floats = [], []
+        both = zip(self.judged.state_dict().values(), self.model.state_dict().values(), strict=True)
+        for ours, theirs in both:
+            if ours.is_floating_point():
+                floats[0].append(ours)
+                floats[1].append(theirs)
+            else:  # BatchNorm's count of batches
+                ours.copy_(theirs)
+        get_ema_multi_avg_fn(keep)(*floats, None)
 
     def record(self, epoch, loss, accuracy, val_accuracy, robust):
         self.epoch = epoch
@@ -122,7 +165,7 @@ class TrainingState:
         row = (epoch, lr, loss, accuracy, val_accuracy, robust)
         self.history.append(dict(zip(_HISTORY, row, strict=True)))
         if self._selected() == len(self.history) - 1:
-            self.best = _copy(self.model)
+            self.best = _copy(self.judged)
 
     def table(self):
         table = pd.DataFrame(self.history, columns=_HISTORY)
@@ -139,12 +182,14 @@ class TrainingState:
     def save(self, file):
         tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"best/{k}": v for k, v in self.best.items()}
+        tensors |= {f"judged/{k}": v for k, v in self.judged.state_dict().items() if self.ema}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{k}": v for k, v in moments.items()}
         groups = self.optimizer.state_dict()["param_groups"]
         schedule = self.schedule.state_dict() if self.schedule else {}
         schedule = {k: v for k, v in schedule.items() if not callable(v)}
-        metadata = {"epoch": self.epoch, "history": self.history, "groups": groups, "schedule": schedule}
+        metadata = {"epoch": self.epoch, "averaged": self.averaged, "history": self.history}
+        metadata |= {"groups": groups, "schedule": schedule}
         # Copies, because safetensors refuses tensors that share memory.
         whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         with atomic_path(file) as temporary:
@@ -155,18 +200,21 @@ class TrainingState:
             return
         tensors, metadata = read_safetensors(file)
         metadata = {k: json.loads(v) for k, v in metadata.items()}
-        device, moments = device_of(self.model), {}
+        device, of, moments = device_of(self.model), {}, {}
         for name, tensor in tensors.items():
             kind, key = name.split("/", 1)
-            if kind == "optimizer":
-                index, moment = key.split("/")
-                moments.setdefault(int(index), {})[moment] = tensor
-        self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model/")})
-        self.best = {k[5:]: v.to(device) for k, v in tensors.items() if k.startswith("best/")}
+            of.setdefault(kind, {})[key] = tensor
+        for name, tensor in of["optimizer"].items():
+            index, moment = name.split("/")
+            moments.setdefault(int(index), {})[moment] = tensor
+        self.model.load_state_dict(of["model"])
+        if self.ema:
+            self.judged.load_state_dict(of["judged"])
+        self.best = {k: v.to(device) for k, v in of["best"].items()}
         self.optimizer.load_state_dict({"state": moments, "param_groups": metadata["groups"]})
         if self.schedule:
             self.schedule.load_state_dict(metadata["schedule"])
-        self.epoch, self.history = metadata["epoch"], metadata["history"]
+        self.epoch, self.averaged, self.history = (metadata[k] for k in ("epoch", "averaged", "history"))
 
 
 _HISTORY = ("epoch", "lr", "train_loss", "train_accuracy", "val_accuracy", "val_robust_accuracy")
@@ -190,19 +238,19 @@ def _epoch(state, x_train, y_train, weight, recipe, attacks, twin, seed):
         loss.backward()
         state.optimizer.step()
         state.schedule.step()
+        state.average()
         losses.append(loss.detach())  # read once an epoch: reading it here would stall a GPU
         correct += (logits.detach().argmax(1) == y).sum()
         seen += len(y)
     return torch.stack(losses).float().cpu(), correct.item() / seen
 
 
-def crafting_twin(model, example):
-    """The :class:`fortify.folding.Twin` that training crafts on; None on a CPU, where it is the model itself.
-
-    There a twin would save a third of a step, but another rounding turns the sign of a gradient near zero and
-    leads to other weights. On a GPU, in bf16, no two trainings end in the same bits anyway.
-    """
-    return Twin(model, example) if example.is_cuda else None
+def _at_epoch(attacks, epoch, recipe):
+    """``attacks`` at this epoch's share of their budgets; CW has none."""
+    share = min(1.0, epoch / max(1.0, recipe.eps_warmup * recipe.epochs))
+    return {
+        replace(a, eps_255=a.eps_255 * share) if hasattr(a, "eps_255") else a: s for a, s in attacks.items()
+    }
 
 
 def _with_attacked(model, x, y, clean_share, attacks, twin, generator):
@@ -219,10 +267,7 @@ def _with_attacked(model, x, y, clean_share, attacks, twin, generator):
             noise = torch.rand(x[part].shape, generator=generator, device=x.device) * 2 - 1
             parts.append((attack, x[part], y[part], noise))
     with frozen(model):
-        if twin is None:
-            attacked = [craft_batch(model, part, labels, a, noise=noise) for a, part, labels, noise in parts]
-        else:
-            attacked = craft_parts(model, parts, twin=twin.refresh())
+        attacked = craft_parts(model, parts, twin=twin.refresh())
     return torch.cat([x[clean], *(a.detach() for a in attacked)]), torch.cat(
         [y[clean], *(p[2] for p in parts)]
     )
@@ -237,11 +282,6 @@ def on_device(slices, device):
     """The whole set of slices on a device: uint8 (N, 1, H, W) greys and int64 (N,) labels."""
     images = torch.from_numpy(np.ascontiguousarray(slices.images)).unsqueeze(1)
     return images.to(device), torch.from_numpy(np.asarray(slices.labels)).long().to(device)
-
-
-def _class_weights(labels, num_classes):
-    weights = class_weights(labels.cpu().numpy(), num_classes)
-    return torch.tensor(weights, dtype=torch.float32, device=labels.device)
 
 
 def _copy(model):

@@ -1,0 +1,173 @@
+"""What each part of the training recipe is for: left out one at a time, on several splits.
+
+    python benchmarks/ablation.py          the laptop profile's recipe, two hours on two cores
+    python benchmarks/ablation.py --profile paper    the reference run's, on a GPU
+    python benchmarks/ablation.py --variants "as shipped" --seeds 0 1 2 3 4
+
+Trains on the real slices as notebooks 2 and 4 do, with the profile's parameters but for those of the
+variant, and attacks the test set with PGD. Variants are compared by their validation accuracy under attack,
+which is what a recipe may be chosen by; the test columns say what that choice was worth. Writes
+benchmarks/ablation_<profile>.csv, one row a variant, split and seed, as each is done, and README's section.
+A variant's earlier rows of the same splits and seeds are replaced, all others kept.
+"""
+
+import argparse
+import time
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from fortify.attacks import FGSM, PGD, craft
+from fortify.augmentation import Augmentation
+from fortify.data import load_iq_oth_nccd, to_tensor
+from fortify.models import build_model, predict
+from fortify.profiles import load_profile
+from fortify.publish import replace_section
+from fortify.runs import find_root, pick_device, write_csv
+from fortify.splits import grouped_split, near_duplicate_groups, random_split
+from fortify.training import Recipe, fit
+
+LITTLE = dict(degrees=3.0, zoom=0.03, translate=0.02, gamma=0.1, gain=0.05, level=0.02)
+LITTLE |= dict(noise=0.0, blur=0.0, cutout=0.0)
+NO_ATTACK = dict(fgsm_share=0.0, pgd_share=0.0, cw_share=0.0, clean_share=1.0)
+VARIANTS = {  # what differs from the profile's parameters
+    "as shipped": {},
+    "little augmentation": LITTLE,
+    "no moving average": dict(ema=0.0),
+    "whole budget from the start": dict(eps_warmup=0.0),
+    "no clean images": dict(clean_share=0.0),
+    "budget 1/255": dict(train_eps_255=1.0),
+    "normal training": NO_ATTACK,
+    "normal training, little augmentation": NO_ATTACK | LITTLE,
+}
+BUDGETS_255 = (2, 4, 8)  # of the attacks on the test set
+STEPS = 20
+
+
+def recipe_of(p):
+    """(Recipe, attacks with their shares, the attack on the validation set) of notebook 4's parameters."""
+    augmentation = Augmentation(
+        *(p[k] for k in ("flip", "degrees", "zoom", "translate", "gamma", "gain", "level", "noise")),
+        blur=p["blur"],
+        cutout=p["cutout"],
+    )
+    own = ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing", "clean_share")
+    recipe = Recipe(
+        **{name: p[name] for name in (*own, "eps_warmup", "ema", "class_balance")}, augmentation=augmentation
+    )
+    pgd = PGD(p["train_eps_255"], steps=p["train_pgd_steps"])
+    shares = {
+        FGSM(pgd.eps_255): p["fgsm_share"],
+        pgd: p["pgd_share"],
+        replace(pgd, loss="margin"): p["cw_share"],
+    }
+    return recipe, {attack: share for attack, share in shares.items() if share > 0}, pgd
+
+
+def measure(parameters, slices, split, seed):
+    """Train and attack once: one row. Validation is attacked at ``eps_255``, whatever is trained at."""
+    recipe, attacks, pgd = recipe_of(parameters)
+    judge = replace(pgd, eps_255=parameters["eps_255"])
+    parts = (
+        random_split(slices.labels, seed=seed)
+        if split == "random"
+        else grouped_split(slices.labels, slices.groups, seed=seed)
+    )
+    train, val, test = (slices.subset(parts[name]) for name in ("train", "val", "test"))
+    model = build_model(parameters["arch"], num_classes=len(slices.class_names), seed=seed).to(pick_device())
+    start = time.perf_counter()
+    history = fit(
+        model, train, val, recipe, attacks=attacks, val_attack=judge if attacks else None, seed=seed
+    )
+    row = {"training_s": time.perf_counter() - start}
+    x, y = to_tensor(val.images), val.labels
+    row["val_clean"] = history[history.selected].val_accuracy.item()
+    row["val_pgd"] = 1 - craft(model, x, y, judge, seed=seed).success.float().mean().item()
+    x, y = to_tensor(test.images), test.labels
+    right = predict(model, x).argmax(1).numpy() == y
+    row |= {"n": len(y), "clean": int(right.sum())}
+    row["balanced_clean"] = np.mean([right[y == label].mean() for label in np.unique(y)])
+    for eps in BUDGETS_255:
+        row[f"pgd_{eps}"] = int((~craft(model, x, y, PGD(eps, steps=STEPS), seed=seed).success).sum())
+    return row
+
+
+def merged(path, rows):
+    """The file's rows and ``rows``, which replace those of the same variant, split and seed."""
+    table, keys = pd.DataFrame(rows), ["variant", "split", "seed"]
+    if path.exists():
+        table = pd.concat([pd.read_csv(path), table])
+    order = {name: i for i, name in enumerate(VARIANTS)}
+    table = table.drop_duplicates(keys, keep="last")
+    return table.sort_values(
+        keys, key=lambda c: c.map(order) if c.name == "variant" else c, ignore_index=True
+    )
+
+
+def summary(table):
+    """Means over the splits' seeds in per cent, with the range of each: one row a split and variant."""
+    share = table.assign(
+        **{name: table[name] / table.n for name in ("clean", *(f"pgd_{e}" for e in BUDGETS_255))}
+    )
+    columns = ["val_clean", "val_pgd", "clean", "balanced_clean", *(f"pgd_{e}" for e in BUDGETS_255)]
+
+    def shown(values):
+        mean = f"{100 * values.mean():.1f}"
+        return mean if len(values) == 1 else f"{mean} ({100 * values.min():.0f}–{100 * values.max():.0f})"
+
+    made = share.groupby(["split", "variant"], sort=False)[columns].agg(shown)
+    made.insert(0, "splits", share.groupby(["split", "variant"], sort=False).size())
+    return made.reset_index()
+
+
+def section(table, profile):
+    """README's section."""
+    names = {"val_clean": "val. clean", "val_pgd": "val. PGD", "balanced_clean": "balanced"}
+    names |= {f"pgd_{e}": f"PGD {e}/255" for e in BUDGETS_255}
+    first = table.iloc[0]
+    shown = summary(table).rename(columns=names)
+    lines = ["| " + " | ".join(shown.columns) + " |", "|" + "---|" * len(shown.columns)]
+    lines += ["| " + " | ".join(map(str, row)) + " |" for row in shown.itertuples(index=False)]
+    text = (
+        f"The `{profile}` profile's recipe ({first.arch}, {first.side} px, {first.epochs} epochs, "
+        f"{first.device}) with one part left out; accuracy in per cent, mean (range) over the seeds. A seed "
+        f"is another split and other weights. PGD: {STEPS} steps, one start; validation: {first.val_attack}.\n"
+    )
+    return text + "\n" + "\n".join(lines) + "\n"
+
+
+def main():
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--profile", default="laptop")
+    options.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    options.add_argument("--splits", nargs="+", choices=("grouped", "random"), default=["grouped", "random"])
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments = options.parse_args()
+    root = find_root()
+    notebooks = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
+    profile = load_profile(root / "notebooks" / "profiles" / f"{arguments.profile}.yaml", notebooks)
+    side, parameters = profile["01_data"]["size"], profile["04_adversarial_training"]
+    slices = load_iq_oth_nccd(size=side)
+    slices = replace(slices, groups=near_duplicate_groups(slices))
+    path = root / "benchmarks" / f"ablation_{arguments.profile}.csv"
+    for seed in arguments.seeds:
+        for split in arguments.splits:
+            for variant in arguments.variants:
+                own = parameters | VARIANTS[variant]
+                row = {"variant": variant, "split": split, "seed": seed, "arch": own["arch"], "side": side}
+                row |= {"epochs": own["epochs"], "device": pick_device().type}
+                row["val_attack"] = f"PGD-{own['train_pgd_steps']} at {own['eps_255']:g}/255"
+                row |= measure(own, slices, split, seed)
+                print(row, flush=True)
+                write_csv(path, merged(path, [row]))
+    table = pd.read_csv(path)
+    replace_section(root / "README.md", "ablation", section(table, arguments.profile))
+    print(summary(table).to_string(index=False))
+    print(path.relative_to(root))
+
+
+if __name__ == "__main__":
+    main()
