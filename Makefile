@@ -9,7 +9,7 @@ ENV := .venv/.installed
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 # By checksum: slices that were made again, the same, retrain nothing.
-SNAKEMAKE = snakemake --cores $(CORES) --rerun-incomplete --quiet rules --max-checksum-file-size 1000000000
+SNAKEMAKE = snakemake --cores $(CORES) --nolock --rerun-incomplete --quiet rules --max-checksum-file-size 1000000000
 # The slices first, so that what they turn out to be is known when the rest is planned. SEEDS=0,1: these only.
 WORKFLOW = $(SNAKEMAKE) data $(CONFIG) && $(SNAKEMAKE) $(CONFIG)
 CONFIG = --config profile=$(or $(RUNS),$@) $(if $(SEEDS),'seeds=[$(SEEDS)]')

@@ -6,18 +6,24 @@ Results lie in build/<profile>/: data/, <split>-s<seed>/ per run, tables/, figur
 A rule is redone when its notebook, one of its parameters, a module it computes with, or an input changes.
 """
 import os
+import sys
 from pathlib import Path
 
 import yaml
 
 from fortify.data import find_data
 from fortify.profiles import ProfileError, load_profile
+from fortify.runs import wait_for_lock
 from snakemake.exceptions import WorkflowError
 
 # Executed notebooks hold no progress bars, and their kernel is this environment's.
 os.environ |= {"TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
 # glibc hands each layer's freed output back to the system and takes the next one's anew, page by page.
 os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+
+# Snakemake's own lock outlives a killed run (and is off, --nolock in the Makefile); this one does not.
+if workflow.is_main_process and not {"-n", "--dry-run", "--dryrun"} & set(sys.argv):
+    LOCK = wait_for_lock("build/.lock", what="another run in this checkout")
 
 PROFILE = config.get("profile", "demo")
 BUILD = f"build/{PROFILE}"

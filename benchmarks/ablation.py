@@ -132,7 +132,7 @@ def section(table, profile):
     text = (
         f"The `{profile}` profile's recipe ({first.arch}, {first.side} px, {first.epochs} epochs, "
         f"{first.device}) with one part left out; accuracy in per cent, mean (range) over the seeds. A seed "
-        f"is another split and other weights. PGD: {STEPS} steps, one start; validation: {first.val_attack}.\n"
+        f"is another split and other weights. PGD: {STEPS} steps; validation: {first.val_attack}.\n"
     )
     return text + "\n" + "\n".join(lines) + "\n"
 

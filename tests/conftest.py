@@ -1,7 +1,19 @@
 """What several test files share: tiny phantoms, a model trained on them for a moment, the real slices."""
 
+import shutil
+
 import pytest
 import torch
+from workflow import BUILD, snakemake
+
+
+@pytest.fixture(scope="session")
+def finished():
+    """The folder of the test profile's whole run, each notebook through papermill."""
+    shutil.rmtree(BUILD, ignore_errors=True)
+    done = snakemake("--forceall", "--quiet", "rules")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return BUILD
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,21 @@
 """The benchmarks run: what they compare does what it must. Their timings are no test."""
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from fortify.attacks import FGSM, PGD
+from fortify.augmentation import Augmentation
+from fortify.profiles import declared_parameters
+from fortify.splits import near_duplicate_groups
+from fortify.training import Recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -102,3 +110,49 @@ def test_scaling_covers_what_it_names_and_finds_the_cost_it_is_given(monkeypatch
 def test_the_readme_shows_what_was_measured(name, section):
     shown = README.split(f"<!-- generated: {section} -->\n")[1].split(f"<!-- /generated: {section} -->")[0]
     assert shown == importlib.import_module("results").section(ROOT, name)
+
+
+@pytest.fixture
+def ablation():
+    return importlib.import_module("ablation")
+
+
+@pytest.fixture
+def declared():
+    """Notebook 4's parameters and values."""
+    return declared_parameters(ROOT / "notebooks/04_adversarial_training.ipynb")
+
+
+def test_variants_change_parameters_that_notebook_4_has(ablation, declared):
+    assert all(set(changes) <= set(declared) for changes in ablation.VARIANTS.values())
+
+
+def test_a_recipe_is_that_of_notebook_4(ablation, declared):
+    """The notebook's own cell, executed, makes the same recipe and shares of every parameter."""
+    notebook = nbformat.read(ROOT / "notebooks/04_adversarial_training.ipynb", as_version=4)
+    (cell,) = [c.source for c in notebook.cells if c.source.startswith("training_pgd = ")]
+    odd = {name: value / 2 if isinstance(value, float) else value for name, value in declared.items()}
+    odd |= {"blur": 0.25, "cutout": 0.1, "ema": 0.3, "eps_warmup": 0.2, "noise": 0.01, "epochs": 7}
+    space = {"FGSM": FGSM, "PGD": PGD, "Augmentation": Augmentation, "Recipe": Recipe} | odd
+    exec(cell, space)
+    recipe, attacks, pgd = ablation.recipe_of(odd)
+    assert (recipe, attacks, pgd) == (space["recipe"], space["shares"], space["training_pgd"])
+
+
+def test_a_variant_is_trained_attacked_and_summed_up(ablation, declared, phantoms, tmp_path):
+    slices = replace(phantoms, groups=near_duplicate_groups(phantoms))
+    small = declared | {"arch": "resnet_small", "epochs": 1, "batch_size": 16, "train_pgd_steps": 2}
+    rows = []
+    for variant in ("as shipped", "normal training"):
+        row = {"variant": variant, "split": "grouped", "seed": 0, "arch": "resnet_small", "side": 32}
+        row |= {"epochs": 1, "device": "cpu", "val_attack": "PGD-2 at 4/255"}
+        rows.append(row | ablation.measure(small | ablation.VARIANTS[variant], slices, "grouped", 0))
+    table = ablation.merged(tmp_path / "a.csv", rows)
+    assert (table.clean <= table.n).all() and (table.pgd_8 <= table.clean).all()
+    table.to_csv(tmp_path / "a.csv", index=False)
+    again = ablation.merged(tmp_path / "a.csv", [rows[0] | {"clean": 1}])
+    assert again.variant.tolist() == ["as shipped", "normal training"] and again.clean[0] == 1
+    more = ablation.merged(tmp_path / "a.csv", [rows[0] | {"seed": 1, "clean": 3, "n": 4}])
+    shown = ablation.summary(more.assign(n=4, clean=[1, 3, 2]))
+    assert shown[shown.variant.eq("as shipped")].clean.item() == "50.0 (25–75)"
+    assert "| grouped | normal training | 1 |" in ablation.section(more, "laptop")

@@ -2,25 +2,15 @@
 
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
+from workflow import BUILD, ROOT, snakemake
 
 from fortify.evaluation import check_rows, read_rows
 
-ROOT = Path(__file__).parents[1]
-BUILD = ROOT / "build" / "test"
-CHECKSUM = ["--max-checksum-file-size", "1000000000"]  # as in the Makefile
 SEED_ALONE = dict.fromkeys(("baseline", "attacks", "adversarial_training", "published_protocol"), 2)
-
-
-def snakemake(*arguments, config=("profile=test",)):
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", *CHECKSUM, *arguments, "--config", *config]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def jobs(output):
@@ -28,13 +18,6 @@ def jobs(output):
     table = re.search(r"^job +count\n[- ]+\n(.*?)\n\n", output, re.MULTILINE | re.DOTALL)
     found = re.findall(r"^(\w+) +(\d+)$", table.group(1), re.MULTILINE)
     return {rule: int(count) for rule, count in found if rule != "total"}
-
-
-@pytest.fixture(scope="module")
-def finished():
-    shutil.rmtree(BUILD, ignore_errors=True)
-    done = snakemake("--forceall", "--quiet", "rules")
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_every_notebook_ran_and_every_result_is_there(finished):

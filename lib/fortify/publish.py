@@ -116,7 +116,7 @@ def commit(build):
         folder = target / below
         shutil.rmtree(folder, ignore_errors=True) if below else None
         folder.mkdir(parents=True, exist_ok=True)
-        written += [Path(shutil.copy(p, folder)) for p in sorted((build / kind).iterdir()) if p.is_file()]
+        written += [Path(shutil.copy(p, folder)) for p in _whole_files(build / kind)]
     for path in per_example_results(build):
         packed = root / "paper" / "tables" / below / "runs" / path.relative_to(build)
         if path.suffix == ".csv":
@@ -132,8 +132,13 @@ def commit(build):
 def per_example_results(build):
     """The splits, every run's rows by image, histories and manifests: what the tables are made of."""
     runs = [path.parent for path in sorted(build.glob("*/02_baseline.json"))]
-    found = sorted((build / "data").glob("splits/*.csv"))
-    return found + [p for run in runs for p in sorted(run.iterdir()) if p.suffix in (".csv", ".json")]
+    found = sorted((build / "data").glob("splits/[!.]*.csv"))
+    return found + [p for run in runs for p in _whole_files(run) if p.suffix in (".csv", ".json")]
+
+
+def _whole_files(folder):
+    """Sorted; without what a killed writer left half-written: see ``runs.atomic_path``."""
+    return sorted(p for p in folder.glob("[!.]*") if p.is_file())
 
 
 def update_readme(root, profile):

@@ -5,6 +5,7 @@ what the notebooks before it left there, and writes its own files through :func:
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -95,6 +96,22 @@ def write_arrays(path, **arrays):
     """Write numpy arrays as one uncompressed ``.npz``, atomically. Read it with ``np.load(path)``."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
+
+
+def wait_for_lock(path, *, what):
+    """Hold the lock file ``path`` until the returned file is closed or the process ends, however it ends.
+
+    While another process holds it this waits, and says so on stderr: ``what`` is at work in it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for {what} to end (it holds {path})", file=sys.stderr, flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file
 
 
 @dataclass(frozen=True)

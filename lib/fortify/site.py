@@ -34,7 +34,7 @@ PAGE = """
 {%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
 {%- block body_header -%}{{ super() }}
-<p style="margin:1em 4em"><a href="index.html" style="text-decoration:underline">Table 1, all notebooks</a></p>
+<p style="margin:1em 4em"><a href="index.html"><u>Table 1 and all notebooks</u></a></p>
 {%- endblock -%}
 """
 
@@ -80,13 +80,13 @@ def _site(target, notebooks, tables, figures, profile, pdf=None):
         for png, cell, alt in _pictures(notebook):
             shown.setdefault(png, (f"{name}.html#cell-id={cell}", alt))
     (target / "figures").mkdir()
-    files = {path.read_bytes(): path for path in sorted(figures.glob("*.png"))}
+    files = {path.read_bytes(): path for path in sorted(figures.glob("[!.]*.png"))}
     cards = []
     for png in [png for png in shown if png in files]:
         shutil.copy(files[png], target / "figures")
         cards.append(_card(files[png].name, *shown[png]))
     (target / "tables").mkdir()
-    for path in sorted(tables.glob("*.csv")):
+    for path in sorted(tables.glob("[!.]*.csv")):
         shutil.copy(path, target / "tables")
     if pdf is not None:
         shutil.copy(pdf, target)
@@ -138,7 +138,7 @@ def _index(tables, profile, listed, cards, pdf):
     for name, run, notebook in listed:
         words = html.escape(f"{_title(notebook)} ({run})" if run else _title(notebook))
         items.append(f'<li><a href="{name}.html">{words}</a><br>{html.escape(_question(notebook))}</li>')
-    files = ", ".join(f'<a href="tables/{p.name}">{p.stem}</a>' for p in sorted(tables.glob("*.csv")))
+    files = ", ".join(f'<a href="tables/{p.name}">{p.stem}</a>' for p in sorted(tables.glob("[!.]*.csv")))
     paper = f'<p><a href="{pdf.name}">The paper (PDF)</a></p>' if pdf is not None else ""
     warning = "" if profile == "paper" else " It is not the reference run (profile <b>paper</b>)."
     return (
