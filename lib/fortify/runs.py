@@ -57,21 +57,26 @@ def find_root(start=None):
 def atomic_path(path):
     """Yield a temporary path beside ``path``; move it there only if the block ends without an error.
 
-    Readers see the old file or the new one, never half of one, whatever kills the writer.
+    Readers see the old file or the new one, never half of one, whatever kills the writer. Raises OSError
+    that names ``path`` where the disk is full or the folder may not be written to.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    path, temporary = Path(path), None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         temporary.chmod(0o644)  # mkstemp makes it private
         os.replace(temporary, path)
+    except OSError as error:
+        why = f"cannot be written ({error.strerror or error}); what was there is as it was"
+        raise OSError(error.errno, why, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path, value):

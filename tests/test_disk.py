@@ -1,0 +1,105 @@
+"""A full disk and a folder that may not be written to: every writer says so, and what was there stays."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# In its own process: first whole files are written, then larger ones where there is no room, or no right.
+CHILD = """
+import json, os, resource, signal, sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib import pyplot as plt
+
+from fortify import runs
+from fortify.data import Slices
+from fortify.figures import save
+from fortify.models import build_model, save_model
+from fortify.training import TrainingState
+
+folder, how = Path(sys.argv[1]), sys.argv[2]
+
+
+def slices(count):
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 64, 64), dtype=np.uint8)
+    names = [f"{i}.png" for i in range(count)]
+    return Slices(pixels, np.arange(count) % 2, names, ("a", "b"), "drawn", "0" * 64)
+
+
+def figure(count):
+    made, axes = plt.subplots()
+    axes.imshow(np.random.default_rng(0).random((count, count)), interpolation="nearest")
+    return made
+
+
+model = build_model("resnet_small", num_classes=3, seed=0)
+state = TrainingState(model, torch.optim.SGD(model.parameters()))
+noise = np.random.default_rng(0).random
+writers = {
+    "a.json": lambda n: runs.write_json(folder / "a.json", list(range(n))),
+    "a.csv": lambda n: runs.write_csv(folder / "a.csv", pd.DataFrame({"x": noise(n)})),
+    "a.txt": lambda n: runs.write_text(folder / "a.txt", "line\\n" * n),
+    "a.npz": lambda n: runs.write_arrays(folder / "a.npz", x=noise(n)),
+    "slices.npz": lambda n: slices(n // 100 + 1).save(folder / "slices.npz"),
+    "figure.png": lambda n: save(figure(n // 100 + 2), folder, "figure"),
+    "model.safetensors": lambda n: save_model(folder / "model.safetensors", model if n > 10 else tiny),
+    "state.safetensors": lambda n: (state if n > 10 else little).save(folder / "state.safetensors"),
+}
+tiny = torch.nn.Linear(2, 2)
+tiny.arch, tiny.num_classes = "linear", 2
+little = TrainingState(tiny, torch.optim.SGD(tiny.parameters()))
+for write in writers.values():
+    write(10)
+before = {p.name: p.read_bytes() for p in folder.iterdir()}
+if how == "full":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # else the kernel kills the writer: no error to see
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+else:
+    os.chmod(folder, 0o555)
+    if os.geteuid() == 0:
+        os.setuid(65534)
+said = {}
+for name, write in writers.items():
+    try:
+        write(30_000)
+        said[name] = "written"
+    except Exception as error:
+        said[name] = f"{type(error).__name__}: {error}"
+after = {p.name: p.read_bytes() for p in folder.iterdir()}
+same = {name: after.get(name) == content for name, content in before.items()}
+os.write(1, json.dumps({"said": said, "same": same, "litter": sorted(set(after) - set(before))}).encode())
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "words"), [("full", "File too large|os error 27"), ("read-only", "Permission denied|Read-only")]
+)
+def test_every_writer_says_so_and_the_old_file_stays(how, words):
+    with tempfile.TemporaryDirectory() as parent:
+        os.chmod(parent, 0o755)
+        folder = Path(parent) / "run"
+        folder.mkdir()
+        env = os.environ | {"MPLCONFIGDIR": parent}
+        command = [sys.executable, "-c", CHILD, str(folder), how]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = json.loads(done.stdout)
+        os.chmod(folder, 0o755)
+    assert len(found["said"]) == 8
+    for name, said in found["said"].items():
+        assert any(word in said for word in words.split("|")), (name, said)
+        if not said.startswith("SafetensorError"):
+            assert "what was there is as it was" in said and name.split(".")[0] in said
+    assert all(found["same"].values()), found["same"]
+    assert found["litter"] == []
