@@ -132,7 +132,7 @@ def test_a_recipe_is_that_of_notebook_4(ablation, declared):
     notebook = nbformat.read(ROOT / "notebooks/04_adversarial_training.ipynb", as_version=4)
     (cell,) = [c.source for c in notebook.cells if c.source.startswith("training_pgd = ")]
     odd = {name: value / 2 if isinstance(value, float) else value for name, value in declared.items()}
-    odd |= {"blur": 0.25, "cutout": 0.1, "ema": 0.3, "eps_warmup": 0.2, "noise": 0.01, "epochs": 7}
+    odd |= {"train_blur": 0.25, "train_cutout": 0.1, "ema": 0.3, "eps_warmup": 0.2, "epochs": 7}
     space = {"FGSM": FGSM, "PGD": PGD, "Augmentation": Augmentation, "Recipe": Recipe} | odd
     exec(cell, space)
     recipe, attacks, pgd = ablation.recipe_of(odd)
@@ -143,7 +143,7 @@ def test_a_variant_is_trained_attacked_and_summed_up(ablation, declared, phantom
     slices = replace(phantoms, groups=near_duplicate_groups(phantoms))
     small = declared | {"arch": "resnet_small", "epochs": 1, "batch_size": 16, "train_pgd_steps": 2}
     rows = []
-    for variant in ("as shipped", "normal training"):
+    for variant in ("as shipped", "normal training, augmented alike"):
         row = {"variant": variant, "split": "grouped", "seed": 0, "arch": "resnet_small", "side": 32}
         row |= {"epochs": 1, "device": "cpu", "val_attack": "PGD-2 at 4/255"}
         rows.append(row | ablation.measure(small | ablation.VARIANTS[variant], slices, "grouped", 0))
@@ -151,8 +151,10 @@ def test_a_variant_is_trained_attacked_and_summed_up(ablation, declared, phantom
     assert (table.clean <= table.n).all() and (table.pgd_8 <= table.clean).all()
     table.to_csv(tmp_path / "a.csv", index=False)
     again = ablation.merged(tmp_path / "a.csv", [rows[0] | {"clean": 1}])
-    assert again.variant.tolist() == ["as shipped", "normal training"] and again.clean[0] == 1
+    assert (
+        again.variant.tolist() == ["as shipped", "normal training, augmented alike"] and again.clean[0] == 1
+    )
     more = ablation.merged(tmp_path / "a.csv", [rows[0] | {"seed": 1, "clean": 3, "n": 4}])
     shown = ablation.summary(more.assign(n=4, clean=[1, 3, 2]))
     assert shown[shown.variant.eq("as shipped")].clean.item() == "50.0 (25–75)"
-    assert "| grouped | normal training | 1 |" in ablation.section(more, "laptop")
+    assert "| grouped | normal training, augmented alike | 1 |" in ablation.section(more, "laptop")
