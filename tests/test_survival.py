@@ -15,8 +15,7 @@ from workflow import ROOT, command
 
 KILLS = int(os.environ.get("FORTIFY_KILLS", "2"))
 SEED = int(os.environ.get("FORTIFY_KILLS_SEED", time.time_ns() % 2**32))
-# All, as in a power cut; the workflow alone, while its papermill and kernel go on; a kernel, for memory.
-VICTIMS = ("everything", "workflow", "kernel")
+VICTIMS = ("everything", "kernel")  # as in a power cut; as where memory runs out
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +33,13 @@ def start(checkout):
 
 
 def kill(process, victim):
-    """SIGKILL the victim; returns what was killed."""
+    """SIGKILL the victim: everything where no kernel is at work."""
     whole = psutil.Process(process.pid)
     children = whole.children(recursive=True)
-    chosen = {
-        "everything": [whole, *children],
-        "workflow": [whole],
-        "kernel": [p for p in children if "ipykernel_launcher" in " ".join(p.cmdline())]
-        or [whole, *children],
-    }[victim]
-    for one in chosen:
+    kernels = [p for p in children if "ipykernel_launcher" in " ".join(p.cmdline())]
+    for one in kernels if victim == "kernel" and kernels else [whole, *children]:
         one.kill()
     process.wait()
-    return ", ".join(sorted({one.name() if one.is_running() else "gone" for one in chosen}))
 
 
 def tables(build):
