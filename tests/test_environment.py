@@ -2,9 +2,10 @@
 
 import re
 import tomllib
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -14,38 +15,65 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 ASKED_FOR = "jupyterlab torch torchvision foolbox papermill nbconvert matplotlib pytest nbmake".split()
 
 
-def locked():
-    """{canonical name: (Requirement, [hashes])} of requirements.lock."""
+MACHINES = [
+    {"python_version": "3.11", "python_full_version": "3.11.2"},  # Debian 12's
+    {"python_version": "3.12", "python_full_version": "3.12.3"},
+    {"python_version": "3.13", "python_full_version": "3.13.1"},
+    {"sys_platform": "linux", "platform_machine": "aarch64"},
+    {"sys_platform": "darwin", "platform_system": "Darwin", "platform_machine": "arm64"},
+]
+
+
+def entries():
+    """[(Requirement, [hashes])] of requirements.lock, in its order."""
     text = (ROOT / "requirements.lock").read_text(encoding="utf-8").replace("\\\n", " ")
-    found = {}
+    found = []
     for line in filter(None, (line.split("#")[0].strip() for line in text.splitlines())):
         wanted, *hashes = re.split(r"\s+--hash=", line)
-        requirement = Requirement(wanted)
-        found[canonicalize_name(requirement.name)] = (requirement, hashes)
+        found.append((Requirement(wanted), hashes))
     return found
 
 
+def applies(requirement, machine):
+    return requirement.marker is None or requirement.marker.evaluate({"extra": "", **machine})
+
+
+def locked(machine):
+    """{canonical name: version} that pip would install there."""
+    chosen = [entry for entry, _ in entries() if applies(entry, machine)]
+    versions = {canonicalize_name(entry.name): next(iter(entry.specifier)).version for entry in chosen}
+    assert len(versions) == len(chosen), "a package is locked twice for one machine"
+    return versions
+
+
 def test_every_version_is_pinned_and_hashed():
-    lock = locked()
-    assert len(lock) > 150 and set(ASKED_FOR) <= set(lock)
-    for requirement, hashes in lock.values():
+    assert len(entries()) > 150 and set(ASKED_FOR) <= set(locked({}))
+    for requirement, hashes in entries():
         assert re.fullmatch(r"==[\w.+]+", str(requirement.specifier)), requirement
         assert hashes and all(re.fullmatch(r"sha256:[0-9a-f]{64}", h) for h in hashes), requirement
 
 
 def test_what_is_installed_is_what_is_locked():
-    for name, (requirement, _) in locked().items():
-        if requirement.marker is None or requirement.marker.evaluate():
-            assert requirement.specifier.contains(version(name)), f"{name} {version(name)}: run make again"
+    for name, pinned in locked({}).items():
+        assert version(name) == pinned, f"{name} {version(name)}, locked {pinned}: run make again"
+
+
+@pytest.mark.parametrize("machine", [{}, *MACHINES], ids=lambda machine: "-".join(machine.values()) or "here")
+def test_whatever_a_locked_package_needs_is_locked(machine):
+    """An interpreter that happens to come with setuptools must not hide that it is missing from the list."""
+    lock = locked(machine)
+    for name in lock.keys() & locked({}).keys():  # what is not installed here cannot be asked
+        for need in map(Requirement, requires(name) or []):
+            if applies(need, machine):
+                assert canonicalize_name(need.name) in lock, f"{name} needs {need.name}, which is not locked"
 
 
 def test_the_lock_satisfies_what_the_project_says_it_needs():
-    lock = locked()
+    lock = locked({})
     extras = PROJECT["optional-dependencies"]
     for text in [*PROJECT["dependencies"], *(line for own in extras.values() for line in own)]:
         wanted = Requirement(text)
-        pinned = next(iter(lock[canonicalize_name(wanted.name)][0].specifier)).version
-        assert wanted.specifier.contains(pinned), f"{text}: {pinned} is locked"
+        assert wanted.specifier.contains(lock[canonicalize_name(wanted.name)]), f"{text}: another is locked"
 
 
 def test_environment_yml_names_the_same_versions():
