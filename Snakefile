@@ -24,6 +24,7 @@ os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": s
 # Snakemake's own lock outlives a killed run (and is off, --nolock in the Makefile); this one does not.
 if workflow.is_main_process and not {"-n", "--dry-run", "--dryrun"} & set(sys.argv):
     LOCK = wait_for_lock("build/.lock", what="another run in this checkout")
+    wait_for_lock("build/.notebook-lock", what="a notebook whose run was killed").close()
 
 PROFILE = config.get("profile", "demo")
 BUILD = f"build/{PROFILE}"
@@ -61,7 +62,7 @@ def values(notebook, run):
 
 def papermill(notebook):
     # --cwd makes it run where JupyterLab would; the executed copy is a log so that a failed one is kept.
-    return f"papermill notebooks/{notebook}.ipynb" + (
+    return f"python -m fortify.runs build/.notebook-lock papermill notebooks/{notebook}.ipynb" + (
         " {log.notebook} --kernel python3 --cwd notebooks --no-progress-bar -y {params.values:q}"
         " >{log.text} 2>&1 || {{ tail -n 25 {log.text} >&2; exit 1; }}"
     )
@@ -83,11 +84,6 @@ def data_folder(wildcards):
 wildcard_constraints:
     split="[a-z]+",
     seed="[0-9]+",
-
-
-rule all:
-    input:
-        f"{BUILD}/html/index.html",
 
 
 rule data:
@@ -328,3 +324,14 @@ rule html:
         build=BUILD,
     shell:
         "python -m fortify.site {params.build} >/dev/null"
+
+
+rule all:
+    default_target: True
+    input:
+        f"{BUILD}/html/index.html",
+        # Tables and figures too: one that somebody removed is made again, though the pages are there.
+        rules.results.output,
+        rules.claims.output,
+        rules.leakage.output,
+        expand(f"{BUILD}/tables/audit_{{run}}.csv", run=FIRST_RUNS),

@@ -333,6 +333,20 @@ def test_the_same_audit_twice_says_the_same(model, data):
     assert first.table.equals(again.table) and first.accuracies.equals(again.accuracies)
 
 
+def test_of_what_is_random_too(model, data):
+    some = {name: FAKE_DEFENCES[name] for name in ("random noise",)}
+    first, state = None, None
+    for seed in (1, 2):  # of the global generator, which is as it was afterwards
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        zoo = run_zoo(model, data, SUITE, attacks={"no seed": BROKEN_ATTACKS["no seed"]}, defences=some)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert first is None or zoo.equals(first)
+        first = zoo
+    disguised = [audit(some["random noise"](model), data, SUITE, only=["T2", "T9", "T0"]) for _ in range(2)]
+    assert disguised[0].table.equals(disguised[1].table)
+
+
 def test_a_false_gradient_changes_the_gradient_alone(model, images):
     x = images[:4].clone().requires_grad_()
     for seed, slopes in ((None, {0.0}), (7, {-1.0, 1.0})):

@@ -1,13 +1,17 @@
 """What fortify.data and fortify.download promise, on small real image files."""
 
+import io
 import os
 import re
+import resource
 import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import types
 import warnings
+import zipfile
 import zlib
 from collections import Counter
 from dataclasses import replace
@@ -727,6 +731,56 @@ def test_a_failed_download_says_how_to_place_the_files_by_hand(tmp_path, monkeyp
         DataError, match=r"failed \(ConnectionError: Max retries exceeded with url\).*10.17632"
     ):
         download.download(tmp_path / "target")
+
+
+def unpacking(monkeypatch, archive, out):
+    """kagglehub as it is from where it has the archive: its own unpacking, without the network."""
+    kagglehub = pytest.importorskip("kagglehub")
+    from kagglehub.http_resolver import _extract_archive
+
+    monkeypatch.setattr(
+        kagglehub, "dataset_download", lambda _: _extract_archive(str(archive), str(out)) or out
+    )
+
+
+def zip_of(path, name, content):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, content)
+    return path
+
+
+def tar_of(path, name, content):
+    with tarfile.open(path, "w:gz") as archive:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("pack", [zip_of, tar_of])
+@pytest.mark.parametrize("name", ["../../climbed.jpg", "{tmp}/climbed.jpg", "Bengin cases/../../climbed.jpg"])
+def test_an_archive_cannot_write_outside_its_folder(tmp_path, monkeypatch, pack, name):
+    archive = pack(tmp_path / "archive", name.format(tmp=tmp_path), b"x")
+    unpacking(monkeypatch, archive, tmp_path / "cache" / "unpacked")
+    with pytest.raises(DataError, match="Kaggle's copy fails the check|The download of .* failed"):
+        download.download(tmp_path / "target")
+    climbed = [
+        path for path in tmp_path.rglob("climbed.jpg") if tmp_path / "cache" / "unpacked" not in path.parents
+    ]
+    assert climbed == [] and not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("pack", [zip_of, tar_of])
+def test_an_archive_that_unpacks_to_far_more_is_refused(tmp_path, monkeypatch, pack):
+    archive = pack(tmp_path / "archive", "Bengin cases/Bengin case (1).jpg", bytes(30_000_000))
+    assert archive.stat().st_size < 100_000
+    unpacking(monkeypatch, archive, tmp_path / "unpacked")
+    monkeypatch.setattr(download, "MAX_FILE", 5_000_000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(DataError, match="failed .*File too large"):
+        download.download(tmp_path / "target")
+    assert sum(path.stat().st_size for path in (tmp_path / "unpacked").rglob("*")) < 6_000_000
+    assert resource.getrlimit(resource.RLIMIT_FSIZE) == before and not (tmp_path / "target").exists()
 
 
 def test_without_kagglehub_the_message_names_the_extra(tmp_path, monkeypatch):

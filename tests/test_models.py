@@ -1,9 +1,12 @@
 """Models: grey in, normalisation inside, safe on disk."""
 
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torchvision.models import resnet50
 
 from fortify.models import build_model, load_model, predict, save_model
@@ -82,6 +85,25 @@ def test_round_trip_through_the_file(model, images, tmp_path):
     assert torch.equal(predict(loaded, images), predict(model, images))
     assert loaded.arch == "resnet_small" and loaded.info == {"class_names": ["a", "b", "c"]}
     assert not loaded.training
+
+
+def test_the_same_model_is_the_same_bytes_whichever_process_writes_it(model, tmp_path):
+    save_model(tmp_path / "here.safetensors", model, info={"class_names": ["a", "b"], "more": 1})
+    again = "import sys; from fortify.models import load_model, save_model; source, target = sys.argv[1:]"
+    again += "; model = load_model(source); save_model(target, model, info=model.info)"
+    for other in ("1", "2", "3"):  # the order of a hash map changes by process
+        done = subprocess.run([sys.executable, "-c", again, tmp_path / "here.safetensors", tmp_path / other])
+        assert done.returncode == 0
+        assert (tmp_path / other).read_bytes() == (tmp_path / "here.safetensors").read_bytes()
+
+
+def test_weights_of_something_else_are_refused(model, tmp_path):
+    save_file(model.state_dict(), tmp_path / "m.safetensors", metadata={"arch": "resnet_small"})
+    with pytest.raises(ValueError, match="no model of this project"):
+        load_model(tmp_path / "m.safetensors")
+    save_file({}, tmp_path / "m.safetensors", metadata={"fortify": "{"})
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_model(tmp_path / "m.safetensors")
 
 
 def test_predict_is_in_eval_mode_and_restores_the_mode(model, images):

@@ -201,3 +201,33 @@ def test_import_of_the_package_loads_no_torch():
     light = "fortify, fortify.runs, fortify.data, fortify.evaluation, fortify.tables, fortify.figures"
     code = f"import sys, {light}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_notebook_that_goes_on_alone_is_waited_for(tmp_path):
+    """Two notebooks hold the lock together; a workflow has it when both are done, also if one was killed."""
+    lock = tmp_path / "lock"
+    at_work = [
+        sys.executable,
+        "-m",
+        "fortify.runs",
+        str(lock),
+        sys.executable,
+        "-c",
+        "print(1, flush=True); input()",
+    ]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    notebooks = [subprocess.Popen(at_work, **pipes) for _ in range(2)]
+    assert [notebook.stdout.readline() for notebook in notebooks] == ["1\n", "1\n"]
+    wait = "from fortify.runs import wait_for_lock; wait_for_lock({!r}, what='a notebook'); print('mine')"
+    workflow = subprocess.Popen(
+        [sys.executable, "-c", wait.format(str(lock))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert "waiting for a notebook to end" in workflow.stderr.readline()
+    notebooks[0].kill()
+    notebooks[0].communicate()
+    assert workflow.poll() is None
+    notebooks[1].communicate("done\n")
+    assert notebooks[1].returncode == 0 and workflow.communicate()[0] == "mine\n"

@@ -13,9 +13,9 @@ import psutil
 import pytest
 from workflow import ROOT, command
 
-KILLS = int(os.environ.get("FORTIFY_KILLS", "2"))
+KILLS = int(os.environ.get("FORTIFY_KILLS", "3"))
 SEED = int(os.environ.get("FORTIFY_KILLS_SEED", time.time_ns() % 2**32))
-VICTIMS = ("everything", "kernel")  # as in a power cut; as where memory runs out
+VICTIMS = ("everything", "workflow", "kernel")  # as in a power cut; by somebody; as where memory runs out
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +33,12 @@ def start(checkout):
 
 
 def kill(process, victim):
-    """SIGKILL the victim: everything where no kernel is at work."""
+    """SIGKILL the victim (all, where no kernel is at work). After "workflow" a notebook goes on alone."""
     whole = psutil.Process(process.pid)
     children = whole.children(recursive=True)
     kernels = [p for p in children if "ipykernel_launcher" in " ".join(p.cmdline())]
-    for one in kernels if victim == "kernel" and kernels else [whole, *children]:
+    alone = {"workflow": [whole], "kernel": kernels}.get(victim)
+    for one in alone if alone and kernels else [whole, *children]:
         one.kill()
     process.wait()
 

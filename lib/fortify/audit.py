@@ -7,6 +7,7 @@ the figure is not to be trusted, or that the model only looks robust.
 from dataclasses import dataclass, field
 
 import pandas as pd
+import torch
 
 from fortify import attacks as fortify_attacks
 from fortify.audit_checks import CHECKS, worst_over_attacks
@@ -58,6 +59,7 @@ def audit(model, data, attacks=None, *, craft=fortify_attacks.craft, others=(), 
     the attack implementation under audit, with the signature of :func:`fortify.attacks.craft`. ``others``
     are models to transfer attacks from (T8); ``only`` are the ids of the checks to run. Only images that
     the model reads rightly are attacked; accuracies count the others as wrong. The model is left as it is.
+    The same ``seed`` gives the same audit, of a random model or attack too.
     Raises ValueError for an unknown id, or where the model reads no image rightly.
     """
     suite = Suite() if attacks is None else attacks
@@ -65,11 +67,12 @@ def audit(model, data, attacks=None, *, craft=fortify_attacks.craft, others=(), 
     unknown = sorted(set(wanted) - set(CHECKS))
     if unknown:
         raise ValueError(f"unknown checks {unknown}; use some of {', '.join(CHECKS)}")
-    ctx = Context(model, data, suite, craft=craft, others=others, seed=seed)
     # T0 judges every attack that the others ran, so it comes last.
-    results = {
-        name: CHECKS[name](ctx) for name in sorted(wanted, key=lambda name: (name == "T0", _number(name)))
-    }
+    order = sorted(wanted, key=lambda name: (name == "T0", _number(name)))
+    with torch.random.fork_rng():  # a model or an attack under audit may draw from the global generator
+        torch.manual_seed(seed)
+        ctx = Context(model, data, suite, craft=craft, others=others, seed=seed)
+        results = {name: CHECKS[name](ctx) for name in order}
     return Audit(tuple(results[name] for name in CHECKS if name in results), _accuracies(ctx))
 
 

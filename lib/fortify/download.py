@@ -1,6 +1,8 @@
 """Fetch IQ-OTH/NCCD from Kaggle and check it: ``python -m fortify.download``, or ``make data``."""
 
+import contextlib
 import os
+import resource
 import shutil
 import sys
 import tempfile
@@ -9,6 +11,8 @@ from pathlib import Path
 from fortify import data
 from fortify.data import BY_HAND, IQ_OTH_NCCD
 from fortify.images import MIN_SIDE, DataError
+
+MAX_FILE = 2**30  # bytes; the dataset's archive is a fifth of it, and what it unpacks to is smaller
 
 
 def download(target=None):
@@ -52,11 +56,25 @@ def _fetch():
             f"kagglehub is not installed: `pip install 'fortify[data]'`, or `make data`. {BY_HAND}"
         ) from error
     try:
-        # Without an account, and resumed where an earlier attempt stopped.
-        return kagglehub.dataset_download(IQ_OTH_NCCD.kaggle)
+        # Without an account, and resumed where an earlier attempt stopped. kagglehub keeps what it unpacks
+        # inside its own folder, but would unpack any amount.
+        with _no_file_larger_than(MAX_FILE):
+            return kagglehub.dataset_download(IQ_OTH_NCCD.kaggle)
     except Exception as error:  # kagglehub, requests and urllib3 each raise their own
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(f"The download of {IQ_OTH_NCCD.kaggle} failed ({reason}). {BY_HAND}") from error
+
+
+@contextlib.contextmanager
+def _no_file_larger_than(size):
+    """Writing a file beyond ``size`` bytes is an OSError in this process while the block runs."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    lowest = min(limit for limit in (size, soft, hard) if limit != resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (lowest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def main():

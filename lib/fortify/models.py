@@ -15,6 +15,7 @@ from fortify.runs import atomic_path
 
 # ImageNet statistics, kept for from-scratch training too so that pretrained weights are a drop-in.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_METADATA = "fortify"  # our entry in the metadata of a safetensors file
 
 
 class GreyNormalise(nn.Module):
@@ -157,11 +158,8 @@ def device_of(model):
 
 def save_model(path, model, *, info=None):
     """Write weights, architecture and ``info`` (a JSON-able dict) as safetensors, atomically."""
-    metadata = {"arch": model.arch, "num_classes": str(model.num_classes), "info": json.dumps(info or {})}
-    # One memory layout on disk, whatever channels_last made of the model.
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    metadata = {"arch": model.arch, "num_classes": model.num_classes, "info": info or {}}
+    write_safetensors(path, model.state_dict(), metadata)
 
 
 def load_model(path, *, device="cpu"):
@@ -172,22 +170,35 @@ def load_model(path, *, device="cpu"):
     tensors, metadata = read_safetensors(path)
     if "arch" not in metadata:
         raise ValueError(f"{path} holds no model of this project (no architecture in its metadata)")
-    model = build_model(metadata["arch"], num_classes=int(metadata["num_classes"]))
+    model = build_model(metadata["arch"], num_classes=metadata["num_classes"])
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(f"{path} does not hold the weights of {metadata['arch']}: {error}") from error
-    model.info = json.loads(metadata["info"])
+    model.info = metadata["info"]
     return model.to(device).eval()
 
 
+def write_safetensors(path, tensors, metadata):
+    """Write {name: tensor} with JSON-able ``metadata``, atomically; the same content is the same bytes."""
+    # One memory layout on disk, whatever channels_last made of the model; copies, because safetensors refuses
+    # tensors that share memory. One entry, because it writes several in an order that changes by process.
+    whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(whole, temporary, metadata={_METADATA: json.dumps(metadata)})
+
+
 def read_safetensors(path):
-    """(tensors, metadata) of a safetensors file; ValueError when it is not one or is cut short."""
+    """(tensors, metadata) as :func:`write_safetensors` took them; ValueError for a damaged file.
+
+    ``metadata`` is {} for a file that something else wrote. Nothing is unpickled.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
-    except SafetensorError as error:
+            tensors = {k: file.get_tensor(k) for k in file.keys()}
+            return tensors, json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); delete it and rerun") from error

@@ -9,15 +9,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save_file
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fortify.attacks import craft, craft_parts, frozen
 from fortify.augmentation import Augmentation, augment
 from fortify.folding import Twin
-from fortify.models import device_of, predict, read_safetensors
-from fortify.runs import atomic_path, progress_bar
+from fortify.models import device_of, predict, read_safetensors, write_safetensors
+from fortify.runs import progress_bar
 
 
 @dataclass(frozen=True)
@@ -190,16 +189,14 @@ class TrainingState:
         schedule = {k: v for k, v in schedule.items() if not callable(v)}
         metadata = {"epoch": self.epoch, "averaged": self.averaged, "history": self.history}
         metadata |= {"groups": groups, "schedule": schedule}
-        # Copies, because safetensors refuses tensors that share memory.
-        whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        with atomic_path(file) as temporary:
-            save_file(whole, temporary, metadata={k: json.dumps(v) for k, v in metadata.items()})
+        write_safetensors(file, tensors, metadata)
 
     def resume(self, file):
         if not file.exists():
             return
         tensors, metadata = read_safetensors(file)
-        metadata = {k: json.loads(v) for k, v in metadata.items()}
+        if "history" not in metadata:
+            raise ValueError(f"{file} is no checkpoint of a training; delete it and rerun")
         device, of, moments = device_of(self.model), {}, {}
         for name, tensor in tensors.items():
             kind, key = name.split("/", 1)
