@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import binomtest
 
 from fortify import evaluation
 from fortify.runs import write_csv
@@ -96,6 +97,20 @@ def test_wilson_is_the_published_interval():
     for (k, n), interval in published.items():
         assert evaluation.wilson(k, n) == pytest.approx(interval, abs=5e-5)
     assert evaluation.wilson(5, 10, confidence=0.5)[0] > evaluation.wilson(5, 10)[0]
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.99])
+def test_wilson_is_scipys(confidence):
+    for n in (1, 2, 7, 164, 1640):
+        for k in {0, 1, n // 3, n - 1, n}:
+            theirs = binomtest(k, n).proportion_ci(confidence_level=confidence, method="wilson")
+            assert evaluation.wilson(k, n, confidence) == pytest.approx((theirs.low, theirs.high), abs=1e-14)
+
+
+@pytest.mark.parametrize(("k", "n"), [(5, 4), (-1, 4), (0, 0), (1.5, 4), (1, 4.5), (float("nan"), 4)])
+def test_wilson_refuses_what_is_no_count(k, n):
+    with pytest.raises(ValueError, match="whole numbers with 0 <= k <= n"):
+        evaluation.wilson(k, n)
 
 
 def test_intervals_count_an_image_once():

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "torchvision", "foolbox", "matplotlib", "sklearn", "pandas", "pyautoattack")
+HEAVY = ("torch", "torchvision", "foolbox", "matplotlib", "sklearn", "scipy.stats", "pandas", "pyautoattack")
 
 
 @pytest.mark.parametrize(
@@ -15,8 +15,9 @@ HEAVY = ("torch", "torchvision", "foolbox", "matplotlib", "sklearn", "pandas", "
         ("import fortify.runs, fortify.profiles", ()),
         ("import fortify.evaluation, fortify.tables", ("pandas",)),  # no model is needed
         ("import fortify.data", ("pandas",)),
-        ("import fortify.models", ("torch", "torchvision")),
-        ("import fortify.attacks", ("torch", "torchvision", "foolbox")),
+        ("import fortify.models, fortify.training", ("torch", "pandas", "foolbox")),
+        ("import fortify.attacks, fortify.folding", ("torch", "foolbox")),
+        ("import fortify.splits", ("pandas",)),  # reading one; making one needs more
     ],
 )
 def test_a_room_loads_only_what_it_uses(statement, needs):

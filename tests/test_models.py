@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
-from torchvision.models import resnet50
+from torch import nn
+from torchvision.models import resnet, resnet50
 
-from fortify.models import build_model, load_model, predict, save_model
+from fortify.models import BasicBlock, build_model, load_model, predict, save_model
 
 
 @pytest.mark.parametrize("arch", ["resnet_small", "resnet50", "densenet121", "squeezenet1_1", "googlenet"])
@@ -29,6 +30,21 @@ def test_normalisation_and_channel_repeat_are_the_first_layer():
 def test_resnet50_is_torchvisions():
     ours = {k[2:]: v.shape for k, v in build_model("resnet50", num_classes=3).state_dict().items()}
     assert ours == {k: v.shape for k, v in resnet50(num_classes=3).state_dict().items()}
+
+
+@pytest.mark.parametrize(("before", "width", "stride"), [(24, 24, 1), (24, 48, 2)])
+def test_the_basic_block_is_torchvisions(before, width, stride):
+    """The same weights from the same generator, by the same names, and the same outputs bit for bit."""
+    blocks = []
+    for kind in (BasicBlock, resnet.BasicBlock):
+        torch.manual_seed(0)
+        shortcut = nn.Conv2d(before, width, 1, stride=stride) if stride > 1 else None
+        blocks.append(kind(before, width, stride, shortcut).eval())
+    own, theirs = (block.state_dict() for block in blocks)
+    assert list(own) == list(theirs) and all(torch.equal(own[k], theirs[k]) for k in own)
+    x = torch.randn(2, before, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(blocks[0](x.clone()), blocks[1](x.clone()))
 
 
 def test_seed_fixes_the_weights_and_leaves_the_global_generator():

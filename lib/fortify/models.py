@@ -5,11 +5,9 @@ import json
 from pathlib import Path
 
 import torch
-import torchvision
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torchvision.models.resnet import BasicBlock
 
 from fortify.runs import atomic_path
 
@@ -40,6 +38,24 @@ class Float32(nn.Module):
 
     def forward(self, x):
         return x.float()
+
+
+class BasicBlock(nn.Module):
+    """The basic block of He et al. (2016), as torchvision's, whose import takes as long as torch's own."""
+
+    def __init__(self, before, width, stride, shortcut):
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, width, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = shortcut
+
+    def forward(self, x):
+        residual = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        residual += x if self.downsample is None else self.downsample(x)
+        return self.relu(residual)
 
 
 class SmallResNet(nn.Module):
@@ -101,6 +117,8 @@ def build_model(arch, *, num_classes, weights=None, seed=None):
 
 
 def _torchvision_net(arch, num_classes, weights):
+    import torchvision  # here: it brings torch's compiler along, which takes seconds
+
     known = torchvision.models.list_models(module=torchvision.models)
     if arch not in known:
         raise ValueError(f"unknown arch {arch!r}; use resnet_small or one of {', '.join(known)}")

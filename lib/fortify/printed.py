@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 import pandas as pd
-from scipy.stats import binomtest
+import scipy
 
 from fortify.evaluation import wilson
 from fortify.tables import PRINTED
@@ -69,7 +69,7 @@ def mcnemar(first, second):
             "McNemar's test compares two models on the same images; these rows hold different ones."
         )
     b, c = int((right[0] & ~right[1]).sum()), int((~right[0] & right[1]).sum())
-    return b, c, float(binomtest(b, b + c).pvalue) if b + c else 1.0
+    return b, c, float(scipy.stats.binomtest(b, b + c).pvalue) if b + c else 1.0
 
 
 def mcnemar_table(rows, *, printed=CLEAN_COUNTS):
@@ -104,6 +104,6 @@ def mcnemar_bounds(k_first, k_second, n):
         both = k_first - b
         if min(c, both) < 0 or both + b + c > n:
             continue
-        p = binomtest(b, b + c).pvalue if b + c else 1.0
+        p = scipy.stats.binomtest(b, b + c).pvalue if b + c else 1.0
         rows.append({"b": b, "c": c, "p": float(p)})
     return pd.DataFrame(rows)

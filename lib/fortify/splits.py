@@ -9,10 +9,8 @@ import re
 
 import numpy as np
 import pandas as pd
+import scipy  # loads its parts when they are first used: reading a split waits for none
 from PIL import Image
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from sklearn.model_selection import train_test_split
 
 from fortify import runs
 
@@ -39,8 +37,8 @@ def near_duplicate_groups(slices, *, threshold=0.93, neighbour_threshold=0.80, s
     near = (thumbnails[before] * thumbnails[after]).sum(1) > neighbour_threshold
     links.append(np.stack([before[near], after[near]]))
     row, column = np.concatenate(links, axis=1)
-    graph = coo_array((np.ones(len(row), bool), (row, column)), shape=(len(slices), len(slices)))
-    return connected_components(graph, directed=False)[1].astype(np.int64)
+    graph = scipy.sparse.coo_array((np.ones(len(row), bool), (row, column)), shape=(len(slices), len(slices)))
+    return scipy.sparse.csgraph.connected_components(graph, directed=False)[1].astype(np.int64)
 
 
 def exact_duplicates(images):
@@ -92,6 +90,8 @@ def random_split(labels, *, seed, fractions=(0.7, 0.15, 0.15)):
     """
     labels = np.asarray(labels)
     _check(labels, fractions, np.arange(len(labels)))
+    from sklearn.model_selection import train_test_split  # here: it takes a second
+
     val, test = (int(len(labels) * fraction + 1e-9) for fraction in fractions[1:])
     everything = np.arange(len(labels), dtype=np.int64)
     if min(val, test) < len(np.unique(labels)):
