@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "test"
 OPTIONS = ["--cores", "2", "--nolock", "--rerun-incomplete", "--max-checksum-file-size", "1000000000"]
+OPTIONS += ["--max-threads", "1"]  # two notebooks at once: at this size each is mostly its own start
 
 
 def command(*arguments, config=("profile=test",)):

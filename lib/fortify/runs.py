@@ -312,7 +312,9 @@ def manifest(*, parameters, data_sha256, device):
 
 
 def describe_device(device):
-    """A device as a reader wants it: the GPU's name, or the processor's and the thread count."""
+    """A device as a reader wants it: the GPU's name, or the processor's kind and torch's thread count."""
+    if str(device) == "cpu" and "torch" not in sys.modules:  # nothing was computed with it
+        return f"CPU ({platform.machine()})"
     import torch
 
     device = torch.device(device)
