@@ -5,6 +5,7 @@ change its dataclass or its branch in :func:`craft_batch`; to add one, add a dat
 """
 
 import contextlib
+import numbers
 import os
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,6 +28,9 @@ class FGSM:
     eps_255: float
     name = "fgsm"
 
+    def __post_init__(self):
+        _check_budget(self.eps_255)
+
 
 @dataclass(frozen=True)
 class PGD:
@@ -46,10 +50,13 @@ class PGD:
     name = "pgd"
 
     def __post_init__(self):
+        _check_budget(self.eps_255)
         if self.loss not in ("cross_entropy", "margin"):
             raise ValueError(f'loss must be "cross_entropy" or "margin", not {self.loss!r}')
         if self.steps < 1 or self.restarts < 1:
             raise ValueError(f"steps and restarts must be at least 1, not {self.steps} and {self.restarts}")
+        if self.rel_stepsize is not None and not self.rel_stepsize >= 0:
+            raise ValueError(f"rel_stepsize must be None or at least 0, not {self.rel_stepsize!r}")
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,16 @@ class CW:
     confidence: float = 0.0
     initial_const: float = 0.01
     name = "cw"
+
+    def __post_init__(self):
+        if self.steps < 1 or self.binary_search_steps < 1:
+            counts = f"{self.steps} and {self.binary_search_steps}"
+            raise ValueError(f"steps and binary_search_steps must be at least 1, not {counts}")
+        if not (self.stepsize > 0 and self.initial_const > 0 and self.confidence >= 0):
+            given = f"{self.stepsize!r}, {self.initial_const!r} and {self.confidence!r}"
+            raise ValueError(
+                f"stepsize and initial_const must be above 0, confidence at least 0, not {given}"
+            )
 
 
 class Adversarial(NamedTuple):
@@ -97,7 +114,7 @@ def craft(model, images, labels, attack, *, seed=0, batch_size=64, progress=Fals
         first = images[:1].to(device)
         with torch.no_grad():
             logits = model(first)
-        _check_labels(labels, classes=logits.shape[1])
+        check_labels(labels, classes=logits.shape[1])
         twin = Twin(model, first, logits=logits).net
         for start in progress_bar(range(0, len(images), batch_size), desc=attack.name, show=progress):
             part = slice(start, start + batch_size)
@@ -130,7 +147,15 @@ def frozen(model):
 
 
 def perturbation_norms(clean, adversarial):
-    """(linf in grey levels of 255, l2 in [0, 1] units), each (N,) float32, of two (N, 1, H, W) tensors."""
+    """(linf in grey levels of 255, l2 in [0, 1] units), each (N,) float32, of two (N, 1, H, W) tensors.
+
+    ValueError unless both are float tensors of one shape.
+    """
+    if clean.shape != adversarial.shape or not (
+        clean.is_floating_point() and adversarial.is_floating_point()
+    ):
+        kinds = " and ".join(f"{tuple(x.shape)} {x.dtype}" for x in (clean, adversarial))
+        raise ValueError(f"clean and adversarial images must be float tensors of one shape, not {kinds}")
     difference = (adversarial - clean).flatten(1)
     return difference.abs().amax(1) * 255, difference.norm(dim=1)
 
@@ -281,23 +306,34 @@ def _with_restarts(model, images, labels, attack, seed, batch_size, progress):
 
 
 def checked(images, labels):
-    """``images`` as float32 (N, 1, H, W) in [0, 1], ``labels`` as int64 (N,); ValueError if they are not."""
+    """``images`` as float32 (N, 1, H, W) in [0, 1], ``labels`` as int64 (N,); ValueError if they are not.
+
+    Labels are checked against a model's classes where there is one: :func:`check_labels`.
+    """
     images, labels = torch.as_tensor(images), torch.as_tensor(labels)
     if images.ndim != 4 or images.shape[1] != 1 or not images.is_floating_point():
         kind = f"{tuple(images.shape)} {images.dtype}"
         raise ValueError(f"images must be float (N, 1, H, W) in [0, 1], not {kind}; see data.to_tensor")
     if len(images) == 0:
-        raise ValueError("no images to attack")
+        raise ValueError("no images were given")
     if labels.shape != images.shape[:1] or labels.is_floating_point():
         kind = f"{tuple(labels.shape)} {labels.dtype}"
         raise ValueError(f"labels must be {len(images)} integers, one an image, not {kind}")
+    if labels.min() < 0:
+        raise ValueError(f"labels are classes 0, 1, ..., not {labels.min().item()}")
     low, high = images.min().item(), images.max().item()
     if not (low >= 0 and high <= 1):  # also when either is NaN
         raise ValueError(f"images must lie in [0, 1]; these reach {low:.4g} to {high:.4g}: divide by 255?")
     return images.detach().float(), labels.detach().long()
 
 
-def _check_labels(labels, classes):
+def check_labels(labels, classes):
+    """ValueError unless each of ``labels`` is one of 0..classes - 1."""
     if labels.min() < 0 or labels.max() >= classes:
         found = f"{labels.min().item()} to {labels.max().item()}"
         raise ValueError(f"labels must lie in 0..{classes - 1}, the model's classes, not {found}")
+
+
+def _check_budget(eps_255):
+    if not isinstance(eps_255, numbers.Real) or not 0 <= eps_255 <= 255:  # NaN is not
+        raise ValueError(f"eps_255 must be a number of grey levels in 0..255, not {eps_255!r}")

@@ -64,7 +64,7 @@ class AuditData:
         sizes = {len(part) for part in (self.images, self.labels, self.groups) if part is not None}
         if len(sizes) != 1:
             raise ValueError(f"one label and one group for each image, not {sorted(sizes)} of them")
-        images, labels = checked(self.images, torch.as_tensor(self.labels).long())
+        images, labels = checked(self.images, self.labels)
         object.__setattr__(self, "images", images)
         object.__setattr__(self, "labels", labels)
         if self.groups is not None:

@@ -30,8 +30,12 @@ class Augmentation:
 def augment(images, augmentation, *, generator):
     """(B, 1, H, W) float in [0, 1] -> the same shape and range, every image changed by its own draw.
 
-    ``generator`` lives on the images' device: the same state gives the same views.
+    ``generator`` lives on the images' device: the same state gives the same views. ValueError for another
+    shape or type.
     """
+    if images.ndim != 4 or len(images) == 0 or not images.is_floating_point():
+        kind = f"{tuple(images.shape)} {images.dtype}"
+        raise ValueError(f"images must be float (B, 1, H, W) in [0, 1], at least one, not {kind}")
     count, device = len(images), images.device
 
     def uniform(half_width):  # (B,) in +- half_width

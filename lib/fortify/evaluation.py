@@ -256,16 +256,20 @@ def score(
     ``clean`` and ``adversarial`` (N, 1, H, W) float in [0, 1]; None scores the clean images themselves.
     ``labels`` and ``index`` (N,) integers, ``index`` being the images' positions in the slices.
     The prediction is float32 and in eval mode, whatever crafted the images.
+    Raises ValueError for other shapes, values outside [0, 1] and labels outside the model's classes.
     """
-    import torch  # here and below, so that tables can be made from rows without loading torch
-
-    from fortify.attacks import perturbation_norms
+    # Here and below, so that tables can be made from rows without loading torch.
+    from fortify.attacks import check_labels, checked, perturbation_norms
     from fortify.models import predict
 
-    adversarial = clean if adversarial is None else adversarial
-    probability, prediction = predict(model, adversarial).max(1)
+    clean, labels = checked(clean, labels)
+    adversarial = clean if adversarial is None else checked(adversarial, labels)[0]
     linf_255, l2 = perturbation_norms(clean, adversarial)
-    labels = torch.as_tensor(labels)
+    if len(index) != len(labels):
+        raise ValueError(f"{len(index)} indices for {len(labels)} images")
+    probabilities = predict(model, adversarial)
+    check_labels(labels, classes=probabilities.shape[1])
+    probability, prediction = probabilities.max(1)
     rows = {
         "model": model_name,
         "split": split,

@@ -142,7 +142,11 @@ def predict(model, images, *, batch_size=256):
     """Class probabilities (N, num_classes), float32 on the CPU, of images (N, 1, H, W) float in [0, 1].
 
     In eval mode and float32 whatever the model's state, which is as before on return.
+    Raises ValueError for another shape or type; greys of 0..255 are taken for very bright ones.
     """
+    if images.ndim != 4 or not images.is_floating_point():
+        kind = f"{tuple(images.shape)} {images.dtype}"
+        raise ValueError(f"images must be float (N, 1, H, W) in [0, 1], not {kind}; see data.to_tensor")
     with eval_mode(model), torch.no_grad(), float32_convolutions(device_of(model)):
         return torch.cat([model(x.to(device_of(model))).softmax(1).cpu() for x in images.split(batch_size)])
 

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from fortify.attacks import FGSM, PGD, margin
+from fortify.attacks import FGSM, PGD, check_labels, checked, margin
 from fortify.evaluation import COLUMNS, accuracy_table, at_budget
 from fortify.folding import Twin
 from fortify.models import device_of, float32_convolutions
@@ -208,7 +208,9 @@ def score_published(model, images, labels, *, index, model_name, split, seed, at
     channels and the root mean square over them.
     """
     attacks, device = attacks or PublishedAttacks(), device_of(model)
-    x, y = images.to(device), torch.as_tensor(labels).to(device)
+    images, labels = checked(images, labels)
+    check_labels(labels, classes=model.num_classes)
+    x, y = images.to(device), labels.to(device)
     model.eval()
     parts = []
     with float32_convolutions(device):

@@ -150,10 +150,12 @@ def craft_within(model, images, labels, attack, mask, *, seed=0, batch_size=64):
         raise ValueError("craft_within takes attacks of one start: use restarts=1, and several seeds")
     import torch  # here and below, so that masks can be made without loading torch
 
-    from fortify.attacks import Adversarial, craft
+    from fortify.attacks import Adversarial, checked, craft
     from fortify.models import device_of, predict
 
-    images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+    images, labels = checked(images, labels)
+    if np.shape(mask) not in (tuple(images.shape[2:]), (len(images), *images.shape[2:])):
+        raise ValueError(f"a mask of {np.shape(mask)} fits no images of {tuple(images.shape)}")
     mask = torch.as_tensor(np.array(np.broadcast_to(mask, (len(images), *images.shape[2:])))).unsqueeze(1)
     adversarial = []
     for start in range(0, len(images), batch_size):

@@ -118,9 +118,12 @@ def fit(model, train, val, recipe, *, attacks=None, val_attack=None, seed=0, che
 def class_weights(labels, num_classes, *, power=1.0):
     """Weights (num_classes,): inverse class frequencies to a power, mean 1 over the examples.
 
-    Raises ValueError where a class has no example.
+    Raises ValueError where a class has no example, or a label is no class.
     """
-    counts = np.bincount(np.asarray(labels), minlength=num_classes)
+    labels = np.asarray(labels)
+    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise ValueError(f"labels must lie in 0..{num_classes - 1}, not {labels.min()} to {labels.max()}")
+    counts = np.bincount(labels, minlength=num_classes)
     if (counts == 0).any():
         raise ValueError(f"no training image of class {counts.argmin()}: every class must be present")
     weights = counts.astype(float) ** -power
@@ -271,7 +274,12 @@ def _with_attacked(model, x, y, clean_share, attacks, twin, generator):
 
 
 def accuracy(model, images, labels):
-    """Share of uint8 ``images`` (N, 1, H, W) that the model reads rightly, clean."""
+    """Share of uint8 ``images`` (N, 1, H, W) that the model reads rightly, clean. ValueError for others."""
+    if images.dtype != torch.uint8 or len(images) != len(labels) or len(images) == 0:
+        kind = f"{tuple(images.shape)} {images.dtype}"
+        raise ValueError(
+            f"images must be uint8 (N, 1, H, W), one a label, not {kind} for {len(labels)} labels"
+        )
     return (predict(model, images / 255).argmax(1) == labels).float().mean().item()
 
 
