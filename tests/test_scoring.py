@@ -1,6 +1,7 @@
 """From a model to rows: what is crafted is scored, and the rows say what the model said."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -90,18 +91,37 @@ def test_a_budget_of_nothing_leaves_cw_at_the_clean_prediction(evaluated):
     assert all_[all_.attack == "cw"].prediction.tolist() == found.prediction.tolist()
 
 
-def test_the_example_shown_is_the_first_read_rightly(model, phantoms, images, labels, part, evaluated):
+def test_the_example_shown_is_a_typical_one(model, phantoms, images, labels, part, evaluated):
     rows, kept = evaluated
     label = int(np.bincount(labels[part]).argmax())
     right = (predict(model, images[part]).argmax(1) == labels[part]) & (labels[part] == label)
-    position = int(right.nonzero()[0])
+    after = predict(model, torch.from_numpy(kept["pgd"])).argmax(1)
+    broken = (after != label)[right]
+    typical = right & ((after != label) == bool(broken.float().mean() >= 0.5))
+    position = int(typical.nonzero()[0])
     shown = pick_example(rows, phantoms, label=label, attack="pgd", eps_255=4, attacked=kept["pgd"])
     assert np.array_equal(shown.clean, phantoms.images[part[position]] / 255)
     assert np.array_equal(shown.attacked, kept["pgd"][position, 0])
-    assert shown.prediction == predict(model, torch.from_numpy(kept["pgd"]))[position].argmax()
+    assert shown.prediction == after[position]
     assert shown.clean_prediction == shown.label == label
     plain = pick_example(rows, phantoms, label=label)
-    assert plain.attacked is None and np.array_equal(plain.clean, shown.clean)
+    assert plain.attacked is None
+    assert np.array_equal(plain.clean, phantoms.images[part[int(right.nonzero()[0])]] / 255)
+
+
+@pytest.mark.parametrize("outcomes", [(1, 1, 0), (0, 1, 0), (0, 0, 1), (0, 1), (1,), (0,)])
+def test_what_happens_to_most_happens_to_the_example(phantoms, evaluated, outcomes):
+    """Rows by hand: on which of the images read rightly, in their order, the attack succeeds."""
+    rows = evaluated[0]
+    own = rows[rows.attack.eq("clean") & rows.label.eq(0)].head(1)
+    index = np.arange(len(outcomes))
+    clean = own.loc[own.index.repeat(len(outcomes))].assign(index=index, prediction=0, success=False)
+    pgd = clean.assign(attack="pgd", eps_255=4.0, success=np.bool_(outcomes), prediction=outcomes)
+    images = np.zeros((len(outcomes), 1, 2, 2)) + index.reshape(-1, 1, 1, 1)
+    table = pd.concat([clean, pgd], ignore_index=True)
+    shown = pick_example(table, phantoms, label=0, attack="pgd", eps_255=4, attacked=images)
+    most = int(2 * sum(outcomes) >= len(outcomes))
+    assert shown.attacked[0, 0] == outcomes.index(most) and shown.prediction == most
 
 
 def test_an_example_that_is_not_there_is_named(phantoms, evaluated):
