@@ -1,6 +1,7 @@
 """`make lab` serves notebooks to this machine alone, and to who holds the token."""
 
 import re
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -19,8 +20,10 @@ def test_jupyterlab_listens_on_loopback_and_asks_for_its_token(tmp_path):
         for name in ("HOME", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR")
     }
     command = [sys.executable, "-m", *recipe.replace("jupyter lab", "jupyterlab").split(), "--allow-root"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     server = subprocess.Popen(
-        [*command, "--no-browser", "--port=0"], cwd=ROOT, env=homes, stderr=subprocess.PIPE, text=True
+        [*command, "--no-browser", f"--port={port}"], cwd=ROOT, env=homes, stderr=subprocess.PIPE, text=True
     )
     try:
         url = next(
