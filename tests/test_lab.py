@@ -4,6 +4,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 
@@ -32,6 +33,9 @@ def test_jupyterlab_listens_on_loopback_and_asks_for_its_token(tmp_path):
         host, token = re.fullmatch(
             r"http://(localhost|127\.0\.0\.1):\d+/lab\?token=([0-9a-f]{40,})", url
         ).groups()
+        while not listening(server.pid):  # it says where it will listen before it does
+            assert server.poll() is None
+            time.sleep(0.1)
         base = url.split("/lab")[0]
         try:
             refused = urllib.request.urlopen(f"{base}/api/contents").status
