@@ -177,3 +177,85 @@ def test_accuracy_layout_shows_every_group_in_percent():
     assert shown.iloc[0].tolist() == ["normal, adaptive", "clean", "90.0", "59.6–98.2", "9/10", "50.0", "nan"]
     assert shown.iloc[1]["k/n"] == "1/8" and "sd over seeds" not in shown
     assert "sd over seeds" in tables.accuracy_layout(accuracy.assign(seeds=2, sd=0.1))
+
+
+def test_accuracy_layout_names_its_columns():
+    table = accuracy(seeds=2).assign(balanced_accuracy=0.5, recall_benign=0.25)
+    shown = tables.accuracy_layout(table)
+    names = ["model, protocol", "attack", "accuracy", "95 % interval", "k/n", "sd over seeds", "balanced"]
+    assert list(shown) == [*names, "recall benign"]
+    assert shown.iloc[0].tolist() == [
+        "normal, adaptive", "clean", "93.1", "88.1–96.1", "149/160", "1.2", "50.0", "25.0"
+    ]  # fmt: skip
+
+
+def test_latex_to_the_letter():
+    shown = pd.DataFrame({"Tr_aining": ["a & b"], "": ["95 %"], "C#": ["1–2"]})
+    text = tables.to_latex(shown, caption="100 % & x_1", label="tab:x")
+    assert (
+        text
+        == r"""\begin{table}[t]
+\centering
+\caption{100 \% \& x\_1}
+\label{tab:x}
+\begin{tabular}{llr}
+\toprule
+Tr\_aining &  & C\# \\
+\midrule
+a \& b & 95 \% & 1--2 \\
+\bottomrule
+\end{tabular}
+\end{table}
+"""
+    )
+    assert r"\caption" not in tables.to_latex(shown) and r"\label" not in tables.to_latex(shown)
+
+
+def test_markdown_to_the_letter():
+    shown = pd.DataFrame({"x": ["a", "b"], "y": ["c", "d"], "z": [1, 2]})
+    body = "| x | y | z |\n| --- | --- | ---: |\n| a | c | 1 |\n| b | d | 2 |\n"
+    assert tables.to_markdown(shown) == body
+    assert tables.to_markdown(shown, caption="Said.") == body + "\nSaid.\n"
+    assert tables.to_markdown(shown, left=1).splitlines()[1] == "| --- | ---: | ---: |"
+
+
+def test_text_to_the_letter():
+    shown = pd.DataFrame({"ab": ["x"], "cd": ["one two three"], "e": ["12345"], "f": ["6"]})
+    assert tables.to_text(shown, title="A title of words", width=27).splitlines() == [
+        "A title of words",
+        "",
+        "ab  cd                 e  f",
+        "--  -------------  -----  -",
+        "x   one two three  12345  6",
+    ]
+    # One less: the widest column gives way by one, and what does not fit goes to the next line.
+    assert tables.to_text(shown, title="A title of words that is long", width=26).splitlines() == [
+        "A title of words that is",
+        "long",
+        "",
+        "ab  cd                e  f",
+        "--  ------------  -----  -",
+        "x   one two       12345  6",
+        "    three",
+    ]
+
+
+def test_the_caption_to_the_letter():
+    assert tables.caption(**WORDS, protocol="static", seeds=3) == (
+        "Accuracy on the test set in percent, random split, static attacks (crafted on the normally trained "
+        "model). FGSM and PGD: Linf budget 1/255. CW: L2 budget 0.5, image in [0, 1]. Combined: pooled over "
+        "the three attacks. 3 seeds; 95 % Wilson intervals, each image counted once. Images: 100 % "
+        "phantoms_of & #1. Profile: test. Printed: Menasagi et al., Fortifying Deep Learning Models Against "
+        "Adversarial Threats using Adversarial Training, Table 1."
+    )
+
+
+def test_a_static_table_of_several_seeds_is_that_in_its_files(tmp_path):
+    table = accuracy(protocols=("adaptive", "static"), seeds=3)
+    table.loc[table.protocol.eq("static"), "k"] += 1
+    paths = tables.write_table1(tmp_path, table, protocol="static", **WORDS)
+    md, tex = (paths[s].read_text(encoding="utf-8") for s in ("md", "tex"))
+    words = tables.caption(**WORDS, protocol="static", seeds=3)
+    assert words in md and r"\label{tab:table1_random_static}" in tex
+    assert "150/160" in md and "150/160" in tex and "149/160" not in md.replace("150", "")
+    assert pd.read_csv(paths["csv"]).k[0] == 150
