@@ -198,6 +198,8 @@ def test_the_curve_starts_at_the_clean_accuracy():
     assert list(table.index) == list(itertools.product(("pgd", "fgsm"), (0, 1, 4)))
     assert table.k.tolist() == [3, 2, 0, 3, 2, 1]
     assert (table.low["pgd", 1], table.high["pgd", 1]) == evaluation.wilson(2, 4)
+    small = evaluation.curve(make_rows(eps=0.25)).set_index(["attack", "eps_255"])
+    assert list(small.index) == list(itertools.product(("pgd", "fgsm"), (0, 0.25)))
 
 
 def test_robustness_scores_by_hand():
@@ -242,12 +244,12 @@ def test_rows_survive_a_csv(tmp_path):
     [
         (lambda rows: rows.drop(columns="l2"), r"\['l2'\] are missing"),
         (lambda rows: rows.assign(extra=1), r"\['extra'\] unknown"),
-        (lambda rows: rows[list(rows.columns[::-1])], "in this order"),
+        (lambda rows: rows[list(rows.columns[::-1])], "in this order: model, split, seed, "),
         (
             lambda rows: rows.assign(label=rows.label + 0.5),
             "'label' must hold int64 in every row; .* float64",
         ),
-        (lambda rows: rows.assign(success="maybe"), "'success' must hold bool"),
+        (lambda rows: rows.assign(success="maybe"), "'success' must hold bool .* reads as str"),
         (lambda rows: rows.assign(l2="far"), "'l2' must hold float64"),
         (lambda rows: rows.assign(split=None), "'split' must hold str"),
     ],

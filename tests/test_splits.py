@@ -299,3 +299,39 @@ def test_real_grouped_splits_are_balanced_and_hold_no_twins(real, seed):
         assert np.abs(np.bincount(real.labels[index]) / np.bincount(real.labels) - fraction).max() < 0.03
     assert splits.twin_share(real, grouped, threshold=0.93) == 0
     assert splits.twin_share(real, splits.random_split(real.labels, seed=seed)) > 0.4
+
+
+# --- by hand -----------------------------------------------------------------------------
+
+
+def by_hand(patterns, labels):
+    """Slices of 4 x 4 blocks of grey, one list of 16 greys each, named a to z in reverse."""
+    images = np.kron(np.uint8(patterns).reshape(-1, 4, 4), np.ones((14, 14), np.uint8))
+    names = tuple(f"x/{chr(ord('z') - i)}.png" for i in range(len(patterns)))
+    return data.Slices(images, np.int64(labels), names, ("p", "q"), "by hand", "0" * 64)
+
+
+CHESS = [0, 200] * 4 + [200, 0] * 4
+ROWS = [0] * 8 + [200] * 8
+NEAR = [20, *CHESS[1:]]  # r of about .996 to CHESS
+FAR = [120, 120, *CHESS[2:]]  # about .89
+
+
+def test_conflicts_are_listed_most_alike_first_then_by_name():
+    table = splits.label_conflicts(by_hand([CHESS, NEAR, CHESS, ROWS, CHESS], [0, 1, 1, 1, 0]))
+    assert table.name.tolist() == ["x/x.png", "x/z.png", "x/y.png", "x/z.png"]
+    assert table.twin.tolist() == ["x/v.png", "x/x.png", "x/v.png", "x/y.png"]
+    assert table.class_name.tolist() == ["q", "p", "q", "p"]
+    assert table.twin_class_name.tolist() == ["p", "q", "p", "q"]
+    assert table.r.to_numpy() == pytest.approx([1, 1, table.r[2], table.r[2]], abs=1e-5)
+    assert 0.99 < table.r[2] < 0.9999 and table.r.dtype == "float64" and list(table.index) == [0, 1, 2, 3]
+    near = by_hand([CHESS, FAR], [0, 1])
+    assert splits.label_conflicts(near).empty and len(splits.label_conflicts(near, threshold=0.8)) == 1
+
+
+def test_a_twin_is_looked_for_in_all_of_training():
+    slices = by_hand([CHESS, ROWS, NEAR, FAR, ROWS, [200 - v for v in ROWS]], [0] * 6)
+    split = {"train": np.array([0, 1]), "val": np.array([], int), "test": np.array([2, 3, 4, 5])}
+    assert splits.twin_share(slices, split) == 0.5  # NEAR and ROWS; not FAR, not the negative
+    assert splits.twin_share(slices, split, threshold=0.8) == 0.75
+    assert splits.twin_share(slices, split | {"train": np.array([], int)}, threshold=-0.99) == 0
