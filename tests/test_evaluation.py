@@ -218,6 +218,30 @@ def test_robustness_scores_by_hand():
     assert np.isnan(line["sd"])
 
 
+def test_each_model_on_each_split_has_its_own_scores():
+    """Two trainings, two splits, three seeds; right under PGD on 0 to 3 of four images."""
+    rows, right = [], {"normal": (0, 1, 3), "adversarial": (2, 3, 3)}
+    for split, norm in (("random", 0.25), ("grouped", 0.5)):
+        for model, counts in right.items():
+            for seed, k in enumerate(counts):
+                pgd = [*LABELS[:k], *((label + 1) % 3 for label in LABELS[k:])]
+                made = {"clean": LABELS, "pgd": pgd, "fgsm": LABELS, "cw": (1, 0, 0, 1)}
+                factor = 1 if model == "normal" else 4
+                rows.append(make_rows(made, model=model, split=split, seed=seed, l2=norm * factor))
+    scores = evaluation.robustness_scores(pd.concat(rows))
+    assert list(scores) == [
+        "split", "model", "seeds", "mean_robust_accuracy", "sd",
+        "eps_grid", "cw_median_l2", "cw_k", "cw_n", "cw_success",
+    ]  # fmt: skip
+    assert scores.split.tolist() == ["random", "random", "grouped", "grouped"]
+    assert scores.model.tolist() == ["normal", "adversarial"] * 2
+    assert scores.seeds.tolist() == [3] * 4 and scores.eps_grid.tolist() == ["1"] * 4
+    assert scores.mean_robust_accuracy.tolist() == pytest.approx([4 / 12, 8 / 12] * 2)
+    assert scores.sd.tolist() == pytest.approx([np.std(k, ddof=1) / 4 for k in right.values()] * 2)
+    assert scores.cw_median_l2.tolist() == [0.25, 1.0, 0.5, 2.0]
+    assert scores.cw_k.tolist() == [9] * 4 and scores.cw_n.tolist() == [12] * 4
+
+
 def test_a_failed_cw_needs_an_infinite_norm():
     (line,) = evaluation.robustness_scores(make_rows({**HAND, "cw": (1, 1, 2, 0)})).to_dict("records")
     assert line["cw_median_l2"] == np.inf

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fortify import data, phantom, splits
+from fortify import data, phantom, runs, splits
 
 
 @pytest.fixture(scope="module")
@@ -222,12 +222,14 @@ def test_a_split_survives_its_file(written):
     ("damage", "message"),
     [
         (lambda t: pd.concat([t, t[:1]]), "appears more than once"),
-        (lambda t: t[1:], "only in the slices"),
+        (lambda t: t[1:], "^1 names differ, for example .*, only in the slices"),
+        (lambda t: pd.concat([t, t[:1].assign(name="0.png")]), "for example 0.png, only in the file"),
         (lambda t: t.assign(name=t.name.replace(t.name[0], "x.png")), "differ"),
         (lambda t: t.assign(label=(t.label + 1) % 3), "another label"),
         (lambda t: t.assign(part=t.part.replace("val", "valid")), "unknown or empty parts"),
         (lambda t: t.assign(part=t.part.replace("val", "train")), "unknown or empty parts"),
         (lambda t: t.drop(columns="part"), "no column part"),
+        (lambda t: t.drop(columns=["part", "label"]), "^no column label, part[.]"),
         (lambda t: t.assign(part=np.roll(t.part, 1)), "more than one part"),
         (lambda t: t.assign(part=np.roll(t.part, 1), group=range(len(t))), "more than one part"),
     ],
@@ -335,3 +337,56 @@ def test_a_twin_is_looked_for_in_all_of_training():
     assert splits.twin_share(slices, split) == 0.5  # NEAR and ROWS; not FAR, not the negative
     assert splits.twin_share(slices, split, threshold=0.8) == 0.75
     assert splits.twin_share(slices, split | {"train": np.array([], int)}, threshold=-0.99) == 0
+
+
+def test_the_group_that_straddles_is_named_with_its_first_slices(written):
+    path, slices, _ = written
+    table = pd.read_csv(path)
+    group = table.group[table.part.eq("train")].iloc[0]
+    own = table.index[table.group.eq(group)]
+    table.loc[own[0], "part"] = "test"
+    table.to_csv(path, index=False)
+    names = ", ".join(slices.names[i] for i in own[:3])
+    with pytest.raises(ValueError, match=re.escape(f"group {group} ({names}, ...) lies in more than one")):
+        splits.read_split(path, slices, grouped=True)
+
+
+def test_no_assignment_at_all_says_what_to_do():
+    """Classes 0 and 1 put groups 2 and 3 into one part, where class 2 needs them in two."""
+    groups, labels = [0, 0, 0, 1, 1, 2, 2, 3, 3], [0, 1, 2, 0, 1, 0, 2, 1, 2]
+    message = (
+        r"^none of 256 assignments of 4 groups puts .*; group less strictly \(a higher threshold\) or use"
+    )
+    with pytest.raises(ValueError, match=message):
+        splits.grouped_split(labels, groups, seed=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_its_assignments_a_grouped_split_keeps_a_balanced_one(seed):
+    """Shares of each class within 4 points of 70, 15 and 15 where the groups allow it."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 12, 90)
+    groups, labels = np.repeat(np.arange(90), sizes), np.repeat(rng.integers(0, 3, 90), sizes)
+    split = splits.grouped_split(labels, groups, seed=seed)
+    for label in range(3):
+        share = [np.mean(np.isin(np.flatnonzero(labels == label), split[part])) for part in splits.PARTS]
+        assert share == pytest.approx([0.7, 0.15, 0.15], abs=0.04)
+
+
+@pytest.mark.parametrize("kind", ["random", "grouped"])
+def test_the_published_splits_are_made_again(kind):
+    """From the real slices, by name: what the published tables were measured on."""
+    file = runs.find_root() / f"paper/tables/laptop/runs/data/splits/{kind}-s0.csv.gz"
+    published = pd.read_csv(file, keep_default_na=False)
+    try:
+        slices = data.load_iq_oth_nccd(size=112)
+    except FileNotFoundError as error:
+        pytest.skip(f"no real data: {error}")
+    groups = splits.near_duplicate_groups(slices)
+    assert published.group.tolist() == groups.tolist() and published.name.tolist() == list(slices.names)
+    if kind == "random":
+        made = splits.random_split(slices.labels, seed=0)
+    else:
+        made = splits.grouped_split(slices.labels, groups, seed=0)
+    for part, index in made.items():
+        assert np.array_equal(np.flatnonzero(published.part == part), index)
