@@ -56,10 +56,30 @@ def test_stronger_in_the_order_that_it_must_be(model, images, labels):
     assert (predict(model, (x + noise).clamp(0, 1)).argmax(1) != y).sum() < broken(PGD(4, steps=10))
 
 
+def test_a_restart_is_the_attack_from_the_next_seed_on_what_stands(model, images, labels):
+    x, y = known(model, images, labels)
+    once = PGD(2, steps=2)
+    first = craft(model, x, y, once, seed=5)
+    standing = ~first.success
+    assert standing.any() and first.success.any()
+    again = craft(model, x[standing], y[standing], once, seed=6)
+    two = craft(model, x, y, PGD(2, steps=2, restarts=2), seed=5)
+    expected, broken = first.images.clone(), first.success.clone()
+    taken = standing.nonzero().squeeze(1)[again.success]
+    expected[taken], broken[taken] = again.images[again.success], True
+    assert torch.equal(two.images, expected) and torch.equal(two.success, broken)
+
+
+def test_an_unknown_attack_is_named(model, images, labels):
+    with pytest.raises(TypeError, match="unknown attack .*use FGSM, PGD or CW"):
+        craft(model, images[:2], labels[:2], type("Odd", (), {"name": "odd", "eps_255": 4})())
+
+
 def test_restarts_only_add(model, images, labels):
-    one = craft(model, images, labels, PGD(1, steps=2)).success
-    three = craft(model, images, labels, PGD(1, steps=2, restarts=3)).success
+    one = craft(model, images, labels, PGD(3, steps=2)).success
+    three = craft(model, images, labels, PGD(3, steps=2, restarts=3)).success
     assert (three | ~one).all(), "an image that fell to the first start is still fallen"
+    assert three.sum() > one.sum()
 
 
 def test_same_seed_same_bytes_and_another_seed_another_start(model, images, labels):

@@ -259,3 +259,20 @@ def test_a_static_table_of_several_seeds_is_that_in_its_files(tmp_path):
     assert words in md and r"\label{tab:table1_random_static}" in tex
     assert "150/160" in md and "150/160" in tex and "149/160" not in md.replace("150", "")
     assert pd.read_csv(paths["csv"]).k[0] == 150
+
+
+def test_the_matrix_is_laid_out_in_its_order_one_split_alone():
+    cells = [
+        ("random", "normal", "clean", 0, 3, 4, 0.75, 0.30064, 0.95441),
+        ("random", "adversarial", "clean", 0, 4, 4, 1.0, 0.5101, 1.0),
+        ("random", "normal", "PGD 4/255", 9, 0, 4, 0.0, 0.0, 0.4899),
+        ("random", "adversarial", "PGD 4/255", 9, 2, 4, 0.5, 0.15, 0.85),
+        ("grouped", "normal", "clean", 0, 1, 4, 0.25, 0.04559, 0.69936),
+    ]
+    names = "split model evaluation order k n accuracy low high".split()
+    shown = tables.matrix_layout(pd.DataFrame(cells, columns=names)[::-1], split="random")
+    assert list(shown) == ["evaluation", "adversarial", "normal"]  # as they come
+    assert shown.to_numpy().tolist() == [
+        ["clean", "100.0 (51.0–100.0) 4/4", "75.0 (30.1–95.4) 3/4"],
+        ["PGD 4/255", "50.0 (15.0–85.0) 2/4", "0.0 (0.0–49.0) 0/4"],
+    ]
