@@ -43,7 +43,7 @@ demo: $(ENV)
 test: $(ENV)
 	ruff check
 	ruff format --check
-	python -m pytest
+	python -m pytest --cov
 	rm -rf build/nbmake && TQDM_DISABLE=1 python -m pytest --nbmake notebooks -p no:cacheprovider
 
 data: $(ENV)
