@@ -334,8 +334,7 @@ def test_the_same_audit_twice_says_the_same(model, data):
 
 
 def test_of_what_is_random_too(model, data):
-    some = {name: FAKE_DEFENCES[name] for name in ("random noise",)}
-    first, state = None, None
+    some, first = {"random noise": FAKE_DEFENCES["random noise"]}, None
     for seed in (1, 2):  # of the global generator, which is as it was afterwards
         torch.manual_seed(seed)
         state = torch.get_rng_state()
@@ -345,6 +344,20 @@ def test_of_what_is_random_too(model, data):
         first = zoo
     disguised = [audit(some["random noise"](model), data, SUITE, only=["T2", "T9", "T0"]) for _ in range(2)]
     assert disguised[0].table.equals(disguised[1].table)
+
+
+def test_what_is_drawn_in_an_audit_depends_on_its_seed_alone(model, data):
+    drawn = []
+
+    def drawing(*arguments, **options):
+        drawn[-1].append(torch.rand(()).item())
+        return craft(*arguments, **options)
+
+    for of_the_global_generator, seed in ((1, 0), (2, 0), (2, 3)):
+        torch.manual_seed(of_the_global_generator)
+        drawn.append([])
+        audit(model, data, SUITE, craft=drawing, seed=seed, only=["T3"])
+    assert drawn[0] and drawn[0] == drawn[1] != drawn[2]
 
 
 def test_a_false_gradient_changes_the_gradient_alone(model, images):

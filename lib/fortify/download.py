@@ -12,7 +12,7 @@ from fortify import data
 from fortify.data import BY_HAND, IQ_OTH_NCCD
 from fortify.images import MIN_SIDE, DataError
 
-MAX_FILE = 2**30  # bytes; the dataset's archive is a fifth of it, and what it unpacks to is smaller
+MAX_FILE = 2**30  # bytes; a file that large is no slice, nor an archive of a thousand of them
 
 
 def download(target=None):

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from fortify.attacks import craft, craft_parts, frozen
+from fortify.attacks import check_labels, craft, craft_parts, frozen
 from fortify.augmentation import Augmentation, augment
 from fortify.folding import Twin
 from fortify.models import device_of, predict, read_safetensors, write_safetensors
@@ -121,8 +121,8 @@ def class_weights(labels, num_classes, *, power=1.0):
     Raises ValueError where a class has no example, or a label is no class.
     """
     labels = np.asarray(labels)
-    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
-        raise ValueError(f"labels must lie in 0..{num_classes - 1}, not {labels.min()} to {labels.max()}")
+    if len(labels):
+        check_labels(labels, classes=num_classes)
     counts = np.bincount(labels, minlength=num_classes)
     if (counts == 0).any():
         raise ValueError(f"no training image of class {counts.argmin()}: every class must be present")
