@@ -30,6 +30,9 @@ from fortify.training import Recipe, fit
 
 LITTLE = dict(train_degrees=3.0, train_zoom=0.03, train_translate=0.02, train_gamma=0.1, train_gain=0.05)
 LITTLE |= dict(train_level=0.02, train_noise=0.0, train_blur=0.0, train_cutout=0.0)
+PGD_ALONE = dict(fgsm_share=0.0, pgd_share=1.0, cw_share=0.0, clean_share=0.0)
+STRONG = dict(train_gamma=0.6, train_gain=0.3, train_level=0.15, train_noise=0.04)
+STRONG |= dict(train_blur=0.5, train_cutout=0.2)
 NO_ATTACK = dict(fgsm_share=0.0, pgd_share=0.0, cw_share=0.0, clean_share=1.0)
 VARIANTS = {  # what differs from the profile's parameters
     "as shipped": {},
@@ -42,6 +45,9 @@ VARIANTS = {  # what differs from the profile's parameters
     "no moving average": dict(ema=0.0),
     "whole budget from the start": dict(eps_warmup=0.0),
     "no clean images": dict(clean_share=0.0),
+    "no class weights": dict(class_balance=0.0),
+    "PGD alone, no class weights": PGD_ALONE | dict(class_balance=0.0),
+    "PGD alone, no class weights, strong window and level": PGD_ALONE | STRONG | dict(class_balance=0.0),
     "budget 1/255": dict(train_eps_255=1.0),
     "normal training, augmented alike": NO_ATTACK,
     "normal training, little augmentation": NO_ATTACK | LITTLE,  # as in notebook 2
@@ -68,8 +74,20 @@ def recipe_of(p):
     return recipe, {attack: share for attack, share in shares.items() if share > 0}, pgd
 
 
-def measure(parameters, slices, split, seed):
-    """Train and attack once: one row. Validation is attacked at ``eps_255``, whatever is trained at."""
+def profiled(name):
+    """(notebook 4's parameters in a profile, the real slices at its size with their groups)."""
+    root = find_root()
+    notebooks = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
+    profile = load_profile(root / "notebooks" / "profiles" / f"{name}.yaml", notebooks)
+    slices = load_iq_oth_nccd(size=profile["01_data"]["size"])
+    return profile["04_adversarial_training"], replace(slices, groups=near_duplicate_groups(slices))
+
+
+def trained(parameters, slices, split, seed, device):
+    """(model, validation slices, test slices, history), trained as notebook 4 does but for this:
+
+    validation is attacked at ``eps_255``, whatever is trained at.
+    """
     recipe, attacks, pgd = recipe_of(parameters)
     judge = replace(pgd, eps_255=parameters["eps_255"])
     parts = (
@@ -78,12 +96,18 @@ def measure(parameters, slices, split, seed):
         else grouped_split(slices.labels, slices.groups, seed=seed)
     )
     train, val, test = (slices.subset(parts[name]) for name in ("train", "val", "test"))
-    model = build_model(parameters["arch"], num_classes=len(slices.class_names), seed=seed).to(pick_device())
+    model = build_model(parameters["arch"], num_classes=len(slices.class_names), seed=seed).to(device)
+    val_attack = judge if attacks else None
+    history = fit(model, train, val, recipe, attacks=attacks, val_attack=val_attack, seed=seed)
+    return model, val, test, history
+
+
+def measure(parameters, slices, split, seed):
+    """Train and attack once: one row."""
     start = time.perf_counter()
-    history = fit(
-        model, train, val, recipe, attacks=attacks, val_attack=judge if attacks else None, seed=seed
-    )
+    model, val, test, history = trained(parameters, slices, split, seed, pick_device())
     row = {"training_s": time.perf_counter() - start}
+    judge = replace(recipe_of(parameters)[2], eps_255=parameters["eps_255"])
     x, y = to_tensor(val.images), val.labels
     row["val_clean"] = history[history.selected].val_accuracy.item()
     row["val_pgd"] = 1 - craft(model, x, y, judge, seed=seed).success.float().mean().item()
@@ -150,11 +174,8 @@ def main():
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = options.parse_args()
     root = find_root()
-    notebooks = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
-    profile = load_profile(root / "notebooks" / "profiles" / f"{arguments.profile}.yaml", notebooks)
-    side, parameters = profile["01_data"]["size"], profile["04_adversarial_training"]
-    slices = load_iq_oth_nccd(size=side)
-    slices = replace(slices, groups=near_duplicate_groups(slices))
+    parameters, slices = profiled(arguments.profile)
+    side = slices.images.shape[1]
     path = root / "benchmarks" / f"ablation_{arguments.profile}.csv"
     for seed in arguments.seeds:
         for split in arguments.splits:

@@ -8,7 +8,7 @@ import pandas as pd
 from fortify.publish import replace_section
 from fortify.runs import write_csv
 
-SECTIONS = {"speed": "speed", "scaling": "cost"}  # benchmark: README's section
+SECTIONS = {"speed": "speed", "scaling": "cost", "spread": "spread"}  # benchmark: README's section
 
 
 def parser(doc, devices, *, rounds):

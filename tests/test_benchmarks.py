@@ -106,7 +106,7 @@ def test_scaling_covers_what_it_names_and_finds_the_cost_it_is_given(monkeypatch
     assert (start, slope) == pytest.approx((7, 2))
 
 
-@pytest.mark.parametrize(("name", "section"), [("speed", "speed"), ("scaling", "cost")])
+@pytest.mark.parametrize(("name", "section"), [("speed", "speed"), ("scaling", "cost"), ("spread", "spread")])
 def test_the_readme_shows_what_was_measured(name, section):
     shown = README.split(f"<!-- generated: {section} -->\n")[1].split(f"<!-- /generated: {section} -->")[0]
     assert shown == importlib.import_module("results").section(ROOT, name)
@@ -121,6 +121,20 @@ def ablation():
 def declared():
     """Notebook 4's parameters and values."""
     return declared_parameters(ROOT / "notebooks/04_adversarial_training.ipynb")
+
+
+def test_runs_that_differ_in_nothing_are_the_same_and_others_say_how_far_apart(phantoms, declared, capsys):
+    spread = importlib.import_module("spread")
+    few = replace(phantoms, groups=near_duplicate_groups(phantoms)).subset(range(0, 120, 2))
+    small = declared | {"arch": "resnet_small", "epochs": 1, "batch_size": 16, "train_pgd_steps": 2}
+    table = spread.measure("cpu", 2, small, few)
+    assert table.stage.tolist() == ["training", "training", "attack", "attack", "attack", "training"]
+    same = table[table.differs.eq("nothing")]
+    assert (same.weights_apart == 0).all() and (same[["clean_changed", "pgd_changed"]] == 0).all(axis=None)
+    assert (table.weights_apart[table.stage.eq("attack")] == 0).all()
+    assert (table.pgd <= table.clean).all() and (table.pgd_changed >= (table.pgd - table.pgd[0]).abs()).all()
+    shown = "\n".join(spread.section(table.assign(weights_apart=[0, 0, 0, 0, 0, 2e-4]), "cpu"))
+    assert "| training | one thread | 2.0e-04 |" in shown and "| training | nothing | 0 |" in shown
 
 
 def test_variants_change_parameters_that_notebook_4_has(ablation, declared):

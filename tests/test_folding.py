@@ -163,7 +163,8 @@ def test_perturbations_are_those_of_the_unfolded_model(model, images, labels, at
 
 @pytest.mark.parametrize("attack", [*THREE, PGD(4, steps=2, random_start=False)], ids=repr)
 def test_the_training_loop_is_foolbox_bit_for_bit(model, images, labels, attack):
-    x, y = images[:12], labels[:12]
+    x, y = (3 * images[:12] - 1).clamp(0, 1), labels[:12]  # with black and white, where walks are cut short
+    assert (x == 0).any() and (x == 1).any()
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) * 2 - 1
     used = noise if getattr(attack, "random_start", False) else None
     with frozen(model):
@@ -183,3 +184,21 @@ def test_parts_of_a_batch_come_back_each_in_its_place(model, images, labels):
     for ours, theirs in zip(together, alone, strict=True):
         # One pass of another batch size may round another way.
         assert ours.shape == theirs.shape and (ours - theirs).abs().gt(1e-6).float().mean() < 0.01
+
+
+def test_parts_walk_on_the_twin_and_the_model_judges_cw(model, images, labels):
+    net, asked = Twin(model, images[:1]).net, []
+    hooks = [m.register_forward_hook(lambda module, *_: asked.append(module is net)) for m in (net, model)]
+    cw, x, y = CW(1, 3, 0.05), images[:4], labels[:4]
+    for attacks, on_twin, on_model in (
+        ((cw,), 3, 1),
+        ((FGSM(0.5),), 1, 0),
+        ((PGD(4, steps=2), cw), 2 + 3, 1),
+    ):
+        asked.clear()
+        with frozen(model):
+            found = craft_parts(model, [(a, x, y, torch.zeros_like(x)) for a in attacks], twin=net)
+        assert len(found) == len(attacks)
+        assert (asked.count(True), asked.count(False)) == (on_twin, on_model), attacks
+    for hook in hooks:
+        hook.remove()

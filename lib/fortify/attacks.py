@@ -215,13 +215,11 @@ def craft_parts(model, parts, *, twin=None):
     Returns the adversarial images of each part. Foolbox takes one attack at a time; :func:`_walk` makes the
     same steps in fewer and larger passes.
     """
-    linf = [part for part in parts if isinstance(part[0], FGSM | PGD) and part[0].eps_255 > 0]
+    linf = [part for part in parts if isinstance(part[0], FGSM | PGD)]
     together = iter(_walk(model if twin is None else twin, linf) if linf else ())
     return [
-        next(together)
-        if any(part is walked for walked in linf)
-        else craft_batch(model, part[1], part[2], part[0], noise=part[3], twin=twin)
-        for part in parts
+        next(together) if isinstance(attack, FGSM | PGD) else craft_batch(model, x, y, attack, twin=twin)
+        for attack, x, y, _ in parts
     ]
 
 
@@ -236,12 +234,12 @@ def _walk(net, parts):
     rows = [(pgds[i], *parts[i][1:]) for i in order]
     x, y = torch.cat([part[1] for part in rows]), torch.cat([part[2] for part in rows])
 
-    def of_each(value, dtype=torch.float32):  # an attack's value for each of its images
-        return torch.cat([torch.full((len(p[1]),), value(p[0]), dtype=dtype, device=x.device) for p in rows])
+    def of_each(value):  # an attack's value for each of its images
+        return torch.cat([torch.full((len(xs),), value(a), device=x.device) for a, xs, *_ in rows])
 
     eps = of_each(lambda a: a.eps_255 / 255).view(-1, 1, 1, 1)
     stepsize = of_each(lambda a: _relative(a) * (a.eps_255 / 255)).view(-1, 1, 1, 1)
-    by_margin = of_each(lambda a: a.loss == "margin", torch.bool)
+    by_margin = of_each(lambda a: a.loss == "margin")
     starts = [
         noise if a.random_start and noise is not None else torch.zeros_like(xs) for a, xs, _, noise in rows
     ]

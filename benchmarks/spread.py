@@ -1,0 +1,107 @@
+r"""How far apart are two runs that differ in nothing, or only in how the machine adds up?
+
+    python benchmarks/spread.py                   CPU: the laptop profile's adversarial training, 15 minutes
+    python benchmarks/spread.py --device cuda     GPU: the reference run's
+
+Trains the adversarial network of the random split and seed 0 several times, on the real slices, and attacks
+each on its test set with PGD; then attacks the first one again. Every line is compared with the first.
+Writes benchmarks/spread_<device>.csv and README's section.
+"""
+
+import contextlib
+
+import pandas as pd
+import results
+import torch
+from ablation import STEPS, profiled, trained
+
+from fortify.attacks import PGD, craft
+from fortify.data import to_tensor
+from fortify.models import predict
+from fortify.runs import describe_device, find_root
+
+SHAPES = {"cpu": "laptop", "cuda": "paper"}  # device: profile
+
+
+def measure(device, rounds, parameters, slices):
+    """One row a run: what differed from the first, and what came of it."""
+    rows, first = [], None
+
+    def add(stage, differs, model, x, y, batch_size=64):
+        nonlocal first
+        found = craft(model, x, y, PGD(parameters["eps_255"], steps=STEPS), batch_size=batch_size)
+        clean, pgd = (predict(model, images).argmax(1) for images in (x, found.images))
+        floats = [w for w in model.state_dict().values() if w.is_floating_point()]
+        weights = torch.cat([w.detach().cpu().flatten().double() for w in floats])
+        first = first or (clean, pgd, weights)
+        row = {"stage": stage, "differs": differs, "n": len(y)}
+        row |= {"clean": (clean == y).sum().item(), "pgd": (pgd == y).sum().item()}
+        row |= {
+            "clean_changed": (clean != first[0]).sum().item(),
+            "pgd_changed": (pgd != first[1]).sum().item(),
+        }
+        row["weights_apart"] = ((weights - first[2]).norm() / first[2].norm()).item()
+        rows.append(row)
+        print(row, flush=True)
+
+    def train(differs):
+        model, _, test, _ = trained(parameters, slices, "random", 0, device)
+        data = to_tensor(test.images), torch.from_numpy(test.labels)
+        add("training", differs, model, *data)
+        return model, *data
+
+    kept = train("")
+    for _ in range(1, rounds):
+        train("nothing")
+    add("attack", "nothing", *kept)
+    add("attack", "batches of 16, not 64", *kept, batch_size=16)
+    if device == "cpu":
+        with one_thread():
+            add("attack", "one thread", *kept)
+            train("one thread")
+    else:
+        add("attack", "on a CPU", kept[0].cpu(), *kept[1:])
+    about = {"profile": SHAPES[device], "arch": parameters["arch"], "epochs": parameters["epochs"]}
+    about |= {"side": slices.images.shape[1], "eps_255": parameters["eps_255"]}
+    about |= {"device": describe_device(torch.device(device)), "torch": torch.__version__}
+    return pd.DataFrame(rows).assign(**about)
+
+
+@contextlib.contextmanager
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def section(table, device):
+    """README's text on one device, from the table that :func:`measure` makes; a list of paragraphs."""
+    about, first = table.iloc[0], table.iloc[0]
+    lines = ["| done again | what differs | weights apart | clean | changed | PGD | changed |"]
+    lines.append("| --- | --- |" + " ---: |" * 5)
+    for row in table.iloc[1:].itertuples():
+        apart = "0" if row.weights_apart == 0 else f"{row.weights_apart:.1e}"
+        counts = f"{row.clean}/{row.n} | {row.clean_changed} | {row.pgd}/{row.n} | {row.pgd_changed}"
+        lines.append(f"| {row.stage} | {row.differs} | {apart} | {counts} |")
+    text = f"{about.device}, torch {about.torch}: adversarial training of the `{about.profile}` profile "
+    text += (
+        f"({about.arch}, {about.side} px, {about.epochs} epochs; random split, seed 0), against a first run "
+    )
+    text += f"with {first.clean}/{first.n} clean and {first.pgd}/{first.n} under PGD-{STEPS} at "
+    text += f"{about.eps_255:g}/255. Apart: the norm of the weights' difference over theirs; changed: test "
+    text += "images with another prediction.\n"
+    return ["\n".join(lines) + "\n", text]
+
+
+def main():
+    arguments = results.parser(__doc__, SHAPES, rounds=2).parse_args()
+    parameters, slices = profiled(SHAPES[arguments.device])
+    table = measure(arguments.device, arguments.rounds, parameters, slices)
+    results.publish(find_root(), "spread", arguments.device, table)
+
+
+if __name__ == "__main__":
+    main()
