@@ -1,5 +1,7 @@
 """What must be true of every attack, whatever the model."""
 
+from dataclasses import replace
+
 import foolbox as fb
 import pytest
 import torch
@@ -68,6 +70,24 @@ def test_a_restart_is_the_attack_from_the_next_seed_on_what_stands(model, images
     taken = standing.nonzero().squeeze(1)[again.success]
     expected[taken], broken[taken] = again.images[again.success], True
     assert torch.equal(two.images, expected) and torch.equal(two.success, broken)
+
+
+def test_restarts_take_everything_else_as_it_is_given(model, images, labels):
+    x, y, asked = *known(model, images, labels), []
+    attack = PGD(4, steps=3, rel_stepsize=0.2, random_start=False, loss="margin")
+
+    def ask(module, args, _):
+        if module is model:  # not its twin
+            asked.append(len(args[0]))
+
+    hook = model.register_forward_hook(ask)
+    first = craft(model, x, y, attack, batch_size=10)
+    alone, again = asked[:], craft(model, x, y, replace(attack, restarts=2), batch_size=10)
+    hook.remove()
+    assert torch.equal(again.images, first.images), "no random start: nothing new to find"
+    standing = (~first.success).sum().item()
+    assert alone == [1, 10, 10, 4] and 10 < standing < 20
+    assert asked[len(alone) :] == [*alone, 1, 10, standing - 10]
 
 
 def test_an_unknown_attack_is_named(model, images, labels):

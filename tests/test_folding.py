@@ -189,11 +189,11 @@ def test_parts_of_a_batch_come_back_each_in_its_place(model, images, labels):
 def test_parts_walk_on_the_twin_and_the_model_judges_cw(model, images, labels):
     net, asked = Twin(model, images[:1]).net, []
     hooks = [m.register_forward_hook(lambda module, *_: asked.append(module is net)) for m in (net, model)]
-    cw, x, y = CW(1, 3, 0.05), images[:4], labels[:4]
+    cw, x, y = CW(2, 3, 0.05), images[:4], labels[:4]
     for attacks, on_twin, on_model in (
-        ((cw,), 3, 1),
+        ((cw,), 6, 1),
         ((FGSM(0.5),), 1, 0),
-        ((PGD(4, steps=2), cw), 2 + 3, 1),
+        ((PGD(4, steps=2), cw), 2 + 6, 1),
     ):
         asked.clear()
         with frozen(model):
@@ -202,3 +202,24 @@ def test_parts_walk_on_the_twin_and_the_model_judges_cw(model, images, labels):
         assert (asked.count(True), asked.count(False)) == (on_twin, on_model), attacks
     for hook in hooks:
         hook.remove()
+
+
+class Half(nn.Module):
+    """Sees the upper half of an image alone."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.num_classes = model, model.num_classes
+
+    def forward(self, x):
+        return self.model(x * (torch.arange(x.shape[2]) < x.shape[2] // 2).view(-1, 1))
+
+
+def test_what_the_network_does_not_see_is_left_as_it_is(model, images, labels):
+    half, x, y = Half(model), images[:8], labels[:8]
+    still = PGD(4, steps=2, random_start=False)
+    with frozen(half):
+        (together,) = craft_parts(half, [(still, x, y, torch.ones_like(x))])
+    for found in (together, craft(half, x, y, still).images, craft(half, x, y, FGSM(4)).images):
+        changed = (found != x).any(1).any(2).any(0)
+        assert changed[:16].all() and not changed[16:].any()

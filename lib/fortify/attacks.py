@@ -7,7 +7,7 @@ change its dataclass or its branch in :func:`craft_batch`; to add one, add a dat
 import contextlib
 import numbers
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox imports GitPython, which wants a git binary
@@ -104,7 +104,8 @@ def craft(model, images, labels, attack, *, seed=0, batch_size=64, progress=Fals
     """
     images, labels = checked(images, labels)
     if isinstance(attack, PGD) and attack.restarts > 1:
-        return _with_restarts(model, images, labels, attack, seed, batch_size, progress)
+        options = {"batch_size": batch_size, "progress": progress}
+        return _with_restarts(model, images, labels, attack, seed, **options)
     device, noise = device_of(model), None
     if isinstance(attack, PGD) and attack.random_start:
         # Drawn on the CPU: the same start on every device.
@@ -281,23 +282,15 @@ def _carlini_wagner(fmodel, x, criterion, attack, judge):
     return torch.where(failed.view(-1, 1, 1, 1), x, x_adv)
 
 
-def _with_restarts(model, images, labels, attack, seed, batch_size, progress):
+def _with_restarts(model, images, labels, attack, seed, **options):
     """Restarts for the images that still stand; restart r draws its start from seed + r."""
-    once = PGD(attack.eps_255, attack.steps, attack.rel_stepsize, attack.random_start, 1, attack.loss)
-    best, success = craft(model, images, labels, once, seed=seed, batch_size=batch_size, progress=progress)
+    once = replace(attack, restarts=1)
+    best, success = craft(model, images, labels, once, seed=seed, **options)
     for restart in range(1, attack.restarts):
         standing = (~success).nonzero().squeeze(1)
         if len(standing) == 0:
             break
-        again = craft(
-            model,
-            images[standing],
-            labels[standing],
-            once,
-            seed=seed + restart,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        again = craft(model, images[standing], labels[standing], once, seed=seed + restart, **options)
         best[standing[again.success]] = again.images[again.success]
         success[standing] = again.success
     return Adversarial(best, success)
