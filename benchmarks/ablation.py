@@ -46,6 +46,7 @@ VARIANTS = {  # what differs from the profile's parameters
     "whole budget from the start": dict(eps_warmup=0.0),
     "no clean images": dict(clean_share=0.0),
     "no class weights": dict(class_balance=0.0),
+    "no clean images, no class weights": dict(clean_share=0.0, class_balance=0.0),
     "PGD alone, no class weights": PGD_ALONE | dict(class_balance=0.0),
     "PGD alone, no class weights, strong window and level": PGD_ALONE | STRONG | dict(class_balance=0.0),
     "budget 1/255": dict(train_eps_255=1.0),

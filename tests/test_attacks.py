@@ -131,6 +131,20 @@ def test_failed_cw_returns_the_clean_image(model, images, labels):
     assert not success.any()
 
 
+def test_a_cw_that_fails_on_some_images_keeps_those_clean(model, images, labels):
+    """A black image may be read as another class: it looks like a success."""
+    x, y = known(model, images, labels, count=96)
+    few = dict(binary_search_steps=1, steps=3, stepsize=0.02, initial_const=0.1)
+    raw = fb.attacks.L2CarliniWagnerAttack(**few, abort_early=False).run(
+        fb.PyTorchModel(model.eval(), bounds=(0, 1)), x, fb.criteria.Misclassification(y)
+    )
+    black = (raw == 0).flatten(1).all(1)
+    assert 10 < black.sum() < 86 and (predict(model, raw).argmax(1) != y)[black].any()
+    adversarial, success = craft(model, x, y, CW(**few), batch_size=96)
+    assert torch.equal(adversarial[black], x[black]) and not success[black].any()
+    assert success[~black].all()
+
+
 def test_cw_changes_less_than_the_linf_attacks(model, images, labels):
     x, y = known(model, images, labels)
     found = craft(model, x, y, CW(binary_search_steps=4, steps=60, stepsize=0.02))

@@ -276,7 +276,7 @@ def _carlini_wagner(fmodel, x, criterion, attack, judge):
     )
     x_adv = foolbox_attack.run(fmodel, x, criterion).clamp(0, 1)
     # Where it finds nothing Foolbox returns an all-black image, which may even count as a success.
-    failed = (x_adv == 0).flatten(1).all(1) & (x != 0).flatten(1).any(1)
+    failed = (x_adv == 0).flatten(1).all(1)
     with torch.no_grad():
         failed |= judge(x_adv).argmax(1) == criterion.labels.raw  # it stops on the boundary, to rounding
     return torch.where(failed.view(-1, 1, 1, 1), x, x_adv)
