@@ -46,6 +46,8 @@ VARIANTS = {  # what differs from the profile's parameters
     "whole budget from the start": dict(eps_warmup=0.0),
     "no clean images": dict(clean_share=0.0),
     "no class weights": dict(class_balance=0.0),
+    "half the clean images, no class weights": dict(clean_share=0.5, class_balance=0.0),
+    "a quarter of the clean images, no class weights": dict(clean_share=0.25, class_balance=0.0),
     "no clean images, no class weights": dict(clean_share=0.0, class_balance=0.0),
     "PGD alone, no class weights": PGD_ALONE | dict(class_balance=0.0),
     "PGD alone, no class weights, strong window and level": PGD_ALONE | STRONG | dict(class_balance=0.0),

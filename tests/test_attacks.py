@@ -1,5 +1,6 @@
 """What must be true of every attack, whatever the model."""
 
+import re
 from dataclasses import replace
 
 import foolbox as fb
@@ -88,6 +89,31 @@ def test_restarts_take_everything_else_as_it_is_given(model, images, labels):
     standing = (~first.success).sum().item()
     assert alone == [1, 10, 10, 4] and 10 < standing < 20
     assert asked[len(alone) :] == [*alone, 1, 10, standing - 10]
+
+
+def test_restarts_end_where_nothing_stands(model, images, labels):
+    x, y = known(model, images, labels)
+    strong = PGD(32, steps=10, restarts=3)
+    found = craft(model, x, y, strong)
+    assert found.success.all() and torch.equal(
+        found.images, craft(model, x, y, replace(strong, restarts=1)).images
+    )
+
+
+def test_the_whole_range_is_a_budget(model, images, labels):
+    assert craft(model, images[:4], labels[:4], FGSM(255)).success.any()
+
+
+def test_norms_are_those_of_each_image():
+    clean = torch.zeros(2, 1, 2, 2)
+    changed = torch.tensor([[[[0.2, 0.0], [0.0, 0.0]]], [[[0.3, -0.4], [0.0, 0.0]]]])
+    linf_255, l2 = perturbation_norms(clean, changed)
+    assert torch.allclose(linf_255, torch.tensor([51.0, 102.0])) and torch.allclose(
+        l2, torch.tensor([0.2, 0.5])
+    )
+    kinds = re.escape("(2, 1, 2, 2) torch.float32 and (1, 1, 2, 2) torch.float32")
+    with pytest.raises(ValueError, match=f"of one shape, not {kinds}"):
+        perturbation_norms(clean, changed[:1])
 
 
 def test_an_unknown_attack_is_named(model, images, labels):
@@ -218,7 +244,7 @@ def test_start_noise_moves_craft_batch(model, images, labels):
         (lambda x, y: ((x * 255).byte(), y), "to_tensor"),
         (lambda x, y: (x, y[:-1]), "one an image"),
         (lambda x, y: (x, y.float()), "integers"),
-        (lambda x, y: (x, y + 3), "0..2"),
+        (lambda x, y: (x, y + 3), r"0\.\.2, the model's classes, not 3 to 3"),
         (lambda x, y: (x[:0], y[:0]), "no images"),
     ],
 )

@@ -175,7 +175,7 @@ class _LinfPGD(fb.attacks.LinfPGD):
         self.noise, self.loss = noise, attack.loss
 
     def get_random_start(self, x0, epsilon):
-        return ep.clip(x0 + epsilon * ep.astensor(self.noise), 0, 1)
+        return x0 + epsilon * ep.astensor(self.noise)  # the loop clips it
 
     def get_loss_fn(self, model, labels):
         if self.loss == "cross_entropy":
@@ -204,9 +204,7 @@ def craft_batch(model, x, y, attack, *, noise=None, twin=None):
     else:
         raise TypeError(f"unknown attack {attack!r}; use FGSM, PGD or CW")
     # .run, not the call: the call would spend one more forward a budget to find `success` again.
-    x_adv = foolbox_attack.run(fmodel, x, criterion, epsilon=eps)
-    # x + eps can round one ulp past the ball or past white: put it back inside.
-    return x_adv.clamp(x - eps, x + eps).clamp(0, 1)
+    return foolbox_attack.run(fmodel, x, criterion, epsilon=eps)
 
 
 def craft_parts(model, parts, *, twin=None):
@@ -256,7 +254,6 @@ def _walk(net, parts):
         z = z.detach() + stepsize[:n] * gradient.sign()
         z = x0 + (z - x0).clamp(-eps[:n], eps[:n])
         adversarial = torch.cat([z.clamp(0, 1), adversarial[n:]])
-    adversarial = adversarial.clamp(x - eps, x + eps).clamp(0, 1)  # as in craft_batch
     found = dict(zip(order, adversarial.split([len(part[1]) for part in rows]), strict=True))
     return [found[i] for i in range(len(parts))]
 
