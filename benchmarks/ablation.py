@@ -28,32 +28,36 @@ from fortify.runs import describe_device, find_root, pick_device, write_csv
 from fortify.splits import grouped_split, near_duplicate_groups, random_split
 from fortify.training import Recipe, fit
 
-LITTLE = dict(train_degrees=3.0, train_zoom=0.03, train_translate=0.02, train_gamma=0.1, train_gain=0.05)
-LITTLE |= dict(train_level=0.02, train_noise=0.0, train_blur=0.0, train_cutout=0.0)
-PGD_ALONE = dict(fgsm_share=0.0, pgd_share=1.0, cw_share=0.0, clean_share=0.0)
+TURNS = dict(train_degrees=7.0, train_zoom=0.08, train_translate=0.06)
+SMALL_TURNS = dict(train_degrees=3.0, train_zoom=0.03, train_translate=0.02)
+LITTLE = SMALL_TURNS | dict(train_gamma=0.1, train_gain=0.05, train_level=0.02, train_noise=0.0)
+LITTLE |= dict(train_blur=0.0, train_cutout=0.0)
 STRONG = dict(train_gamma=0.6, train_gain=0.3, train_level=0.15, train_noise=0.04)
 STRONG |= dict(train_blur=0.5, train_cutout=0.2)
+PGD_ALONE = dict(fgsm_share=0.0, pgd_share=1.0, cw_share=0.0, clean_share=0.0)
 NO_ATTACK = dict(fgsm_share=0.0, pgd_share=0.0, cw_share=0.0, clean_share=1.0)
+WEIGHTED = dict(clean_share=1.0, class_balance=1.0)
+AT_ONCE = dict(ema=0.0, eps_warmup=0.0)
 VARIANTS = {  # what differs from the profile's parameters
     "as shipped": {},
-    "turns and shifts too": dict(train_degrees=7.0, train_zoom=0.08, train_translate=0.06),
-    "small turns and shifts, no noise": dict(
-        train_degrees=3.0, train_zoom=0.03, train_translate=0.02, train_noise=0.0
-    ),
+    "no clean images": dict(clean_share=0.0),
+    "half the clean images": dict(clean_share=0.5),
+    "all clean images": dict(clean_share=1.0),
+    "PGD alone, no clean images": PGD_ALONE,
+    "PGD alone, no clean images, strong window and level": PGD_ALONE | STRONG,
+    "turns and shifts too": TURNS,
     "little augmentation": LITTLE,
-    "little augmentation, no average, whole budget at once": LITTLE | dict(ema=0.0, eps_warmup=0.0),
     "no moving average": dict(ema=0.0),
     "whole budget from the start": dict(eps_warmup=0.0),
-    "no clean images": dict(clean_share=0.0),
-    "no class weights": dict(class_balance=0.0),
-    "half the clean images, no class weights": dict(clean_share=0.5, class_balance=0.0),
-    "a quarter of the clean images, no class weights": dict(clean_share=0.25, class_balance=0.0),
-    "no clean images, no class weights": dict(clean_share=0.0, class_balance=0.0),
-    "PGD alone, no class weights": PGD_ALONE | dict(class_balance=0.0),
-    "PGD alone, no class weights, strong window and level": PGD_ALONE | STRONG | dict(class_balance=0.0),
     "budget 1/255": dict(train_eps_255=1.0),
+    "all clean images, class weights": WEIGHTED,
+    "the same, turns and shifts too": WEIGHTED | TURNS,
+    "the same, small turns and shifts, no noise": WEIGHTED | SMALL_TURNS | dict(train_noise=0.0),
+    "the same, little augmentation": WEIGHTED | LITTLE,
+    "the same, little augmentation, no average, whole budget at once": WEIGHTED | LITTLE | AT_ONCE,
     "normal training, augmented alike": NO_ATTACK,
     "normal training, little augmentation": NO_ATTACK | LITTLE,  # as in notebook 2
+    "normal training, augmented alike, class weights": NO_ATTACK | WEIGHTED,
 }
 BUDGETS_255 = (2, 4, 8)  # of the attacks on the test set
 STEPS = 20
