@@ -7,6 +7,7 @@ import foolbox as fb
 import pytest
 import torch
 
+from fortify import attacks
 from fortify.attacks import CW, FGSM, PGD, craft, craft_batch, frozen, margin, perturbation_norms
 from fortify.models import predict
 
@@ -128,6 +129,25 @@ def test_restarts_only_add(model, images, labels):
     assert three.sum() > one.sum()
 
 
+def test_what_is_not_said_is_seed_0_and_no_bar(model, images, labels, monkeypatch):
+    bars = []
+    monkeypatch.setattr(attacks, "progress_bar", lambda steps, **options: bars.append(options) or steps)
+    attack = PGD(4, steps=2)
+    found = craft(model, images, labels, attack)
+    assert torch.equal(found.images, craft(model, images, labels, attack, seed=0, progress=True).images)
+    assert bars == [{"desc": "pgd", "show": False}, {"desc": "pgd", "show": True}]
+
+
+def test_cw_goes_beyond_the_boundary_by_its_confidence(model, images, labels):
+    x, y = known(model, images, labels)
+    few = dict(binary_search_steps=3, steps=60, stepsize=0.05)
+    for confidence in (0.0, 1.0):
+        found, success = craft(model, x, y, CW(**few, confidence=confidence))
+        with torch.no_grad():
+            least = margin(model(found[success]), y[success]).min()
+        assert success.any() and confidence <= least + 1e-4 < confidence + 0.5
+
+
 def test_same_seed_same_bytes_and_another_seed_another_start(model, images, labels):
     attack = PGD(4, steps=2)
     first, again, other = (craft(model, images, labels, attack, seed=s).images for s in (3, 3, 4))
@@ -238,20 +258,28 @@ def test_start_noise_moves_craft_batch(model, images, labels):
     [
         (lambda x, y: (x * 255, y), "divide by 255"),
         (lambda x, y: (x - 0.5, y), r"\[0, 1\]"),
+        (lambda x, y: (x * 0 + 1.5, y), r"\[0, 1\]; these reach 1\.5 to 1\.5"),
         (lambda x, y: (x.clone().fill_(torch.nan), y), r"\[0, 1\]"),
-        (lambda x, y: (x.squeeze(1), y), r"\(N, 1, H, W\)"),
+        (lambda x, y: (x.squeeze(1), y), r"\(N, 1, H, W\) in \[0, 1\], not \(4, 32, 32\) torch.float32"),
         (lambda x, y: (x.expand(-1, 3, -1, -1), y), r"\(N, 1, H, W\)"),
         (lambda x, y: ((x * 255).byte(), y), "to_tensor"),
-        (lambda x, y: (x, y[:-1]), "one an image"),
+        (lambda x, y: (x, y[:-1]), r"one an image, not \(3,\) torch.int64"),
         (lambda x, y: (x, y.float()), "integers"),
         (lambda x, y: (x, y + 3), r"0\.\.2, the model's classes, not 3 to 3"),
-        (lambda x, y: (x[:0], y[:0]), "no images"),
+        (lambda x, y: (x[:0], y[:0]), "^no images were given$"),
     ],
 )
 def test_bad_input_is_named(model, images, labels, change, message):
     x, y = change(images[:4], labels[:4])
     with pytest.raises(ValueError, match=message):
         craft(model, x, y, FGSM(4))
+
+
+def test_impossible_cw_is_named():
+    with pytest.raises(ValueError, match="steps must be at least 1, not 0 and 9"):
+        CW(steps=0)
+    with pytest.raises(ValueError, match=r"confidence at least 0, not 0\.01, 0 and 0\.0"):
+        CW(initial_const=0)
 
 
 @pytest.mark.parametrize("arguments", [{"loss": "hinge"}, {"steps": 0}, {"restarts": 0}])

@@ -134,6 +134,7 @@ def test_adversarial_images(model, wrong):
         lambda: CW(binary_search_steps=0),
         lambda: CW(stepsize=0),
         lambda: CW(initial_const=-1),
+        lambda: CW(initial_const=0),
         lambda: CW(confidence=float("nan")),
     ],
 )
