@@ -271,7 +271,7 @@ def _carlini_wagner(fmodel, x, criterion, attack, judge):
         initial_const=attack.initial_const,
         abort_early=False,  # with few steps it would stop at the first that does not improve
     )
-    x_adv = foolbox_attack.run(fmodel, x, criterion).clamp(0, 1)
+    x_adv = foolbox_attack.run(fmodel, x, criterion)
     # Where it finds nothing Foolbox returns an all-black image, which may even count as a success.
     failed = (x_adv == 0).flatten(1).all(1)
     with torch.no_grad():
