@@ -276,6 +276,10 @@ def test_rows_survive_a_csv(tmp_path):
         (lambda rows: rows.assign(success="maybe"), "'success' must hold bool .* reads as str"),
         (lambda rows: rows.assign(l2="far"), "'l2' must hold float64"),
         (lambda rows: rows.assign(split=None), "'split' must hold str"),
+        (
+            lambda rows: rows.assign(split=rows.split.where(rows.index > 0)),
+            "'split' must hold str in every row",
+        ),
     ],
 )
 def test_a_csv_that_is_no_table_is_refused(tmp_path, change, message):

@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 import torch
 
-from fortify.attacks import CW, FGSM, PGD
+from fortify import attacks
+from fortify.attacks import CW, FGSM, PGD, craft
 from fortify.evaluation import COLUMNS, at_budget, check_rows, evaluate, score, score_static
 from fortify.figures import pick_example
 from fortify.models import build_model, predict
@@ -29,7 +30,8 @@ def evaluated(model, images, labels, part):
 def test_rows_are_complete_and_say_what_the_model_says(model, images, labels, part, evaluated):
     rows, kept = evaluated
     check_rows(rows)
-    assert tuple(rows.columns) == COLUMNS and len(rows) == 4 * len(part)
+    assert tuple(rows.columns) == COLUMNS and rows.index.tolist() == list(range(4 * len(part)))
+    assert (rows.model == "normal").all() and (rows.split == "random").all() and (rows.seed == 0).all()
     assert rows.attack.unique().tolist() == ["clean", "fgsm", "pgd", "cw"]
     for name, adversarial in (("clean", images[part]), *((n, torch.from_numpy(x)) for n, x in kept.items())):
         own = rows[rows.attack == name]
@@ -70,6 +72,9 @@ def test_static_rows_are_another_model_on_the_same_images(model, images, labels,
     ids = IDS | {"model_name": "adversarial"}
     rows = score_static(other, images[part], labels[part], crafted, index=part, eps_255=4, **ids)
     assert set(rows.protocol) == {"static"} and set(rows.attack) == {"fgsm", "pgd", "cw"}
+    assert rows.index.tolist() == list(range(3 * len(part)))
+    budgets = {name: set(own.eps_255) for name, own in rows.groupby("attack") if name != "cw"}
+    assert budgets == {"fgsm": {4}, "pgd": {4}} and rows[rows.attack == "cw"].eps_255.isna().all()
     pgd = rows[rows.attack == "pgd"]
     assert pgd.prediction.tolist() == predict(other, torch.from_numpy(crafted["pgd"])).argmax(1).tolist()
     assert pgd.l2.tolist() == pytest.approx(crafted_rows[crafted_rows.attack == "pgd"].l2.tolist())
@@ -79,6 +84,56 @@ def test_static_images_of_another_set_are_refused(model, images, labels, part):
     crafted = {name: images[:5].numpy() for name in ("fgsm", "pgd", "cw")}
     with pytest.raises(ValueError, match="run notebook 03 again"):
         score_static(model, images[part], labels[part], crafted, index=part, eps_255=4, **IDS)
+
+
+def test_static_images_of_another_budget_are_refused(model, images, labels, part):
+    x, y = images[part].clamp(0.1, 0.9), labels[part]
+    crafted = {name: (x + 4 / 255).numpy() for name in ("fgsm", "pgd", "cw")}
+    score_static(model, x, y, crafted, index=part, eps_255=4, **IDS)
+    with pytest.raises(
+        ValueError, match=r"static pgd .* up to 4 grey levels, not eps_255=4\.5: run notebook 03"
+    ):
+        score_static(model, x, y, crafted, index=part, eps_255=4.5, **IDS)
+    wide = {"fgsm": crafted["fgsm"], "pgd": crafted["pgd"], "cw": (x + 20 / 255).numpy()}
+    score_static(model, x, y, wide, index=part, eps_255=4, **IDS)  # CW has no budget
+
+
+def test_crafting_is_by_the_seed_and_the_batch_that_are_given(model, images, labels, part, monkeypatch):
+    asked, attack = [], PGD(4, steps=2)
+
+    def asked_for(*arguments, **options):
+        asked.append(options)
+        return craft(*arguments, **options)
+
+    monkeypatch.setattr(attacks, "craft", asked_for)
+    ids = IDS | {"seed": 3}
+    keep = {"found": attack}
+    _, kept = evaluate(model, images[part], labels[part], [attack], index=part, keep=keep, **ids)
+    evaluate(model, images[part], labels[part], [attack], index=part, batch_size=7, **ids)
+    assert asked == [{"seed": 3, "batch_size": size, "progress": True} for size in (64, 7)]
+    assert np.array_equal(
+        kept["found"], craft(model, images[part], labels[part], attack, seed=3).images.numpy()
+    )
+
+
+def test_a_cw_that_scoring_reads_rightly_is_a_failed_one(model, images, labels, part, monkeypatch):
+    """As where another batch size rounds an image on the boundary back: the clean image stands."""
+    x, y, cw = images[part], labels[part], ATTACKS[2]
+    found = craft(model, x, y, cw)
+    assert found.success[:2].all(), "the first two must be broken, or this tests nothing"
+    back = found.images.clone()
+    back[0] = (x[0] + 1e-4).clamp(0, 1)  # read as the clean image is
+    monkeypatch.setattr(attacks, "craft", lambda *_, **__: attacks.Adversarial(back, found.success))
+    rows, kept = evaluate(model, x, y, [cw], index=part, keep={"cw": cw}, **IDS)
+    check_rows(rows)
+    own = rows[rows.attack == "cw"].reset_index(drop=True)
+    assert not own.success[0] and own.l2[0] == 0 and np.array_equal(kept["cw"][0], x[0].numpy())
+    assert np.array_equal(kept["cw"][1:], back[1:].numpy()) and own.success[1]
+
+
+def test_an_index_of_another_length_is_named(model, images, labels):
+    with pytest.raises(ValueError, match="^3 indices for 4 images$"):
+        score(model, images[:4], labels[:4], index=[0, 1, 2], attack="clean", eps_255=0, **IDS)
 
 
 def test_a_budget_of_nothing_leaves_cw_at_the_clean_prediction(evaluated):
