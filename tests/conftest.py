@@ -47,7 +47,7 @@ def model(phantoms):
     trained = build_model("resnet_small", num_classes=3, seed=0)
     some = phantoms.subset(range(0, len(phantoms), 3))
     still = Augmentation(flip=False, degrees=0, scale=0, translate=0)
-    recipe = Recipe(epochs=12, batch_size=16, lr=3e-3, augmentation=still)
+    recipe = Recipe(epochs=12, batch_size=16, lr=3e-3, class_balance=1.0, augmentation=still)
     fit(trained, some, some, recipe, progress=False)
     return trained
 
