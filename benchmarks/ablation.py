@@ -90,31 +90,35 @@ def profiled(name):
     return profile["04_adversarial_training"], replace(slices, groups=near_duplicate_groups(slices))
 
 
-def trained(parameters, slices, split, seed, device):
-    """(model, validation slices, test slices, history), trained as notebook 4 does but for this:
-
-    validation is attacked at ``eps_255``, whatever is trained at.
-    """
-    recipe, attacks, pgd = recipe_of(parameters)
-    judge = replace(pgd, eps_255=parameters["eps_255"])
+def sides(slices, split, seed):
+    """The training, validation and test slices of a split."""
     parts = (
         random_split(slices.labels, seed=seed)
         if split == "random"
         else grouped_split(slices.labels, slices.groups, seed=seed)
     )
-    train, val, test = (slices.subset(parts[name]) for name in ("train", "val", "test"))
-    model = build_model(parameters["arch"], num_classes=len(slices.class_names), seed=seed).to(device)
-    val_attack = judge if attacks else None
-    history = fit(model, train, val, recipe, attacks=attacks, val_attack=val_attack, seed=seed)
-    return model, val, test, history
+    return [slices.subset(parts[name]) for name in ("train", "val", "test")]
+
+
+def judge_of(parameters):
+    """The attack on the validation set: at ``eps_255``, whatever is trained at."""
+    return replace(recipe_of(parameters)[2], eps_255=parameters["eps_255"])
+
+
+def trained(parameters, train, val, seed, device):
+    """(model, history), trained as notebook 4 does but that :func:`judge_of` attacks the validation set."""
+    recipe, attacks, _ = recipe_of(parameters)
+    model = build_model(parameters["arch"], num_classes=len(train.class_names), seed=seed).to(device)
+    val_attack = judge_of(parameters) if attacks else None
+    return model, fit(model, train, val, recipe, attacks=attacks, val_attack=val_attack, seed=seed)
 
 
 def measure(parameters, slices, split, seed):
     """Train and attack once: one row."""
+    train, val, test = sides(slices, split, seed)
     start = time.perf_counter()
-    model, val, test, history = trained(parameters, slices, split, seed, pick_device())
-    row = {"training_s": time.perf_counter() - start}
-    judge = replace(recipe_of(parameters)[2], eps_255=parameters["eps_255"])
+    model, history = trained(parameters, train, val, seed, pick_device())
+    row, judge = {"training_s": time.perf_counter() - start}, judge_of(parameters)
     x, y = to_tensor(val.images), val.labels
     row["val_clean"] = history[history.selected].val_accuracy.item()
     row["val_pgd"] = 1 - craft(model, x, y, judge, seed=seed).success.float().mean().item()

@@ -1,6 +1,6 @@
 r"""How far apart are two runs that differ in nothing, or only in how the machine adds up?
 
-    python benchmarks/spread.py                   CPU: the laptop profile's adversarial training, 15 minutes
+    python benchmarks/spread.py                   CPU: the laptop profile's adversarial training, four times
     python benchmarks/spread.py --device cuda     GPU: the reference run's
 
 Trains the adversarial network of the random split and seed 0 several times, on the real slices, and attacks
@@ -13,7 +13,7 @@ import contextlib
 import pandas as pd
 import results
 import torch
-from ablation import STEPS, profiled, trained
+from ablation import STEPS, profiled, sides, trained
 
 from fortify.attacks import PGD, craft
 from fortify.data import to_tensor
@@ -23,44 +23,44 @@ from fortify.runs import describe_device, find_root
 SHAPES = {"cpu": "laptop", "cuda": "paper"}  # device: profile
 
 
+def compared(own, first, y):
+    """What a run reads rightly and how far it is from the first; each is (clean, pgd, weights)."""
+    row = {"n": len(y)}
+    for name, now, then in zip(("clean", "pgd"), own, first, strict=False):
+        row |= {name: (now == y).sum().item(), f"{name}_changed": (now != then).sum().item()}
+    return row | {"weights_apart": ((own[2] - first[2]).norm() / first[2].norm()).item()}
+
+
 def measure(device, rounds, parameters, slices):
     """One row a run: what differed from the first, and what came of it."""
-    rows, first = [], None
+    rows, runs = [], []
+    train_slices, val, test = sides(slices, "random", 0)
+    x, y = to_tensor(test.images), torch.from_numpy(test.labels)
 
-    def add(stage, differs, model, x, y, batch_size=64):
-        nonlocal first
+    def add(stage, differs, model, batch_size=64):
         found = craft(model, x, y, PGD(parameters["eps_255"], steps=STEPS), batch_size=batch_size)
         clean, pgd = (predict(model, images).argmax(1) for images in (x, found.images))
         floats = [w for w in model.state_dict().values() if w.is_floating_point()]
-        weights = torch.cat([w.detach().cpu().flatten().double() for w in floats])
-        first = first or (clean, pgd, weights)
-        row = {"stage": stage, "differs": differs, "n": len(y)}
-        row |= {"clean": (clean == y).sum().item(), "pgd": (pgd == y).sum().item()}
-        row |= {
-            "clean_changed": (clean != first[0]).sum().item(),
-            "pgd_changed": (pgd != first[1]).sum().item(),
-        }
-        row["weights_apart"] = ((weights - first[2]).norm() / first[2].norm()).item()
-        rows.append(row)
-        print(row, flush=True)
+        runs.append((clean, pgd, torch.cat([w.detach().cpu().flatten().double() for w in floats])))
+        rows.append({"stage": stage, "differs": differs} | compared(runs[-1], runs[0], y))
+        print(rows[-1], flush=True)
 
     def train(differs):
-        model, _, test, _ = trained(parameters, slices, "random", 0, device)
-        data = to_tensor(test.images), torch.from_numpy(test.labels)
-        add("training", differs, model, *data)
-        return model, *data
+        model, _ = trained(parameters, train_slices, val, 0, device)
+        add("training", differs, model)
+        return model
 
     kept = train("")
     for _ in range(1, rounds):
         train("nothing")
-    add("attack", "nothing", *kept)
-    add("attack", "batches of 16, not 64", *kept, batch_size=16)
+    add("attack", "nothing", kept)
+    add("attack", "batches of 16, not 64", kept, batch_size=16)
     if device == "cpu":
         with one_thread():
-            add("attack", "one thread", *kept)
+            add("attack", "one thread", kept)
             train("one thread")
     else:
-        add("attack", "on a CPU", kept[0].cpu(), *kept[1:])
+        add("attack", "on a CPU", kept.cpu())
     about = {"profile": SHAPES[device], "arch": parameters["arch"], "epochs": parameters["epochs"]}
     about |= {"side": slices.images.shape[1], "eps_255": parameters["eps_255"]}
     about |= {"device": describe_device(torch.device(device)), "torch": torch.__version__}
@@ -79,19 +79,19 @@ def one_thread():
 
 def section(table, device):
     """README's text on one device, from the table that :func:`measure` makes; a list of paragraphs."""
-    about, first = table.iloc[0], table.iloc[0]
+    first = table.iloc[0]
     lines = ["| done again | what differs | weights apart | clean | changed | PGD | changed |"]
     lines.append("| --- | --- |" + " ---: |" * 5)
     for row in table.iloc[1:].itertuples():
         apart = "0" if row.weights_apart == 0 else f"{row.weights_apart:.1e}"
         counts = f"{row.clean}/{row.n} | {row.clean_changed} | {row.pgd}/{row.n} | {row.pgd_changed}"
         lines.append(f"| {row.stage} | {row.differs} | {apart} | {counts} |")
-    text = f"{about.device}, torch {about.torch}: adversarial training of the `{about.profile}` profile "
+    text = f"{first.device}, torch {first.torch}: adversarial training of the `{first.profile}` profile "
     text += (
-        f"({about.arch}, {about.side} px, {about.epochs} epochs; random split, seed 0), against a first run "
+        f"({first.arch}, {first.side} px, {first.epochs} epochs; random split, seed 0), against a first run "
     )
     text += f"with {first.clean}/{first.n} clean and {first.pgd}/{first.n} under PGD-{STEPS} at "
-    text += f"{about.eps_255:g}/255. Apart: the norm of the weights' difference over theirs; changed: test "
+    text += f"{first.eps_255:g}/255. Apart: the norm of the weights' difference over theirs; changed: test "
     text += "images with another prediction.\n"
     return ["\n".join(lines) + "\n", text]
 

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fortify.attacks import FGSM, PGD
 from fortify.augmentation import Augmentation
+from fortify.models import build_model
 from fortify.profiles import declared_parameters
 from fortify.splits import near_duplicate_groups
 from fortify.training import Recipe
@@ -135,6 +136,45 @@ def test_runs_that_differ_in_nothing_are_the_same_and_others_say_how_far_apart(p
     assert (table.pgd <= table.clean).all() and (table.pgd_changed >= (table.pgd - table.pgd[0]).abs()).all()
     shown = "\n".join(spread.section(table.assign(weights_apart=[0, 0, 0, 0, 0, 2e-4]), "cpu"))
     assert "| training | one thread | 2.0e-04 |" in shown and "| training | nothing | 0 |" in shown
+
+
+def test_each_run_is_compared_with_the_first(phantoms, declared, monkeypatch):
+    spread, seeds = importlib.import_module("spread"), iter((0, 1, 2, 0))
+    made = []
+
+    def another(parameters, train, val, seed, device):
+        made.append(build_model("resnet_small", num_classes=3, seed=next(seeds)).eval())
+        return made[-1], None
+
+    monkeypatch.setattr(spread, "trained", another)
+    table = spread.measure("cpu", 3, declared, phantoms)
+    apart = table.weights_apart[table.stage.eq("training")].tolist()
+    first, second, third = (
+        torch.cat([w.flatten() for w in model.state_dict().values() if w.is_floating_point()]).double()
+        for model in made[:3]
+    )
+    expected = [((w - first).norm() / first.norm()).item() for w in (second, third)]
+    assert apart[0] == apart[3] == 0 and apart[1:3] == pytest.approx(expected) and min(expected) > 0.1
+
+
+def test_a_run_is_compared_by_hand():
+    spread = importlib.import_module("spread")
+    y, weights = torch.tensor([0, 1, 2, 0]), torch.tensor([3.0, 4.0]).double()
+    first = (y, torch.tensor([0, 1, 0, 1]), weights)
+    own = (torch.tensor([0, 1, 2, 1]), torch.tensor([1, 1, 2, 1]), weights + torch.tensor([0.0, 1.0]))
+    found = spread.compared(own, first, y)
+    assert found.pop("weights_apart") == pytest.approx(0.2)
+    assert found == {"n": 4, "clean": 3, "clean_changed": 1, "pgd": 2, "pgd_changed": 2}
+
+
+def test_the_shipped_recipe_is_the_one_that_the_readme_says_was_chosen(ablation):
+    """The best on attacked validation slices, seed 0 of both splits together, of those with clean images."""
+    table = pd.read_csv(ROOT / "benchmarks/ablation_laptop.csv")
+    keeps = {n for n, changes in ablation.VARIANTS.items() if changes.get("clean_share") != 0}
+    own = table[table.seed.eq(0) & table.variant.isin(keeps)].pivot(
+        index="variant", columns="split", values="val_pgd"
+    )
+    assert len(own.dropna()) > 5 and own.dropna().sum(axis=1).idxmax() == "as shipped"
 
 
 def test_variants_change_parameters_that_notebook_4_has(ablation, declared):

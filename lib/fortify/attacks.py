@@ -104,8 +104,7 @@ def craft(model, images, labels, attack, *, seed=0, batch_size=64, progress=Fals
     """
     images, labels = checked(images, labels)
     if isinstance(attack, PGD) and attack.restarts > 1:
-        options = {"batch_size": batch_size, "progress": progress}
-        return _with_restarts(model, images, labels, attack, seed, **options)
+        return _with_restarts(model, images, labels, attack, seed, batch_size=batch_size, progress=progress)
     device, noise = device_of(model), None
     if isinstance(attack, PGD) and attack.random_start:
         # Drawn on the CPU: the same start on every device.
