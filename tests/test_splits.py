@@ -12,7 +12,7 @@ from fortify import data, phantom, runs, splits
 
 @pytest.fixture(scope="module")
 def slices():
-    return phantom.phantom_slices(patients=24, slices_per_patient=6, size=48, seed=0)
+    return phantom.phantom_slices(patients=45, slices_per_patient=4, size=48, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +150,35 @@ def test_grouped_split_keeps_groups_whole_and_classes_balanced(seed):
     assert_partition(split, len(labels))
     parts = [set(groups[index]) for index in split.values()]
     assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
-    for index, fraction in zip(split.values(), (0.7, 0.15, 0.15), strict=True):
+    for index, fraction in zip(split.values(), (0.7, 0.1, 0.2), strict=True):
         share = np.bincount(labels[index], minlength=3) / np.bincount(labels)
         assert np.abs(share - fraction).max() < 0.08
+
+
+@pytest.mark.parametrize("folds", [2, 3, 5])
+def test_seeds_are_folds_that_test_every_slice_once_then_those_of_another_division(slices, folds):
+    def tested(seed):
+        split = splits.grouped_split(slices.labels, slices.patients, seed=seed, folds=folds)
+        assert_partition(split, len(slices))
+        return split["test"]
+
+    divisions = []
+    for start in (0, folds):
+        divisions.append([tested(seed) for seed in range(start, start + folds)])
+        assert np.array_equal(np.sort(np.concatenate(divisions[-1])), np.arange(len(slices)))
+    assert not {i.tobytes() for i in divisions[0]} & {i.tobytes() for i in divisions[1]}
+
+
+def test_folds_hold_out_different_validation_groups(slices):
+    """Each of the rest's groups may be drawn, by the fold's own numbers."""
+    drawn = [splits.grouped_split(slices.labels, slices.patients, seed=seed)["val"] for seed in range(5)]
+    assert len({index.tobytes() for index in drawn}) == 5
+
+
+def test_the_share_for_validation_is_of_all_slices():
+    labels = np.tile([0, 1], 100)
+    split = splits.grouped_split(labels, np.arange(200), seed=1, folds=4, val=0.25)
+    assert [len(split[part]) for part in splits.PARTS] == [100, 50, 50]
 
 
 def test_a_seed_fixes_the_split_and_another_changes_it(slices):
@@ -176,22 +202,25 @@ def test_bad_input_is_refused_with_the_reason():
     labels = np.repeat([0, 1, 2], 20)
     with pytest.raises(ValueError, match="sum to 1"):
         splits.random_split(labels, seed=0, fractions=(0.7, 0.2, 0.2))
-    with pytest.raises(ValueError, match="sum to 1"):
-        splits.grouped_split(labels, labels, seed=0, fractions=(1.0, 0.0, 0.0))
+    for folds, val in ((1, 0.1), (5, 0.0), (5, 0.8), (2, 0.5)):
+        with pytest.raises(ValueError, match=f"^at least 2 folds .* not {folds} and val={val}[.]$"):
+            splits.grouped_split(labels, np.arange(60), seed=0, folds=folds, val=val)
     with pytest.raises(ValueError, match="class 3 has 2"):
         splits.random_split(np.append(labels, [3, 3]), seed=0)
-    with pytest.raises(ValueError, match="class 0 has 1 groups"):
+    with pytest.raises(ValueError, match="class 0 has 1 groups or slices; at least 5 are needed, one a fold"):
         splits.grouped_split(labels, labels, seed=0)
+    with pytest.raises(ValueError, match="class 0 has 1 groups or slices; at least 3 are needed[.]"):
+        splits.grouped_split(labels, labels, seed=0, folds=2)
     with pytest.raises(ValueError, match="one group for each label"):
         splits.grouped_split(labels, np.arange(59), seed=0)
     with pytest.raises(ValueError, match="use more"):
         splits.random_split(np.repeat([0, 1, 2], 3), seed=0)
     crossed = np.repeat([[0, 1, 2]], 20, axis=0).T.ravel()
     groups = np.tile([0, 1, 2], 20)  # three groups that hold every class: one for each part
-    split = splits.grouped_split(crossed, groups, seed=0)
+    split = splits.grouped_split(crossed, groups, seed=0, folds=3)
     assert all(len(np.unique(crossed[index])) == 3 for index in split.values())
-    # Six groups, three a class, but one fraction too small for any: every part still gets each class.
-    split = splits.grouped_split(np.repeat([0, 1], 3), np.arange(6), seed=0, fractions=(0.98, 0.01, 0.01))
+    # Six groups, three a class, but a share too small for any: every part still gets each class.
+    split = splits.grouped_split(np.repeat([0, 1], 3), np.arange(6), seed=0, folds=3, val=0.01)
     assert [len(index) for index in split.values()] == [2, 2, 2]
 
 
@@ -297,7 +326,7 @@ def test_real_duplicates_and_label_conflicts_are_the_known_ones(real):
 @pytest.mark.parametrize("seed", range(3))
 def test_real_grouped_splits_are_balanced_and_hold_no_twins(real, seed):
     grouped = splits.grouped_split(real.labels, splits.near_duplicate_groups(real), seed=seed)
-    for index, fraction in zip(grouped.values(), (0.7, 0.15, 0.15), strict=True):
+    for index, fraction in zip(grouped.values(), (0.7, 0.1, 0.2), strict=True):
         assert np.abs(np.bincount(real.labels[index]) / np.bincount(real.labels) - fraction).max() < 0.03
     assert splits.twin_share(real, grouped, threshold=0.93) == 0
     assert splits.twin_share(real, splits.random_split(real.labels, seed=seed)) > 0.4
@@ -358,19 +387,19 @@ def test_no_assignment_at_all_says_what_to_do():
         r"^none of 256 assignments of 4 groups puts .*; group less strictly \(a higher threshold\) or use"
     )
     with pytest.raises(ValueError, match=message):
-        splits.grouped_split(labels, groups, seed=0)
+        splits.grouped_split(labels, groups, seed=0, folds=3)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_of_its_assignments_a_grouped_split_keeps_a_balanced_one(seed):
-    """Shares of each class within 4 points of 70, 15 and 15 where the groups allow it."""
+    """Shares of each class within 4 points of 70, 10 and 20 where the groups allow it."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 12, 90)
     groups, labels = np.repeat(np.arange(90), sizes), np.repeat(rng.integers(0, 3, 90), sizes)
     split = splits.grouped_split(labels, groups, seed=seed)
     for label in range(3):
         share = [np.mean(np.isin(np.flatnonzero(labels == label), split[part])) for part in splits.PARTS]
-        assert share == pytest.approx([0.7, 0.15, 0.15], abs=0.04)
+        assert share == pytest.approx([0.7, 0.1, 0.2], abs=0.04)
 
 
 @pytest.mark.parametrize("kind", ["random", "grouped"])

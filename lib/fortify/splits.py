@@ -2,7 +2,7 @@
 
 A *split* is a dict ``{"train": index, "val": index, "test": index}`` of sorted int64 arrays that together
 hold every slice once. Slices of one patient are near-copies of each other, so a random split asks a model
-to recognise patients it has seen; :func:`grouped_split` does not.
+to recognise patients it has seen; :func:`grouped_split` does not. Its seeds are folds of a cross-validation.
 """
 
 import re
@@ -16,7 +16,7 @@ from fortify import runs
 
 PARTS = ("train", "val", "test")
 _BLOCK = 1024  # rows of the correlation matrix held at a time
-_TRIES = 256  # assignments drawn by grouped_split, of which the best-balanced is kept
+_TRIES = 256  # assignments drawn to part groups, of which the best-balanced is kept
 
 
 def near_duplicate_groups(slices, *, threshold=0.93, neighbour_threshold=0.80, side=56):
@@ -89,7 +89,9 @@ def random_split(labels, *, seed, fractions=(0.7, 0.15, 0.15)):
     fractions that do not sum to 1 and when a class cannot be in every part.
     """
     labels = np.asarray(labels)
-    _check(labels, fractions, np.arange(len(labels)))
+    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9:
+        raise ValueError(f"fractions must be three positive shares that sum to 1, not {tuple(fractions)}.")
+    _check(labels, np.arange(len(labels)), len(PARTS))
     from sklearn.model_selection import train_test_split  # here: it takes a second
 
     val, test = (int(len(labels) * fraction + 1e-9) for fraction in fractions[1:])
@@ -107,23 +109,43 @@ def random_split(labels, *, seed, fractions=(0.7, 0.15, 0.15)):
     return split
 
 
-def grouped_split(labels, groups, *, seed, fractions=(0.7, 0.15, 0.15)):
-    """Split whole groups into train, val and test, each class as near to ``fractions`` as the groups allow.
+def grouped_split(labels, groups, *, seed, folds=5, val=0.1):
+    """Fold ``seed % folds`` of a cross-validation by groups: whole groups into train, val and test.
 
-    Groups differ much in size, so many seeded assignments are drawn - each takes the groups in a random order
-    and puts each where its classes are missed most - and the one nearest to the wanted counts is kept.
-    Raises ValueError as :func:`random_split`, and for a class with fewer than three groups.
+    Seeds 0 to ``folds - 1`` are the folds of one division, which together test every slice once; the next
+    ``folds`` seeds are those of another. Of the rest, a share of about ``val`` of all slices is for
+    validation. Each class is divided as evenly as the groups allow. With the defaults 1,097 slices become
+    about 768, 110 and 219: as many to train on as :func:`random_split` gives.
+    Raises ValueError for fewer than 2 folds, a ``val`` that leaves nothing to train on, a class with fewer
+    groups than folds or than the three parts, and where no assignment puts every class into every part.
     """
     labels, groups = np.asarray(labels), np.asarray(groups)
-    _check(labels, fractions, groups)
+    if folds < 2 or not 0 < val < 1 - 1 / folds:
+        raise ValueError(f"at least 2 folds and a share to train on, not {folds} and val={val}.")
+    _check(labels, groups, max(folds, len(PARTS)))
+    division, fold = divmod(seed, folds)
+    fold_of = _deal(labels, groups, np.full(folds, 1 / folds), np.random.default_rng(division))
+    rest, test = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
+    share = val / (1 - 1 / folds)
+    rng = np.random.default_rng((division, fold))
+    held_out = _deal(labels[rest], groups[rest], np.array([1 - share, share]), rng) == 1
+    return dict(zip(PARTS, (rest[~held_out], rest[held_out], test), strict=True))
+
+
+def _deal(labels, groups, shares, rng):
+    """The part 0..P-1, int64 (N,), of each slice: groups whole, of each class about ``shares`` (P,).
+
+    Groups differ much in size, so many assignments are drawn - each takes the groups in a random order
+    and puts each where its classes are missed most - and the one nearest to the wanted counts is kept.
+    """
     classes, label = np.unique(labels, return_inverse=True)
     ids, group = np.unique(groups, return_inverse=True)
     held = np.zeros((len(ids), len(classes)))  # slices of each class in each group
     np.add.at(held, (group, label), 1)
     held /= held.sum(0)  # a rare class counts as much as a frequent one
-    wanted = np.array(fractions)[:, None]
-    order = np.random.default_rng(seed).permuted(np.tile(np.arange(len(ids)), (_TRIES, 1)), axis=1)
-    filled = np.zeros((_TRIES, len(PARTS), len(classes)))
+    wanted = shares[:, None]
+    order = rng.permuted(np.tile(np.arange(len(ids)), (_TRIES, 1)), axis=1)
+    filled = np.zeros((_TRIES, len(shares), len(classes)))
     part_of, rows = np.zeros((_TRIES, len(ids)), np.int64), np.arange(_TRIES)
     for picked in order.T:
         share = held[picked]
@@ -138,7 +160,7 @@ def grouped_split(labels, groups, *, seed, fractions=(0.7, 0.15, 0.15)):
             f"none of {_TRIES} assignments of {len(ids)} groups puts every class into every part; "
             "group less strictly (a higher threshold) or use more data."
         )
-    return {part: np.flatnonzero(part_of[best][group] == number) for number, part in enumerate(PARTS)}
+    return part_of[best][group]
 
 
 def split_table(slices, split):
@@ -233,15 +255,14 @@ def _neighbours(slices):
     return np.array(pairs, dtype=np.int64).reshape(-1, 2).T
 
 
-def _check(labels, fractions, groups):
-    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9:
-        raise ValueError(f"fractions must be three positive shares that sum to 1, not {tuple(fractions)}.")
+def _check(labels, groups, least):
     if labels.shape != groups.shape or labels.ndim != 1:
         raise ValueError(f"one group for each label: {groups.shape} groups for {labels.shape} labels.")
     for label in np.unique(labels):
         count = len(np.unique(groups[labels == label]))
-        if count < 3:
-            raise ValueError(f"class {label} has {count} groups or slices; three parts need at least 3 each.")
+        if count < least:
+            why = ", one a fold" if least > len(PARTS) else ""
+            raise ValueError(f"class {label} has {count} groups or slices; at least {least} are needed{why}.")
 
 
 def _check_complete(split, count):
