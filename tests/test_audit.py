@@ -9,7 +9,7 @@ import torch
 
 from fortify.attacks import CW, FGSM, PGD, Adversarial, craft
 from fortify.audit import AuditData, Suite, accuracies_side_by_side, audit, remarks, side_by_side
-from fortify.audit_checks import CHECKS, FalseGradient, cluster_interval, dlr
+from fortify.audit_checks import CHECKS, FalseGradient, dlr
 from fortify.audit_context import FAIL, NOT_RUN, PASS
 from fortify.audit_zoo import (
     BROKEN_ATTACKS,
@@ -284,20 +284,6 @@ def test_an_interval_needs_groups(model, data):
     single = AuditData(data.images, data.labels, np.arange(16))
     (line,) = audit(model, single, SUITE, only=["T15"]).checks
     assert "16 groups, each of one image" in line.note
-
-
-def test_cluster_interval_knows_what_belongs_together():
-    correct = np.repeat([True, False], 50)
-    alone = cluster_interval(correct, np.arange(100))
-    assert alone == pytest.approx(wilson(50, 100), abs=0.03)
-    scans = cluster_interval(correct, np.repeat(np.arange(10), 10))
-    assert scans[1] - scans[0] > 2 * (alone[1] - alone[0]), "ten slices of a scan are not ten scans"
-    assert cluster_interval(correct, np.zeros(100)) == (0.5, 0.5)
-    none, every = (cluster_interval(np.full(20, right), np.arange(20) // 2) for right in (False, True))
-    assert none == wilson(0, 10) and every == wilson(10, 10), "no spread seen is not no spread"
-    assert cluster_interval(correct, np.arange(100), seed=3) == cluster_interval(
-        correct, np.arange(100), seed=3
-    )
 
 
 def test_a_damaging_attack_damages_neither_the_model_nor_later_checks(model, data):

@@ -70,6 +70,40 @@ def test_hand_computed_accuracies():
     assert table.seeds.tolist() == [1] * 6 and table.sd.isna().all()
 
 
+def test_cluster_interval_knows_what_belongs_together():
+    correct = np.repeat([True, False], 50)
+    alone = evaluation.cluster_interval(correct, np.arange(100))
+    assert alone == pytest.approx(evaluation.wilson(50, 100), abs=0.03)
+    scans = evaluation.cluster_interval(correct, np.repeat(np.arange(10), 10))
+    assert scans[1] - scans[0] > 2 * (alone[1] - alone[0]), "ten slices of a scan are not ten scans"
+    assert evaluation.cluster_interval(correct, np.zeros(100)) == (0.5, 0.5)
+    none, every = (
+        evaluation.cluster_interval(np.full(20, right), np.arange(20) // 2) for right in (False, True)
+    )
+    assert none == evaluation.wilson(0, 10) and every == evaluation.wilson(10, 10), (
+        "no spread seen is not no spread"
+    )
+    assert evaluation.cluster_interval(correct, np.arange(100), seed=3) == evaluation.cluster_interval(
+        correct, np.arange(100), seed=3
+    )
+
+
+def test_the_interval_by_groups_is_the_cluster_interval_of_each_cell():
+    rows = evaluation.at_budget(make_rows(), eps_255=1, cw_l2=1)
+    groups = np.arange(99) // 3  # images 10 and 11 are of one, 12 to 14 of another
+    table = evaluation.accuracy_table(rows, class_names=NAMES, groups=groups)
+    plain = evaluation.accuracy_table(rows, class_names=NAMES)
+    assert plain.group_low.isna().all() and plain.group_high.isna().all()
+    ours = ["group_low", "group_high"]
+    pd.testing.assert_frame_equal(table.drop(columns=ours), plain.drop(columns=ours))
+    for key, part in rows.groupby(["split", "model", "protocol", "attack"]):
+        found = table[(table[["split", "model", "protocol", "attack"]] == list(key)).all(axis=1)]
+        right = part.prediction.eq(part.label).to_numpy()
+        expected = evaluation.cluster_interval(right, groups[part["index"]])
+        assert tuple(found[ours].iloc[0]) == expected
+    assert (table.group_low <= table.accuracy).all() and (table.accuracy <= table.group_high).all()
+
+
 def test_recalls_are_per_class_and_their_mean_is_the_balanced_accuracy():
     table = summary(make_rows()).loc["random", "normal", "adaptive"]
     recalls = ["recall_benign", "recall_malignant", "recall_normal"]

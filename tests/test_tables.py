@@ -24,7 +24,7 @@ def accuracy(*, splits=("random",), seeds=1, protocols=("adaptive",)):
                     sd = np.nan if seeds == 1 else 0.0123
                     rows.append((split, model, protocol, attack, k, n, k / n, low, high, 160, seeds, sd))
     names = "split model protocol attack k n accuracy low high images seeds sd"
-    return pd.DataFrame(rows, columns=names.split())
+    return pd.DataFrame(rows, columns=names.split()).assign(group_low=np.nan, group_high=np.nan)
 
 
 WORDS = {"split": "random", "eps_255": 1, "cw_l2": 0.5, "source": "100 % phantoms_of & #1", "profile": "test"}
@@ -80,6 +80,19 @@ def test_a_spread_is_shown_where_there_are_seeds():
     assert "sd over seeds" not in tables.layout1(tables.table1(accuracy(), split="random")).to_string()
 
 
+def test_intervals_by_groups_are_shown_where_there_are_any(tmp_path):
+    known = accuracy().assign(group_low=0.25, group_high=0.98765)
+    shown = tables.layout1(tables.table1(known, split="random"))
+    assert shown.iloc[2].tolist() == ["", "95 %, by groups", *["25.0–98.8"] * 5]
+    assert shown.iloc[3].tolist()[:2] == ["", "k/n"]
+    assert "by groups" not in tables.layout1(tables.table1(accuracy(), split="random")).to_string()
+    for table, said in ((known, True), (accuracy(), False)):
+        text = tables.write_table1(tmp_path, table, **WORDS)["md"].read_text(encoding="utf-8")
+        assert ("; by groups: bootstrap of whole groups" in text) is said
+    wide = tables.accuracy_layout(known.assign(balanced_accuracy=0.5))
+    assert wide["95 %, by groups"].tolist() == ["25.0–98.8"] * 10
+
+
 def test_the_caption_says_what_a_reader_must_know():
     text = tables.caption(**WORDS, protocol="adaptive", seeds=1)
     for said in (
@@ -100,7 +113,8 @@ def test_the_three_files_hold_the_same_table(tmp_path):
         pd.read_csv(paths["csv"]), tables.table1(accuracy(), split="random"), rtol=1e-8
     )
     assert csv.startswith(
-        "model,attack,k,n,accuracy_percent,low_percent,high_percent,sd_percent,seeds,printed\n"
+        "model,attack,k,n,accuracy_percent,low_percent,high_percent,"
+        "group_low_percent,group_high_percent,sd_percent,seeds,printed\n"
     )
     for cell in ("149/160", "451/480", "93.1", "93.12", "95.0"):
         assert f"| {cell} |" in md
@@ -167,6 +181,8 @@ def test_accuracy_layout_shows_every_group_in_percent():
             "accuracy": [0.9, 0.125],
             "low": [0.596, 0.0224],
             "high": [0.982, 0.4709],
+            "group_low": [float("nan")] * 2,
+            "group_high": [float("nan")] * 2,
             "seeds": [1, 1],
             "sd": [float("nan")] * 2,
             "balanced_accuracy": [0.5, 0.25],
@@ -241,13 +257,16 @@ def test_text_to_the_letter():
 
 
 def test_the_caption_to_the_letter():
-    assert tables.caption(**WORDS, protocol="static", seeds=3) == (
+    assert tables.caption(**WORDS, protocol="static", seeds=3, by_groups=False) == (
         "Accuracy on the test set in percent, random split, static attacks (crafted on the normally trained "
         "model). FGSM and PGD: Linf budget 1/255. CW: L2 budget 0.5, image in [0, 1]. Combined: pooled over "
         "the three attacks. 3 seeds; 95 % Wilson intervals, each image counted once. Images: 100 % "
         "phantoms_of & #1. Profile: test. Printed: Menasagi et al., Fortifying Deep Learning Models Against "
         "Adversarial Threats using Adversarial Training, Table 1."
     )
+    assert tables.caption(**WORDS, protocol="static", seeds=3) == tables.caption(
+        **WORDS, protocol="static", seeds=3, by_groups=False
+    ).replace("once.", "once; by groups: bootstrap of whole groups of near-duplicates.")
 
 
 def test_a_static_table_of_several_seeds_is_that_in_its_files(tmp_path):
@@ -255,7 +274,7 @@ def test_a_static_table_of_several_seeds_is_that_in_its_files(tmp_path):
     table.loc[table.protocol.eq("static"), "k"] += 1
     paths = tables.write_table1(tmp_path, table, protocol="static", **WORDS)
     md, tex = (paths[s].read_text(encoding="utf-8") for s in ("md", "tex"))
-    words = tables.caption(**WORDS, protocol="static", seeds=3)
+    words = tables.caption(**WORDS, protocol="static", seeds=3, by_groups=False)
     assert words in md and r"\label{tab:table1_random_static}" in tex
     assert "150/160" in md and "150/160" in tex and "149/160" not in md
     assert pd.read_csv(paths["csv"]).k[0] == 150

@@ -12,7 +12,7 @@ from fortify import attacks as fortify_attacks
 from fortify.attacks import CW, FGSM, PGD, margin
 from fortify.audit_context import FAIL, NOT_RUN, PASS, Check
 from fortify.autoattack import WHITE_BOX, autoattack
-from fortify.evaluation import wilson
+from fortify.evaluation import cluster_interval, wilson
 from fortify.models import predict
 
 FEWEST_GROUPS = 5  # of which an interval can be drawn at all
@@ -360,23 +360,6 @@ def intervals(ctx):
         limit=f"given, {FEWEST_GROUPS} groups",
         note=f"{count} groups{alone}; slices as if independent: {narrow}; one training seed",
     )
-
-
-def cluster_interval(correct, groups, *, seed=0, draws=2000, confidence=0.95):
-    """Percentile bootstrap interval (low, high) of a share, whole groups drawn with replacement.
-
-    ``correct`` (N,) bool, ``groups`` (N,); fractions. For slices of one scan are not independent. Where all
-    are right, or all wrong, a bootstrap has no spread: then Wilson's interval, as of one image a group. With
-    a single group that is mixed it is the share itself: there is nothing to learn of the spread.
-    """
-    _, number = np.unique(groups, return_inverse=True)
-    if np.all(correct) or not np.any(correct):
-        return wilson(int(np.all(correct)) * (number.max() + 1), int(number.max() + 1))
-    right, size = np.bincount(number, weights=correct), np.bincount(number)
-    drawn = np.random.default_rng(seed).integers(0, len(size), (draws, len(size)))
-    shares = right[drawn].sum(1) / size[drawn].sum(1)
-    low, high = np.quantile(shares, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
 
 
 CHECKS = {

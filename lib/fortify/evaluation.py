@@ -141,7 +141,24 @@ def wilson(k, n, confidence=0.95):
     return float(low), float(high)
 
 
-def accuracy_table(rows_at_budget, *, class_names):
+def cluster_interval(correct, groups, *, seed=0, draws=2000, confidence=0.95):
+    """Percentile bootstrap interval (low, high) of a share, whole groups drawn with replacement.
+
+    ``correct`` (N,) bool, ``groups`` (N,); fractions. For slices of one scan are not independent. Where all
+    are right, or all wrong, a bootstrap has no spread: then Wilson's interval, as of one image a group. With
+    a single group that is mixed it is the share itself: there is nothing to learn of the spread.
+    """
+    _, number = np.unique(groups, return_inverse=True)
+    if np.all(correct) or not np.any(correct):
+        return wilson(int(np.all(correct)) * (number.max() + 1), int(number.max() + 1))
+    right, size = np.bincount(number, weights=correct), np.bincount(number)
+    drawn = np.random.default_rng(seed).integers(0, len(size), (draws, len(size)))
+    shares = right[drawn].sum(1) / size[drawn].sum(1)
+    low, high = np.quantile(shares, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def accuracy_table(rows_at_budget, *, class_names, groups=None):
     """Accuracy per (split, model, protocol, attack), as fractions, from the rows of :func:`at_budget`.
 
     Beside clean and each attack: *combined* pools the three attacks (k of 3n predictions, as the paper's
@@ -149,8 +166,9 @@ def accuracy_table(rows_at_budget, *, class_names):
     Seeds are pooled, ``sd`` is over their accuracies (ddof 1, NaN with one). The interval (``low``,
     ``high``) counts each of the distinct ``images`` once, with k rounded, because three attacked copies of
     an image, or several seeds' predictions of it, are not independent. Nor are the slices of a scan, which
-    it takes as if they were. ``recall_<class>`` is NaN for a class without images, which
-    ``balanced_accuracy``, their mean, leaves out. The recall of the malignant class is the sensitivity.
+    it takes as if they were: ``group_low`` and ``group_high`` do not (:func:`cluster_interval`); they are NaN
+    without ``groups``, the group (N,) of every slice. ``recall_<class>`` is NaN for a class without images,
+    which ``balanced_accuracy``, their mean, leaves out. The recall of the malignant class is the sensitivity.
     """
     rows = rows_at_budget.assign(correct=rows_at_budget.prediction.eq(rows_at_budget.label))
     image = [*_MODEL, "protocol", "index"]
@@ -161,7 +179,11 @@ def accuracy_table(rows_at_budget, *, class_names):
     for group, part in pd.concat([rows, attacked.assign(attack="combined"), worst]).groupby(_GROUP):
         recall = part.groupby("label").correct.mean().reindex(range(len(class_names)))
         recalls = {f"recall_{name}": value for name, value in zip(class_names, recall, strict=True)}
-        table.append(_summary(group, part) | {"balanced_accuracy": recall.mean()} | recalls)
+        line = _summary(group, part) | {"group_low": np.nan, "group_high": np.nan}
+        if groups is not None:
+            own = np.asarray(groups)[part["index"]]
+            line["group_low"], line["group_high"] = cluster_interval(part.correct.to_numpy(bool), own)
+        table.append(line | {"balanced_accuracy": recall.mean()} | recalls)
     return _sorted(pd.DataFrame(table))
 
 

@@ -151,7 +151,7 @@ def summary(table):
     """One row per (classifier, split) of a :func:`leak_meter` table, seeds pooled, in its order.
 
     ``k`` of ``n`` predictions; ``low`` and ``high`` are Wilson's for one test set of the mean size, because
-    the seeds' test sets overlap; ``sd`` (ddof 1), ``min`` and ``max`` are of the seeds' accuracies; ``gap``
+    random test sets overlap; ``sd`` (ddof 1), ``min`` and ``max`` are of the seeds' accuracies; ``gap``
     is the random split's accuracy less the grouped one's, of the same classifier.
     """
     lines = []

@@ -153,7 +153,7 @@ def update_readme(root, profile):
             parts.append(f"**Table 1, {split} split**\n\n{table.read_text(encoding='utf-8')}")
     what = {
         "paper": "the reference run: ResNet-50 at 224 px, five seeds, one GPU",
-        "laptop": "a small ResNet at 112 px, one seed, on a CPU",
+        "laptop": "a small ResNet at 112 px, five seeds, on a CPU",
     }
     sentence = f"From the `{profile}` profile ({what.get(profile, 'see its YAML')})."
     if profile != "paper":

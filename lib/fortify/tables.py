@@ -14,6 +14,7 @@ from fortify.runs import write_csv, write_text
 COLUMNS = ("clean", "pgd", "fgsm", "cw", "combined")  # of Table 1, in its order
 TITLES = {"clean": "Clean", "pgd": "PGD", "fgsm": "FGSM", "cw": "CW", "combined": "Combined"}
 MODELS = ("normal", "adversarial")
+BY_GROUPS = "95 %, by groups"  # the line of cluster intervals
 
 PRINTED_SOURCE = (
     "Menasagi et al., Fortifying Deep Learning Models Against Adversarial Threats using "
@@ -37,8 +38,8 @@ def table1(accuracy, *, split, protocol="adaptive"):
     missing = wanted.difference(ours.index)
     if len(missing):
         raise ValueError(f"Table 1 ({split} split, {protocol}) lacks {', '.join(map('/'.join, missing))}.")
-    table = ours.loc[wanted, ["k", "n", "accuracy", "low", "high", "sd", "seeds"]]
-    fractions = ["accuracy", "low", "high", "sd"]
+    fractions = ["accuracy", "low", "high", "group_low", "group_high", "sd"]
+    table = ours.loc[wanted, ["k", "n", *fractions, "seeds"]]
     table[fractions] *= 100
     table["printed"] = PRINTED.stack()
     return table.reset_index().rename(columns={name: f"{name}_percent" for name in fractions})
@@ -47,7 +48,8 @@ def table1(accuracy, *, split, protocol="adaptive"):
 def layout1(table):
     """The display table of :func:`table1`, in the layout of the paper, percent to one decimal.
 
-    Each training has the lines accuracy, interval, k/n, where there are several seeds their sd, and printed.
+    Each training has the lines accuracy, its intervals (the one by groups where there are any), k/n, where
+    there are several seeds their sd, and printed.
     """
     lines = []
     for model in MODELS:
@@ -55,12 +57,15 @@ def layout1(table):
         shown = {
             "accuracy (%)": cells.accuracy_percent.map("{:.1f}".format),
             "95 % interval": [f"{c.low_percent:.1f}–{c.high_percent:.1f}" for c in cells.itertuples()],
+            BY_GROUPS: [f"{c.group_low_percent:.1f}–{c.group_high_percent:.1f}" for c in cells.itertuples()],
             "k/n": cells.k.map(str) + "/" + cells.n.map(str),
             "sd over seeds": cells.sd_percent.map("{:.1f}".format),
             "printed (%)": cells.printed.map(str),  # as many decimals as the paper prints
         }
         if cells.seeds.max() == 1:
             del shown["sd over seeds"]
+        if cells.group_low_percent.isna().all():
+            del shown[BY_GROUPS]
         for i, (name, values) in enumerate(shown.items()):
             lines.append([model if i == 0 else "", name, *values])
     return pd.DataFrame(lines, columns=["Training", "", *TITLES.values()])
@@ -78,6 +83,8 @@ def accuracy_layout(accuracy):
     )
     shown["accuracy"] = percent(accuracy.accuracy)
     shown["95 % interval"] = percent(accuracy.low) + "–" + percent(accuracy.high)
+    if accuracy.group_low.notna().any():
+        shown[BY_GROUPS] = percent(accuracy.group_low) + "–" + percent(accuracy.group_high)
     shown["k/n"] = accuracy.k.astype(str) + "/" + accuracy.n.astype(str)
     if accuracy.seeds.max() > 1:
         shown["sd over seeds"] = percent(accuracy.sd)
@@ -103,20 +110,22 @@ def matrix_layout(table, *, split):
     return pivot.loc[own.evaluation.unique(), own.model.unique()].rename_axis(columns=None).reset_index()
 
 
-def caption(*, split, protocol, eps_255, cw_l2, seeds, source, profile):
+def caption(*, split, protocol, eps_255, cw_l2, seeds, source, profile, by_groups=True):
     """The sentences under Table 1: what was measured, on which images (``source``), and how far to trust it.
 
-    ``eps_255``: Linf budget in grey levels; ``cw_l2``: L2 budget, image in [0, 1]; ``seeds``: their number.
+    ``eps_255``: Linf budget in grey levels; ``cw_l2``: L2 budget, image in [0, 1]; ``seeds``: their number;
+    ``by_groups``: whether the table has the intervals by groups.
     """
     crafted = {
         "adaptive": "crafted on the model under test",
         "static": "crafted on the normally trained model",
     }
+    drawn = "; by groups: bootstrap of whole groups of near-duplicates" if by_groups else ""
     return (
         f"Accuracy on the test set in percent, {split} split, {protocol} attacks ({crafted[protocol]}). "
         f"FGSM and PGD: Linf budget {eps_255:g}/255. CW: L2 budget {cw_l2:g}, image in [0, 1]. "
         f"Combined: pooled over the three attacks. {seeds} seed{'s' if seeds != 1 else ''}; 95 % Wilson "
-        f"intervals, each image counted once. Images: {source}. Profile: {profile}. "
+        f"intervals, each image counted once{drawn}. Images: {source}. Profile: {profile}. "
         f"Printed: {PRINTED_SOURCE}."
     )
 
@@ -181,6 +190,7 @@ def write_table1(folder, accuracy, *, split, protocol="adaptive", eps_255, cw_l2
         seeds=int(table.seeds.max()),
         source=source,
         profile=profile,
+        by_groups=bool(table.group_low_percent.notna().any()),
     )
     write_csv(paths["csv"], table)
     write_text(paths["md"], to_markdown(layout1(table), caption=words))
