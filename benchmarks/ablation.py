@@ -1,17 +1,19 @@
-"""What each part of the training recipe is for: changed one at a time, on several splits.
+"""What each part of the training recipe is for: changed one at a time, on five folds of the grouped split.
 
-    python benchmarks/ablation.py                    the laptop profile's recipe: 5 minutes a row on a core
+    python benchmarks/ablation.py                    the laptop profile's recipe: minutes a row on two cores
     python benchmarks/ablation.py --profile paper    the reference run's, on a GPU
-    python benchmarks/ablation.py --variants "as shipped" --seeds 0 1 2 3 4
+    python benchmarks/ablation.py --variants "8/255, a quarter clean" --splits random --seeds 0
 
-Trains on the real slices as notebooks 2 and 4 do, with the profile's parameters but for those of the
-variant, and attacks the test set with PGD. Variants are compared by their validation accuracy under attack,
-which is what a recipe may be chosen by; the test columns say what that choice was worth. Writes
+Trains on the real slices as notebook 4 does, with the profile's parameters but for those of the variant, and
+attacks the test set with PGD. Variants are compared by their validation accuracy under attack, which is what
+a recipe may be chosen by; the test columns say what that choice was worth. Writes
 benchmarks/ablation_<profile>.csv, one row a variant, split and seed, as each is done, and README's section.
-A variant's earlier rows of the same splits and seeds are replaced, all others kept.
+A variant's earlier rows of the same splits and seeds are replaced, all others kept; ``recipe`` is a digest of
+what a row was trained with, so that a row of another recipe than today's is found out.
 """
 
 import argparse
+import hashlib
 import time
 from dataclasses import replace
 
@@ -29,35 +31,35 @@ from fortify.splits import grouped_split, near_duplicate_groups, random_split
 from fortify.training import Recipe, fit
 
 TURNS = dict(train_degrees=7.0, train_zoom=0.08, train_translate=0.06)
-SMALL_TURNS = dict(train_degrees=3.0, train_zoom=0.03, train_translate=0.02)
-LITTLE = SMALL_TURNS | dict(train_gamma=0.1, train_gain=0.05, train_level=0.02, train_noise=0.0)
-LITTLE |= dict(train_blur=0.0, train_cutout=0.0)
+LITTLE = dict(train_degrees=3.0, train_zoom=0.03, train_translate=0.02, train_gamma=0.1, train_gain=0.05)
+LITTLE |= dict(train_level=0.02, train_noise=0.0, train_blur=0.0, train_cutout=0.0)
 STRONG = dict(train_gamma=0.6, train_gain=0.3, train_level=0.15, train_noise=0.04)
 STRONG |= dict(train_blur=0.5, train_cutout=0.2)
-PGD_ALONE = dict(fgsm_share=0.0, pgd_share=1.0, cw_share=0.0, clean_share=0.0)
-NO_ATTACK = dict(fgsm_share=0.0, pgd_share=0.0, cw_share=0.0, clean_share=1.0)
-WEIGHTED = dict(clean_share=1.0, class_balance=1.0)
-AT_ONCE = dict(ema=0.0, eps_warmup=0.0)
-VARIANTS = {  # what differs from the profile's parameters
-    "as shipped": {},
-    "no clean images": dict(clean_share=0.0),
-    "half the clean images": dict(clean_share=0.5),
-    "all clean images": dict(clean_share=1.0),
-    "PGD alone, no clean images": PGD_ALONE,
-    "PGD alone, no clean images, strong window and level": PGD_ALONE | STRONG,
-    "turns and shifts too": TURNS,
-    "little augmentation": LITTLE,
-    "no moving average": dict(ema=0.0),
-    "whole budget from the start": dict(eps_warmup=0.0),
-    "budget 1/255": dict(train_eps_255=1.0),
-    "all clean images, class weights": WEIGHTED,
-    "the same, turns and shifts too": WEIGHTED | TURNS,
-    "the same, small turns and shifts, no noise": WEIGHTED | SMALL_TURNS | dict(train_noise=0.0),
-    "the same, little augmentation": WEIGHTED | LITTLE,
-    "the same, little augmentation, no average, whole budget at once": WEIGHTED | LITTLE | AT_ONCE,
-    "normal training, augmented alike": NO_ATTACK,
-    "normal training, little augmentation": NO_ATTACK | LITTLE,  # as in notebook 2
-    "normal training, augmented alike, class weights": NO_ATTACK | WEIGHTED,
+THIRDS = dict(fgsm_share=0.3333, pgd_share=0.3333, cw_share=0.3333)
+PGD_ALONE = dict(fgsm_share=0.0, pgd_share=1.0, cw_share=0.0)
+NO_ATTACK = dict(fgsm_share=0.0, pgd_share=0.0, cw_share=0.0)
+
+
+def at(train_eps_255, clean_share, **more):
+    """What a variant sets: all that the names tell apart, so that no default changes their sense."""
+    said = dict(train_eps_255=train_eps_255, clean_share=clean_share, class_balance=0.0)
+    return said | THIRDS | more
+
+
+VARIANTS = {  # the rest is the profile's
+    "4/255, a quarter clean": at(4.0, 0.25),
+    "8/255, a quarter clean": at(8.0, 0.25),
+    "12/255, a quarter clean": at(12.0, 0.25),
+    "16/255, a quarter clean": at(16.0, 0.25),
+    "4/255, none clean": at(4.0, 0.0),
+    "8/255, none clean": at(8.0, 0.0),
+    "4/255, all clean, class weights": at(4.0, 1.0, class_balance=1.0),
+    "4/255, PGD alone, none clean, strong window and level": at(4.0, 0.0, **PGD_ALONE, **STRONG),
+    "8/255, a quarter clean, turns and shifts too": at(8.0, 0.25, **TURNS),
+    "8/255, a quarter clean, little augmentation": at(8.0, 0.25, **LITTLE),
+    "8/255, a quarter clean, no moving average": at(8.0, 0.25, ema=0.0),
+    "8/255, a quarter clean, whole budget at once": at(8.0, 0.25, eps_warmup=0.0),
+    "no attack, augmented alike": at(4.0, 1.0, **NO_ATTACK),
 }
 BUDGETS_255 = (2, 4, 8)  # of the attacks on the test set
 STEPS = 20
@@ -72,20 +74,31 @@ def recipe_of(p):
     recipe = Recipe(
         **{name: p[name] for name in (*own, "eps_warmup", "ema", "class_balance")}, augmentation=augmentation
     )
-    pgd = PGD(p["train_eps_255"], steps=p["train_pgd_steps"])
+    pgd, judge = (PGD(p[name], steps=p["train_pgd_steps"]) for name in ("train_eps_255", "eps_255"))
     shares = {
         FGSM(pgd.eps_255): p["fgsm_share"],
         pgd: p["pgd_share"],
         replace(pgd, loss="margin"): p["cw_share"],
     }
-    return recipe, {attack: share for attack, share in shares.items() if share > 0}, pgd
+    return recipe, {attack: share for attack, share in shares.items() if share > 0}, judge
+
+
+def digest(parameters):
+    """12 hex digits of everything a row is trained and chosen by, the library's defaults too."""
+    everything = repr((parameters["arch"], recipe_of(parameters)))
+    return hashlib.sha256(everything.encode()).hexdigest()[:12]
+
+
+def parameters_of(name):
+    """The parameters of every notebook in a profile."""
+    root = find_root()
+    notebooks = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
+    return load_profile(root / "notebooks" / "profiles" / f"{name}.yaml", notebooks)
 
 
 def profiled(name):
     """(notebook 4's parameters in a profile, the real slices at its size with their groups)."""
-    root = find_root()
-    notebooks = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
-    profile = load_profile(root / "notebooks" / "profiles" / f"{name}.yaml", notebooks)
+    profile = parameters_of(name)
     slices = load_iq_oth_nccd(size=profile["01_data"]["size"])
     return profile["04_adversarial_training"], replace(slices, groups=near_duplicate_groups(slices))
 
@@ -100,17 +113,12 @@ def sides(slices, split, seed):
     return [slices.subset(parts[name]) for name in ("train", "val", "test")]
 
 
-def judge_of(parameters):
-    """The attack on the validation set: at ``eps_255``, whatever is trained at."""
-    return replace(recipe_of(parameters)[2], eps_255=parameters["eps_255"])
-
-
 def trained(parameters, train, val, seed, device):
-    """(model, history), trained as notebook 4 does but that :func:`judge_of` attacks the validation set."""
-    recipe, attacks, _ = recipe_of(parameters)
+    """(model, history), trained as notebook 4 does; without attacks as notebook 2."""
+    recipe, attacks, judge = recipe_of(parameters)
     model = build_model(parameters["arch"], num_classes=len(train.class_names), seed=seed).to(device)
-    val_attack = judge_of(parameters) if attacks else None
-    return model, fit(model, train, val, recipe, attacks=attacks, val_attack=val_attack, seed=seed)
+    judge = judge if attacks else None
+    return model, fit(model, train, val, recipe, attacks=attacks, val_attack=judge, seed=seed)
 
 
 def measure(parameters, slices, split, seed):
@@ -118,7 +126,7 @@ def measure(parameters, slices, split, seed):
     train, val, test = sides(slices, split, seed)
     start = time.perf_counter()
     model, history = trained(parameters, train, val, seed, pick_device())
-    row, judge = {"training_s": time.perf_counter() - start}, judge_of(parameters)
+    row, judge = {"training_s": time.perf_counter() - start}, recipe_of(parameters)[2]
     x, y = to_tensor(val.images), val.labels
     row["val_clean"] = history[history.selected].val_accuracy.item()
     row["val_pgd"] = 1 - craft(model, x, y, judge, seed=seed).success.float().mean().item()
@@ -159,18 +167,21 @@ def summary(table):
     return made.reset_index()
 
 
-def section(table, profile):
-    """README's section."""
+def section(table, profile, shipped):
+    """README's section; ``shipped`` is the :func:`digest` of the profile's recipe."""
     names = {"val_clean": "val. clean", "val_pgd": "val. PGD", "balanced_clean": "balanced"}
     names |= {f"pgd_{e}": f"PGD {e}/255" for e in BUDGETS_255}
     first = table.iloc[0]
     shown = summary(table).rename(columns=names)
+    own = set(table.variant[table.recipe.eq(shipped)])
+    shown.variant = [f"**{name}** (shipped)" if name in own else name for name in shown.variant]
     lines = ["| " + " | ".join(shown.columns) + " |", "|" + "---|" * len(shown.columns)]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in shown.itertuples(index=False)]
     text = (
         f"The `{profile}` profile's recipe ({first.arch}, {first.side} px, {first.epochs} epochs, "
         f"{first.device}) with parts changed; accuracy in per cent, mean (range) over the seeds. A seed "
-        f"is another split and other weights. PGD: {STEPS} steps; validation: {first.val_attack}.\n"
+        f"is other weights and another split; the grouped one's seeds 0 to 4 are five folds. PGD: {STEPS} "
+        f"steps; validation: {first.val_attack}.\n"
     )
     return text + "\n" + "\n".join(lines) + "\n"
 
@@ -182,24 +193,28 @@ def main():
     options.add_argument("--profile", default="laptop")
     options.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     options.add_argument("--splits", nargs="+", choices=("grouped", "random"), default=["grouped", "random"])
-    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     arguments = options.parse_args()
     root = find_root()
     parameters, slices = profiled(arguments.profile)
     side = slices.images.shape[1]
     path = root / "benchmarks" / f"ablation_{arguments.profile}.csv"
-    for seed in arguments.seeds:
+    for variant in arguments.variants:
         for split in arguments.splits:
-            for variant in arguments.variants:
+            for seed in arguments.seeds:
                 own = parameters | VARIANTS[variant]
                 row = {"variant": variant, "split": split, "seed": seed, "arch": own["arch"], "side": side}
-                row |= {"epochs": own["epochs"], "device": describe_device(pick_device())}
+                row |= {
+                    "recipe": digest(own),
+                    "epochs": own["epochs"],
+                    "device": describe_device(pick_device()),
+                }
                 row["val_attack"] = f"PGD-{own['train_pgd_steps']} at {own['eps_255']:g}/255"
                 row |= measure(own, slices, split, seed)
                 print(row, flush=True)
                 write_csv(path, merged(path, [row]))
     table = pd.read_csv(path)
-    replace_section(root / "README.md", "ablation", section(table, arguments.profile))
+    replace_section(root / "README.md", "ablation", section(table, arguments.profile, digest(parameters)))
     print(summary(table).to_string(index=False))
     print(path.relative_to(root))
 

@@ -258,6 +258,7 @@ def test_start_noise_moves_craft_batch(model, images, labels):
     [
         (lambda x, y: (x * 255, y), "divide by 255"),
         (lambda x, y: (x - 0.5, y), r"\[0, 1\]"),
+        (lambda x, y: (x * 0 + (1 + 2**-23), y), r"these reach 1\.00000012 to 1\.00000012: clamp them"),
         (lambda x, y: (x * 0 + 1.5, y), r"\[0, 1\]; these reach 1\.5 to 1\.5"),
         (lambda x, y: (x.clone().fill_(torch.nan), y), r"\[0, 1\]"),
         (lambda x, y: (x.squeeze(1), y), r"\(N, 1, H, W\) in \[0, 1\], not \(4, 32, 32\) torch.float32"),

@@ -152,6 +152,19 @@ def test_the_paper_profile_writes_the_figures_themselves(checkout):
     assert (checkout / "figures/robustness_curves.png").exists()
 
 
+def test_of_several_seeds_the_first_ones_figures_are_published(checkout):
+    figures = checkout / "build/laptop/figures"
+    for name in ("curve_random-s10", "curve_random-s2", "curve_grouped-s2", "confusion_random"):
+        (figures / f"{name}.png").write_bytes(b"png")
+    (figures / "published_protocol_random-s0.png").rename(figures / "published_protocol_random-s2.png")
+    assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
+    published = {path.stem for path in (checkout / "figures/laptop").iterdir()}
+    assert published == {
+        "curve_random-s2", "curve_grouped-s2", "confusion_random", "published_protocol_random-s2",
+        "robustness_curves",
+    }  # fmt: skip
+
+
 def test_a_path_of_the_machine_stops_it_before_anything_is_written(checkout, capsys):
     before = (checkout / "notebooks/01_a.ipynb").read_text()
     nbformat.write(executed(f"{checkout}/secret"), checkout / "build/laptop/notebooks/01_a.ipynb")

@@ -310,7 +310,8 @@ def checked(images, labels):
         raise ValueError(f"labels are classes 0, 1, ..., not {labels.min().item()}")
     low, high = images.min().item(), images.max().item()
     if not (low >= 0 and high <= 1):  # also when either is NaN
-        raise ValueError(f"images must lie in [0, 1]; these reach {low:.4g} to {high:.4g}: divide by 255?")
+        hint = "divide by 255?" if high > 2 else "clamp them, or look for NaN"
+        raise ValueError(f"images must lie in [0, 1]; these reach {low:.9g} to {high:.9g}: {hint}")
     return images.detach().float(), labels.detach().long()
 
 

@@ -7,6 +7,7 @@ python -m fortify.publish pdf laptop            paper/paper.pdf, from paper/pape
 import gzip
 import hashlib
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -116,7 +117,7 @@ def commit(build):
         folder = target / below
         shutil.rmtree(folder, ignore_errors=True) if below else None
         folder.mkdir(parents=True, exist_ok=True)
-        written += [Path(shutil.copy(p, folder)) for p in _whole_files(build / kind)]
+        written += [Path(shutil.copy(p, folder)) for p in _of_first_seeds(_whole_files(build / kind))]
     for path in per_example_results(build):
         packed = root / "paper" / "tables" / below / "runs" / path.relative_to(build)
         if path.suffix == ".csv":
@@ -134,6 +135,13 @@ def per_example_results(build):
     runs = [path.parent for path in sorted(build.glob("*/02_baseline.json"))]
     found = sorted((build / "data").glob("splits/[!.]*.csv"))
     return found + [p for run in runs for p in _whole_files(run) if p.suffix in (".csv", ".json")]
+
+
+def _of_first_seeds(paths):
+    """Without the files of single runs, ``<name>_<split>-s<seed>``, but those of the first seed there is."""
+    seed_of = {p: int(found[1]) for p in paths if (found := re.search(r"_[a-z]+-s(\d+)$", p.stem))}
+    first = min(seed_of.values(), default=None)
+    return [p for p in paths if seed_of.get(p, first) == first]
 
 
 def _whole_files(folder):
