@@ -191,6 +191,15 @@ def test_a_larger_training_budget_reads_more_slices_of_unseen_groups_as_the_read
     assert own.clean.iloc[-1] > plain.clean.sum()
 
 
+def test_the_rare_class_pays_as_the_readme_says():
+    accuracy = pd.read_csv(ROOT / "paper/tables/laptop/accuracy.csv").set_index(["split", "model", "attack"])
+    assert accuracy.loc[("grouped", "adversarial", "clean"), "recall_benign"].eq(0).all()
+    balanced = pd.read_csv(ROOT / "benchmarks/ablation_laptop.csv")
+    balanced = balanced[balanced.split.eq("grouped")].groupby("variant")[["balanced_clean", "pgd_4"]].mean()
+    with_weights, without = (balanced.loc[v] for v in ("4/255, all clean, class weights", SHIPPED))
+    assert with_weights.balanced_clean > without.balanced_clean and with_weights.pgd_4 < without.pgd_4
+
+
 def test_the_readme_shows_the_ablation(ablation):
     table = pd.read_csv(ROOT / "benchmarks/ablation_laptop.csv")
     shown = README.split("<!-- generated: ablation -->\n")[1].split("<!-- /generated: ablation -->")[0]

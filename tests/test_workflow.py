@@ -107,6 +107,21 @@ def test_the_reference_run_is_five_seeds_on_both_splits():
 
 
 @pytest.mark.parametrize(
+    ("changes", "seeds"),
+    [
+        (("seeds=[0,1]", "published_seeds=[0]"), ["0"]),
+        (("seeds=[0,1]", "published_seeds=[0,1,2]"), ["0", "1"]),
+        (("seeds=[1,2]", "published_seeds=[0]"), ["1"]),  # none of them is run: the first that is
+    ],
+)
+def test_the_published_training_is_run_on_its_seeds_alone(changes, seeds):
+    shown = snakemake("--dry-run", "-p", "--forceall", config=("profile=test", *changes)).stdout
+    assert jobs(shown)["published_protocol"] == 2 * len(seeds) and jobs(shown)["baseline"] == 4
+    assert set(re.findall(r"-s(\d+)/06_published_protocol.ipynb", shown)) == set(seeds)
+    assert re.search(r"published_seeds: \[(.*?)\]", shown)[1].split(", ") == seeds
+
+
+@pytest.mark.parametrize(
     ("config", "message"),
     [
         (("profile=test", "esp_255=4"), "no notebook has a parameter esp_255"),

@@ -205,6 +205,8 @@ def pdf(profile, target=None):
     parameters = load_profile(root / "notebooks" / "profiles" / f"{profile}.yaml", notebooks)
     measured = [p.stem.removeprefix("speed_") for p in sorted((root / "benchmarks").glob("speed_*.csv"))]
     inputs = {"profile": profile, "parameters": json.dumps(parameters), "devices": json.dumps(measured)}
+    # The recipe's parts may have been measured on the small profile alone; the caption says so.
+    inputs["ablation"] = profile if (root / f"benchmarks/ablation_{profile}.csv").exists() else "laptop"
     options = {"root": root, "sys_inputs": inputs, "ignore_system_fonts": True, "timestamp": 0}
     try:
         made = typst.compile(root / "paper" / "paper.typ", format="pdf", **options)
