@@ -4,6 +4,7 @@ A few kills on the way to the random split's Table 1, every time. On the way to 
 FORTIFY_KILLS=40 python -m pytest tests/test_survival.py -s
 """
 
+import contextlib
 import os
 import random
 import shutil
@@ -41,11 +42,20 @@ def kill(process, victim):
     """SIGKILL the victim (all, where no kernel is at work). After "workflow" a notebook goes on alone."""
     whole = psutil.Process(process.pid)
     children = whole.children(recursive=True)
-    kernels = [p for p in children if "ipykernel_launcher" in " ".join(p.cmdline())]
+    kernels = [p for p in children if "ipykernel_launcher" in _command(p)]
     alone = {"workflow": [whole], "kernel": kernels}.get(victim)
     for one in alone if alone and kernels else [whole, *children]:
-        one.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
     process.wait()
+
+
+def _command(process):
+    """Its command line; none of one that has ended since it was listed."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # a zombie too
+        return ""
 
 
 def results(build):
