@@ -187,6 +187,8 @@ def test_a_larger_training_budget_reads_more_slices_of_unseen_groups_as_the_read
     own = table[table.split.eq("grouped")].groupby("variant")[["clean", "pgd_4", "pgd_8", "n"]].sum()
     own = own.loc[[f"{budget}/255, a quarter clean" for budget in (4, 8, 12, 16)]]
     assert (own.n == 1097).all() and (own[["clean", "pgd_4", "pgd_8"]].diff()[1:] > 0).all(axis=None)
+    random = table[table.split.eq("random")].set_index("variant").clean[own.index]
+    assert (random.diff()[1:] < 0).all()  # and there the largest cost most
     plain = table[table.split.eq("grouped") & table.variant.eq("no attack, augmented alike")]
     assert own.clean.iloc[-1] > plain.clean.sum()
 

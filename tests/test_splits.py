@@ -170,7 +170,6 @@ def test_seeds_are_folds_that_test_every_slice_once_then_those_of_another_divisi
 
 
 def test_folds_hold_out_different_validation_groups(slices):
-    """Each of the rest's groups may be drawn, by the fold's own numbers."""
     drawn = [splits.grouped_split(slices.labels, slices.patients, seed=seed)["val"] for seed in range(5)]
     assert len({index.tobytes() for index in drawn}) == 5
 
