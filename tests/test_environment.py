@@ -68,6 +68,20 @@ def test_whatever_a_locked_package_needs_is_locked(machine):
                 assert canonicalize_name(need.name) in lock, f"{name} needs {need.name}, which is not locked"
 
 
+def test_extras_are_named_in_the_lock():
+    """pip before 23.3, which Python 3.11.0 to 3.11.6 bring, takes `coverage[toml]` for a package of its own.
+
+    Not named in the lock, its newest release is chosen: refused on the day that it is no longer the one locked.
+    """
+    extras = {canonicalize_name(entry.name): entry.extras for entry, _ in entries()}
+    for name in locked({}):
+        for need in filter(lambda need: applies(need, {}), map(Requirement, requires(name) or [])):
+            missing = need.extras - extras[canonicalize_name(need.name)]
+            assert not missing, (
+                f"{name} needs {need.name}[{','.join(missing)}]: uv pip compile --no-strip-extras"
+            )
+
+
 def test_the_lock_satisfies_what_the_project_says_it_needs():
     lock = locked({})
     extras = PROJECT["optional-dependencies"]
