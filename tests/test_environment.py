@@ -69,9 +69,9 @@ def test_whatever_a_locked_package_needs_is_locked(machine):
 
 
 def test_extras_are_named_in_the_lock():
-    """pip before 23.3, which Python 3.11.0 to 3.11.6 bring, takes `coverage[toml]` for a package of its own.
+    """pip before 23.3, which Python 3.11.7 still brings, takes `coverage[toml]` for a package of its own.
 
-    Not named in the lock, its newest release is chosen: refused on the day that it is no longer the one locked.
+    Not named in the lock, its newest release is chosen: refused the day it is no longer the one locked.
     """
     extras = {canonicalize_name(entry.name): entry.extras for entry, _ in entries()}
     for name in locked({}):
