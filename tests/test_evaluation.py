@@ -88,6 +88,15 @@ def test_cluster_interval_knows_what_belongs_together():
     )
 
 
+def test_the_cluster_interval_leaves_out_as_much_on_either_side():
+    correct, groups = np.arange(60) % 3 == 0, np.arange(60) // 4
+    low, high = evaluation.cluster_interval(correct, groups)
+    assert evaluation.cluster_interval(~correct, groups) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+    assert evaluation.cluster_interval(correct, groups, confidence=0.95) == (low, high)
+    narrow = evaluation.cluster_interval(correct, groups, confidence=0.5)
+    assert low < narrow[0] < correct.mean() < narrow[1] < high
+
+
 def test_the_interval_by_groups_is_the_cluster_interval_of_each_cell():
     rows = evaluation.at_budget(make_rows(), eps_255=1, cw_l2=1)
     groups = np.arange(99) // 3  # images 10 and 11 are of one, 12 to 14 of another
