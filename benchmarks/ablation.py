@@ -71,9 +71,8 @@ def recipe_of(p):
     own = {name: p[f"train_{name}"] for name in ranges}
     augmentation = Augmentation(flip=p["flip"], scale=p["train_zoom"], **own)
     own = ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing", "clean_share")
-    recipe = Recipe(
-        **{name: p[name] for name in (*own, "eps_warmup", "ema", "class_balance")}, augmentation=augmentation
-    )
+    own += ("eps_warmup", "ema", "class_balance", "precision")
+    recipe = Recipe(**{name: p[name] for name in own}, augmentation=augmentation)
     pgd, judge = (PGD(p[name], steps=p["train_pgd_steps"]) for name in ("train_eps_255", "eps_255"))
     shares = {
         FGSM(pgd.eps_255): p["fgsm_share"],

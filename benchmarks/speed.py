@@ -8,8 +8,9 @@ the model still reads (part of our call and of Foolbox's; one more pass for the 
 training step (the batch attacked by PGD, then learnt from with the clean one); and Table 1, the whole
 evaluation on one batch (clean, PGD-20, FGSM and CW of one search of 20 steps, L2). Same model, images,
 budget, steps and step size; every library once a round, the order turning, so that a slow moment of the
-machine meets all. Read the ratio, taken within a round. Memory is the peak of the first call: the device's;
-on a CPU what a fresh process grows by.
+machine meets all. Read the ratio, taken within a round. `fortify` is what the notebooks run; "fortify,
+bfloat16" is the crafting inside a training of that precision, and that training. Memory is the peak of the
+first call: the device's; on a CPU what a fresh process grows by.
 
 Writes benchmarks/speed_<device>.csv and .png (with --tasks, only those tasks' rows are new), and README's
 section from what has been measured. torchattacks and ART are not of this environment; what is missing is left
@@ -36,7 +37,7 @@ import torch
 from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
-from fortify.attacks import CW, FGSM, PGD, craft, craft_batch, frozen, perturbation_norms
+from fortify.attacks import CW, FGSM, PGD, craft, craft_batch, craft_parts, frozen, perturbation_norms
 from fortify.augmentation import Augmentation
 from fortify.evaluation import evaluate
 from fortify.figures import DOUBLE, save, styled
@@ -57,7 +58,8 @@ TASKS = {
 }
 EPS_255, EPS = 4.0, 4.0 / 255
 TABLE1_STEPS = 20  # of PGD, and of CW's one search
-OURS = "fortify"
+OURS, LOW = "fortify", "fortify, bfloat16"
+ONLY = {LOW: ("crafting", "training")}  # reported evaluation is float32
 
 
 def fortify_attacks(model, x):
@@ -65,6 +67,22 @@ def fortify_attacks(model, x):
         return lambda images, labels: craft(model, images, labels, attack, batch_size=len(images))
 
     return {"pgd": lambda steps: run(PGD(EPS_255, steps=steps))}
+
+
+def low_attacks(model, x):
+    twin = Twin(model, x[:1])
+
+    def pgd(steps):
+        attack = PGD(EPS_255, steps=steps)
+
+        def run(images, labels):
+            noise = torch.rand_like(images) * 2 - 1
+            with frozen(model), torch.autocast(x.device.type, torch.bfloat16):
+                return craft_parts(model, [(attack, images, labels, noise)], twin=twin.refresh())[0].detach()
+
+        return run
+
+    return {"pgd": pgd}
 
 
 def foolbox_attacks(model, x):
@@ -135,6 +153,7 @@ def art_attacks(model, x):
 
 LIBRARIES = {
     OURS: fortify_attacks,
+    LOW: low_attacks,
     "foolbox": foolbox_attacks,
     "torchattacks": torchattacks_attacks,
     "adversarial-robustness-toolbox": art_attacks,
@@ -167,9 +186,10 @@ def still_read(model, found, y):
 def training(name, attacks, model, x, y, steps):
     """One step of AdamW on the batch and its attacked copy, on a model of the library's own."""
     optimizer = torch.optim.AdamW(model.parameters())
-    if name == OURS:  # the step of `fit` itself, with an augmentation that does nothing
+    if name in (OURS, LOW):  # the step of `fit` itself, with an augmentation that does nothing
         still = Augmentation(flip=False, degrees=0, scale=0, translate=0)
-        recipe = Recipe(batch_size=len(x), augmentation=still, label_smoothing=0)
+        precision = "bfloat16" if name == LOW else "auto"
+        recipe = Recipe(batch_size=len(x), augmentation=still, label_smoothing=0, precision=precision)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
         state, greys = TrainingState(model, optimizer, schedule), (x * 255).round().byte()
         weight, shares = torch.ones(model.num_classes, device=x.device), {PGD(EPS_255, steps=steps): 1.0}
@@ -232,6 +252,8 @@ def measure(device, rounds, tasks=tuple(TASKS)):
     for task in tasks:
         runs, memory = {}, {}
         for name in LIBRARIES:
+            if task not in ONLY.get(name, TASKS):
+                continue
             try:
                 run, x = ready(task, name, device)
             except ImportError as error:
@@ -293,19 +315,24 @@ def compare(task, runs, memory, device, batch, rounds):
             seconds[name].append(timed(runs[name], device)[0])
     rows = []
     for name in names:
-        ratios = [other / own for other, own in zip(seconds[name], seconds[OURS], strict=True)]
+        ratios = {
+            base: [other / own for other, own in zip(seconds[name], seconds[base], strict=True)]
+            for base in (OURS, LOW)
+            if base in seconds
+        }
         rows.append(
             {
                 "task": task,
                 "library": name,
                 "images_per_s": batch / statistics.median(seconds[name]),
-                "fortify_is_faster": statistics.median(ratios),
-                "ratio_min": min(ratios),
-                "ratio_max": max(ratios),
+                "fortify_is_faster": statistics.median(ratios[OURS]),
+                "ratio_min": min(ratios[OURS]),
+                "ratio_max": max(ratios[OURS]),
                 "peak_mib": memory[name],
                 "slowest": batch / max(seconds[name]),
                 "fastest": batch / min(seconds[name]),
-                "version": importlib.metadata.version(name),
+                "version": importlib.metadata.version(name.split(",")[0]),
+                "bfloat16_is_faster": statistics.median(ratios.get(LOW, [np.nan])),
             }
         )
     return pd.DataFrame(rows)
@@ -347,11 +374,12 @@ def figure(table):
     fig = Figure(figsize=(DOUBLE, 1.9), layout="constrained")
     short = {"adversarial-robustness-toolbox": "ART"}
     tasks = [task for task in TASKS if task in set(table.task)]
+    libraries = table.library.unique()[::-1]
     for axis, task in zip(np.atleast_1d(fig.subplots(1, len(tasks))), tasks, strict=True):
-        part = table[table.task.eq(task)].iloc[::-1]
-        colours = ["#0b4f8a" if name == OURS else "#9ca3af" for name in part.library]
+        part = table[table.task.eq(task)].set_index("library").reindex(libraries)
+        colours = ["#0b4f8a" if name in (OURS, LOW) else "#9ca3af" for name in libraries]
         spread = [part.images_per_s - part.slowest, part.fastest - part.images_per_s]
-        axis.barh([short.get(n, n) for n in part.library], part.images_per_s, xerr=spread, color=colours)
+        axis.barh([short.get(n, n) for n in libraries], part.images_per_s, xerr=spread, color=colours)
         axis.set(title=TASKS[task], xlabel="images/s (median, range)")
         if task != tasks[0]:
             axis.set_yticklabels([])
@@ -383,6 +411,10 @@ def section(table, device):
         text += f" Crafting does {row.share_of_matrix_peak:.0%} of the arithmetic and "
         text += f"{row.share_of_copy_bandwidth:.0%} of the traffic that a matrix product and a copy reach "
         text += "here, counted on the unfolded model."
+    for task, part in table[~table.library.isin((OURS, LOW))].groupby("task", sort=False):
+        if part.bfloat16_is_faster.notna().any():
+            ratios = [f"{r.bfloat16_is_faster:.2f}× {r.library}" for r in part.itertuples()]
+            text += f" {TASKS[task].capitalize()} in bfloat16 runs at {', '.join(ratios)}."
     picture = f"![Images per second by task and library](benchmarks/speed_{device}.png)\n"
     missing = [task for task in TASKS if task not in set(table.task)]
     gaps = [f"`--tasks {task}` has not been run to its end on `{device}` yet.\n" for task in missing]

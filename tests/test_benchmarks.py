@@ -29,12 +29,15 @@ def beside_the_benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
+LIBRARIES = ("fortify", "fortify, bfloat16", "foolbox")
+
+
 @pytest.fixture
 def speed(monkeypatch):
     module = importlib.import_module("speed")
     monkeypatch.setitem(module.SHAPES, "cpu", ("resnet_small", 32, 4, 2))
     monkeypatch.setattr(module, "machine", lambda device: (1e11, 1e10))
-    monkeypatch.setattr(module, "LIBRARIES", {n: module.LIBRARIES[n] for n in ("fortify", "foolbox")})
+    monkeypatch.setattr(module, "LIBRARIES", {n: module.LIBRARIES[n] for n in LIBRARIES})
     return module
 
 
@@ -49,11 +52,14 @@ def test_every_library_at_hand_is_measured_and_what_is_missing_is_named(speed, w
 
     speed.LIBRARIES["absent"] = absent
     table = speed.measure("cpu", rounds=2)
-    assert table.library.tolist() == ["fortify", "foolbox"] * 4 and (table.images_per_s > 0).all()
-    assert list(table.task.unique()) == list(speed.TASKS)
+    own = {task: part.library.tolist() for task, part in table.groupby("task")}
+    every, reported = list(LIBRARIES), ["fortify", "foolbox"]  # reported evaluation has no low precision
+    assert own == {"crafting": every, "accuracy": reported, "training": every, "table1": reported}
+    assert list(table.task.unique()) == list(speed.TASKS) and (table.images_per_s > 0).all()
+    assert table.bfloat16_is_faster.notna().tolist() == table.task.isin(["crafting", "training"]).tolist()
     ours = table[table.library.eq("fortify")]
     assert (ours.fortify_is_faster == 1).all() and (table.ratio_min <= table.ratio_max).all()
-    assert table.share_of_matrix_peak.notna().sum() == 2, "of crafting alone"
+    assert table.share_of_matrix_peak.notna().sum() == 3, "of crafting alone"
     assert "absent is left out: No module named 'absent'" in capsys.readouterr().err
     assert len(speed.figure(table).axes) == 4
 
@@ -71,10 +77,12 @@ def test_a_task_measured_again_leaves_the_others_rows(speed, without_processes, 
     both.to_csv(tmp_path / "speed_cpu.csv", index=False)
     again = speed.measure("cpu", rounds=2, tasks=["accuracy"])
     table = speed.merged(tmp_path / "speed_cpu.csv", again)
-    assert table.task.tolist() == ["accuracy"] * 2 + ["training"] * 2
-    assert table.rounds.tolist() == [2, 2, 1, 1]
+    assert table.task.tolist() == ["accuracy"] * 2 + ["training"] * 3
+    assert table.rounds.tolist() == [2, 2, 1, 1, 1]
     shown = "\n".join(speed.section(table, "cpu"))
     assert "Rounds: 1 (adversarial training step), 2 (PGD accuracy)" in shown
+    faster = table.bfloat16_is_faster.iloc[-1]
+    assert f"Adversarial training step in bfloat16 runs at {faster:.2f}× foolbox." in shown
     assert "`--tasks crafting` has not been run" in shown and "`--tasks training`" not in shown
 
 

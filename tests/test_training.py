@@ -47,6 +47,27 @@ def test_adversarial_training_holds_where_normal_training_falls(phantoms, images
     assert stands[1] > stands[0] + 0.3
 
 
+def test_precision_is_float32_on_a_cpu_unless_asked_for_and_weights_and_validation_always(parts):
+    found, histories = {}, {}
+    for precision in ("auto", "float32", "bfloat16"):
+        model, recipe = small(), Recipe(epochs=2, batch_size=16, lr=3e-3, precision=precision)
+        histories[precision] = fit(
+            model, *parts, recipe, attacks=THIRDS, val_attack=PGD(4, steps=2), progress=False
+        )
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        found[precision] = weights(model)
+        x, y = torch.from_numpy(parts[1].images)[:, None] / 255, torch.from_numpy(parts[1].labels)
+        selected = histories[precision][histories[precision].selected]
+        right = (predict(model, x).argmax(1) == y).float().mean().item()
+        assert selected.val_accuracy.item() == pytest.approx(right)
+        robust = 1 - craft(model, x, y, PGD(4, steps=2)).success.float().mean().item()
+        assert selected.val_robust_accuracy.item() == pytest.approx(robust)
+    assert torch.equal(found["auto"], found["float32"]) and histories["auto"].equals(histories["float32"])
+    assert not torch.equal(found["auto"], found["bfloat16"])
+    losses = [histories[precision].train_loss[0] for precision in ("float32", "bfloat16")]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)  # the signs of small gradients differ
+
+
 def test_history_has_a_row_an_epoch_and_one_selected(parts):
     model = small()
     history = fit(
@@ -228,7 +249,15 @@ def test_an_absent_class_and_an_empty_set_are_named(parts, phantoms):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"epochs": 0}, {"batch_size": 1}, {"clean_share": 1.5}, {"eps_warmup": 2}, {"ema": 1}]
+    "arguments",
+    [
+        {"epochs": 0},
+        {"batch_size": 1},
+        {"clean_share": 1.5},
+        {"eps_warmup": 2},
+        {"ema": 1},
+        {"precision": "float16"},
+    ],
 )
 def test_impossible_recipes_are_refused(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):

@@ -28,6 +28,9 @@ class Recipe:
     ``eps_warmup`` of the epochs. With ``ema`` the network that is validated and kept is an exponential
     moving average of the trained one: at each step it keeps that share of itself (less in the first steps).
     ``class_balance`` is the power of the inverse class frequency that weights the loss; 0 is no weighting.
+    ``precision`` is of the training passes and the attacks in them: ``"float32"``, ``"bfloat16"`` (autocast;
+    the weights stay float32) or ``"auto"``, bfloat16 on a GPU and float32 on a CPU. A CPU that multiplies
+    bfloat16 (AVX-512 BF16, AMX) gains by it, another loses. What validates is float32 whatever it is.
     """
 
     epochs: int = 60
@@ -39,6 +42,7 @@ class Recipe:
     eps_warmup: float = 0.0
     ema: float = 0.0
     class_balance: float = 0.0
+    precision: str = "auto"
     augmentation: Augmentation = Augmentation()
 
     def __post_init__(self):
@@ -52,6 +56,8 @@ class Recipe:
             raise ValueError(
                 f"ema is what the average keeps of itself at a step, 0 to below 1, not {self.ema}"
             )
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f'precision must be "auto", "float32" or "bfloat16", not {self.precision!r}')
 
 
 def fit(model, train, val, recipe, *, attacks=None, val_attack=None, seed=0, checkpoints=None, progress=True):
@@ -223,6 +229,7 @@ _HISTORY = ("epoch", "lr", "train_loss", "train_accuracy", "val_accuracy", "val_
 def _epoch(state, x_train, y_train, weight, recipe, attacks, twin, seed):
     """One pass over the training set: (losses (batches,), share of correct training examples)."""
     model, device = state.model, x_train.device
+    low = recipe.precision == "bfloat16" or (recipe.precision == "auto" and device.type == "cuda")
     generator = torch.Generator(device).manual_seed(seed)
     order = torch.randperm(len(y_train), generator=generator, device=device)
     losses, correct, seen = [], torch.zeros((), device=device), 0
@@ -230,7 +237,7 @@ def _epoch(state, x_train, y_train, weight, recipe, attacks, twin, seed):
     batches = -(-len(y_train) // recipe.batch_size)
     for index in order.tensor_split(batches):  # sizes differ by one: no tiny last batch for BatchNorm
         x = augment(x_train[index].float() / 255, recipe.augmentation, generator=generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=low):
             x, y = _with_attacked(model, x, y_train[index], recipe.clean_share, attacks, twin, generator)
             logits = model(x)  # float32, whatever the autocast
         loss = F.cross_entropy(logits, y, weight, label_smoothing=recipe.label_smoothing)
