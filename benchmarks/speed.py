@@ -398,7 +398,7 @@ def section(table, device):
                 continue
             row = part.loc[name]
             faster = f" ({row.fortify_is_faster:.2f}×, {row.ratio_min:.2f}–{row.ratio_max:.2f})"
-            cells.append(f"{row.images_per_s:.3g}{faster * (name != OURS)}, {row.peak_mib:,.0f} MiB")
+            cells.append(f"{row.images_per_s:.3g}{faster * (name not in (OURS, LOW))}, {row.peak_mib:,.0f} MiB")
         lines.append(f"| {TASKS[task]} | " + " | ".join(cells) + " |")
     rounds = ", ".join(
         f"{n} ({', '.join(TASKS[t] for t in part.task.unique())})" for n, part in table.groupby("rounds")
@@ -413,8 +413,8 @@ def section(table, device):
         text += "here, counted on the unfolded model."
     for task, part in table[~table.library.isin((OURS, LOW))].groupby("task", sort=False):
         if part.bfloat16_is_faster.notna().any():
-            ratios = [f"{r.bfloat16_is_faster:.2f}× {r.library}" for r in part.itertuples()]
-            text += f" {TASKS[task].capitalize()} in bfloat16 runs at {', '.join(ratios)}."
+            ratios = [f"{r.bfloat16_is_faster:.2f}× as fast as {r.library}" for r in part.itertuples()]
+            text += f" In bfloat16 {task} is {', '.join(ratios)}."
     picture = f"![Images per second by task and library](benchmarks/speed_{device}.png)\n"
     missing = [task for task in TASKS if task not in set(table.task)]
     gaps = [f"`--tasks {task}` has not been run to its end on `{device}` yet.\n" for task in missing]

@@ -82,7 +82,7 @@ def test_a_task_measured_again_leaves_the_others_rows(speed, without_processes, 
     shown = "\n".join(speed.section(table, "cpu"))
     assert "Rounds: 1 (adversarial training step), 2 (PGD accuracy)" in shown
     faster = table.bfloat16_is_faster.iloc[-1]
-    assert f"Adversarial training step in bfloat16 runs at {faster:.2f}× foolbox." in shown
+    assert f"In bfloat16 training is {faster:.2f}× as fast as foolbox." in shown
     assert "`--tasks crafting` has not been run" in shown and "`--tasks training`" not in shown
 
 
