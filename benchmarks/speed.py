@@ -398,7 +398,9 @@ def section(table, device):
                 continue
             row = part.loc[name]
             faster = f" ({row.fortify_is_faster:.2f}×, {row.ratio_min:.2f}–{row.ratio_max:.2f})"
-            cells.append(f"{row.images_per_s:.3g}{faster * (name not in (OURS, LOW))}, {row.peak_mib:,.0f} MiB")
+            cells.append(
+                f"{row.images_per_s:.3g}{faster * (name not in (OURS, LOW))}, {row.peak_mib:,.0f} MiB"
+            )
         lines.append(f"| {TASKS[task]} | " + " | ".join(cells) + " |")
     rounds = ", ".join(
         f"{n} ({', '.join(TASKS[t] for t in part.task.unique())})" for n, part in table.groupby("rounds")

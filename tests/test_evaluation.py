@@ -226,6 +226,8 @@ def test_clean_rows_and_the_normal_models_attacks_serve_the_static_protocol():
     assert table.loc["random", "adversarial", "static"].k.tolist() == [3, 4, 4, 4, 12, 4]
     assert table.loc["random", "adversarial", "adaptive", "pgd"].k == 2
     assert "static" not in summary(pd.concat([make_rows(), adversarial])).index.get_level_values("protocol")
+    other = summary(pd.concat([make_rows(), adversarial, static, make_rows(split="grouped")]))
+    assert "static" not in other.loc["grouped"].index.get_level_values("protocol"), "nothing static there"
 
 
 def test_confusion_counts_true_rows_and_predicted_columns():
@@ -348,6 +350,7 @@ def _set(rows, where, **values):
     ("change", "message"),
     [
         (lambda r: pd.concat([r, r.tail(1)]), "1 of 17 rows repeat"),
+        (lambda r: pd.concat([r, r.tail(1).assign(probability=0.8)]), "1 of 17 rows repeat"),
         (lambda r: r.iloc[:-1], "'cw'.* 3 images, not the 4 clean"),
         (lambda r: r[r.attack.ne("clean")], "not the 0 clean"),
         (

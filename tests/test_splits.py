@@ -100,6 +100,19 @@ def test_numbers_follow_each_other_within_a_series_only(slices):
     assert pairs == within | {("A/9_left.png", "A/10_left.png")}
 
 
+@pytest.mark.parametrize(
+    ("name", "series", "number"),
+    [
+        ("a/b.1/c/scan 3.5 (07).old.png", ("scan 3.5 (", ").old"), 7),
+        ("12.png", ("", ""), 12),
+        ("a/one\n2", ("one\n", ""), 2),
+        ("a.1/none.png", ("none",), None),
+    ],
+)
+def test_the_number_of_a_file_is_the_last_of_its_stem(name, series, number):
+    assert splits.file_number(name) == (series, number)
+
+
 def test_identical_pixels_are_linked_whatever_the_thresholds(slices):
     images = slices.images.copy()
     images[-1] = images[0]  # benign and normal: groups may span classes
@@ -384,6 +397,18 @@ def test_conflicts_are_listed_most_alike_first_then_by_name():
     assert table.name.tolist() == ["x/z.png"] * 2 and table.twin.tolist() == ["x/x.png", "x/y.png"]
     near = by_hand([CHESS, FAR], [0, 1])
     assert splits.label_conflicts(near).empty and len(splits.label_conflicts(near, threshold=0.8)) == 1
+
+
+def test_thumbnails_are_means_of_boxes_of_mean_0_and_length_1():
+    images = by_hand([CHESS, ROWS], [0, 0]).images
+    images[:, ::2] += 10  # within a box, on half of its rows
+    means = np.array([CHESS, ROWS]) + 5.0
+    means -= means.mean(1, keepdims=True)
+    wanted = means / np.linalg.norm(means, axis=1, keepdims=True)
+    assert splits.unit_thumbnails(images, 4) == pytest.approx(wanted, abs=1e-6)
+    assert splits.unit_thumbnails(np.full((2, 8, 8), 7, np.uint8), 4).tolist() == [[0] * 16] * 2
+    faint = splits.unit_thumbnails(np.uint8([[[0, 0], [0, 1]]]), 2)
+    assert np.linalg.norm(faint) == pytest.approx(1), "one grey level is an image too"
 
 
 def test_a_twin_is_looked_for_in_all_of_training():
