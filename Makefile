@@ -1,6 +1,6 @@
 # What people do: make demo, make test, make laptop, make paper, make lab. `make help` lists all.
 .DELETE_ON_ERROR:
-.PHONY: help demo test laptop paper tables publish pdf html data lab clean
+.PHONY: help demo test laptop paper resnet18 tables publish pdf html data lab clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PROFILE ?= laptop
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
@@ -20,7 +20,8 @@ help:
 	@echo "make data     download the IQ-OTH/NCCD slices to data/iq-oth-nccd"
 	@echo "make laptop   the real slices, a small ResNet at 112 px, five seeds, about 50 minutes on two cores"
 	@echo "make paper    the reference run: ResNet-50 at 224 px, five seeds, one GPU"
-	@echo "              of both, SEEDS=0 or SEEDS=0,1: only these; seeds that are there already are not run again"
+	@echo "make resnet18 the same with ResNet-18"
+	@echo "              of all three, SEEDS=0 or SEEDS=0,1: only these; seeds that are there already are not run again"
 	@echo "make tables   results of the seeds that are there, without their weights, of PROFILE=laptop (or paper)"
 	@echo "make publish  executed notebooks, figures and tables of PROFILE=laptop (or paper) for committing"
 	@echo "make pdf      paper/paper.pdf from the published tables of PROFILE=laptop (or paper)"
@@ -49,7 +50,7 @@ test: $(ENV)
 data: $(ENV)
 	python -m fortify.download
 
-laptop paper: $(ENV)
+laptop paper resnet18: $(ENV)
 	$(WORKFLOW)
 	@cat build/$@/tables/table1.txt
 
