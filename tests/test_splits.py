@@ -441,6 +441,13 @@ def test_no_assignment_at_all_says_what_to_do():
         splits.grouped_split(labels, groups, seed=0, folds=3)
 
 
+def test_assignments_that_leave_a_class_out_of_a_part_are_passed_over():
+    """About half of the 256 do so here, group by group: 0, 2 | 0, 1, 2 | 1, 2 | 0, 1, 2."""
+    groups, labels = np.array([0, 0, 1, 1, 1, 2, 2, 3, 3, 3]), np.array([0, 2, 0, 1, 2, 1, 2, 0, 1, 2])
+    split = splits.grouped_split(labels, groups, seed=0, folds=3, val=0.2)
+    assert all(set(labels[index]) == {0, 1, 2} for index in split.values())
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_of_its_assignments_a_grouped_split_keeps_a_balanced_one(seed):
     """Shares of each class within 4 points of 70, 10 and 20 where the groups allow it."""
