@@ -90,6 +90,16 @@ def test_the_lock_satisfies_what_the_project_says_it_needs():
         assert wanted.specifier.contains(lock[canonicalize_name(wanted.name)]), f"{text}: another is locked"
 
 
+def test_the_project_itself_is_built_by_what_is_locked():
+    """pip would else fetch the newest setuptools, without a hash, into a folder of its own, and run it."""
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
+    for wanted in map(Requirement, build):
+        assert wanted.specifier.contains(locked({})[canonicalize_name(wanted.name)])
+    for file in ("Makefile", "environment.yml"):
+        (line,) = re.findall(r"pip install .*--no-deps.*", (ROOT / file).read_text(encoding="utf-8"))
+        assert "--no-build-isolation" in line, file
+
+
 def test_environment_yml_names_the_same_versions():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     (pip,) = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
