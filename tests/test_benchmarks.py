@@ -64,6 +64,22 @@ def test_every_library_at_hand_is_measured_and_what_is_missing_is_named(speed, w
     assert len(speed.figure(table).axes) == 4
 
 
+def test_what_is_called_bfloat16_is(speed, monkeypatch):
+    x = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = speed.build_model("resnet_small", num_classes=3, seed=0).eval()
+    y, dtypes = torch.tensor([0, 1, 2, 0]), []
+    relu = [m for m in model.modules() if isinstance(m, torch.nn.ReLU)][-1]  # the twin's copy has its hook
+    relu.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    found = speed.low_attacks(model, x)["pgd"](2)
+    dtypes.clear()
+    assert found(x, y).shape == x.shape and set(dtypes) == {torch.bfloat16}
+    asked = []
+    monkeypatch.setattr(speed, "_epoch", lambda *arguments: asked.append(arguments[4].precision))
+    for name in ("fortify", "fortify, bfloat16"):
+        speed.training(name, None, model, x, y, 2)()
+    assert asked == ["auto", "bfloat16"]
+
+
 def test_memory_is_that_of_the_task(speed):
     """PGD of a larger batch needs more: 64 images of 64 px take the stem's output alone 6 MiB of float32."""
     few = speed.peak_memory("crafting", "fortify", "cpu", None)

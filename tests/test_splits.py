@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fortify import data, phantom, runs, splits
+from fortify import data, leakage, phantom, runs, splits
 
 
 @pytest.fixture(scope="module")
@@ -461,22 +461,16 @@ def test_of_its_assignments_a_grouped_split_keeps_a_balanced_one(seed):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("kind", ["random", "grouped"])
-def test_the_published_splits_are_made_again(kind):
+def test_the_published_splits_are_made_again():
     """From the real slices, by name: what the published tables were measured on."""
     try:
         slices = data.load_iq_oth_nccd(size=112)
     except FileNotFoundError as error:
         pytest.skip(f"no real data: {error}")
     groups = splits.near_duplicate_groups(slices)
-    files = sorted(runs.find_root().glob(f"paper/tables/laptop/runs/data/splits/{kind}-s*.csv.gz"))
-    assert len(files) == 5
-    for seed, file in enumerate(files):
+    for (kind, seed), made in leakage.draw_splits(slices, seeds=range(5), groups=groups).items():
+        file = runs.find_root() / f"paper/tables/laptop/runs/data/splits/{kind}-s{seed}.csv.gz"
         published = pd.read_csv(file, keep_default_na=False)
         assert published.group.tolist() == groups.tolist() and published.name.tolist() == list(slices.names)
-        if kind == "random":
-            made = splits.random_split(slices.labels, seed=seed)
-        else:
-            made = splits.grouped_split(slices.labels, groups, seed=seed)
         for part, index in made.items():
             assert np.array_equal(np.flatnonzero(published.part == part), index)

@@ -51,6 +51,8 @@ def styled(function):
             for _ in range(2):  # the ticks that fit are known after the first
                 fig.draw_without_rendering()
             fig.set_layout_engine("none")
+            for ax in fig.axes:  # the solver's last digits hang on where objects lie in memory
+                ax.set_position(np.round(ax.get_position(original=True).bounds, 9))
             return fig
 
     return drawn
@@ -61,22 +63,12 @@ def save(fig, folder, name):
 
     The files hold no date and no version: the same figure gives the same bytes.
     """
-    _settle(fig)
     stamps = {"pdf": {"CreationDate": None, "Producer": None, "Creator": None}, "png": {"Software": None}}
     for suffix, metadata in stamps.items():
         path = Path(folder) / f"{name}.{suffix}"
         with mpl.style.context(STYLE), atomic_path(path) as temporary:
             fig.savefig(temporary, metadata=metadata)
     return path
-
-
-def _settle(fig):
-    """Lay out once and for all, to a billionth: the last digits hang on where objects lie in memory."""
-    with mpl.style.context(STYLE):
-        fig.draw_without_rendering()
-    fig.set_layout_engine("none")
-    for ax in fig.axes:
-        ax.set_position(np.round(ax.get_position(original=True).bounds, 9))
 
 
 @styled
