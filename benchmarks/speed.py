@@ -44,7 +44,7 @@ from fortify.figures import DOUBLE, save, styled
 from fortify.folding import Twin
 from fortify.models import build_model
 from fortify.runs import describe_device, find_root
-from fortify.training import Recipe, TrainingState, _epoch
+from fortify.training import Recipe, TrainingState, _autocasts, _epoch
 
 SHAPES = {  # device: arch, side in px, batch, PGD steps
     "cpu": ("resnet18", 64, 32, 5),
@@ -70,7 +70,7 @@ def fortify_attacks(model, x):
 
 
 def low_attacks(model, x):
-    twin = Twin(model, x[:1])
+    twin = Twin(model, x[:1], autocast=True)
 
     def pgd(steps):
         attack = PGD(EPS_255, steps=steps)
@@ -193,7 +193,7 @@ def training(name, attacks, model, x, y, steps):
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
         state, greys = TrainingState(model, optimizer, schedule), (x * 255).round().byte()
         weight, shares = torch.ones(model.num_classes, device=x.device), {PGD(EPS_255, steps=steps): 1.0}
-        twin = Twin(model, x[:1])
+        twin = Twin(model, x[:1], autocast=_autocasts(recipe, x.device))
         return lambda: _epoch(state, greys, y, weight, recipe, shares, twin, 0)
     pgd = attacks["pgd"](steps)
 

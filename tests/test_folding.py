@@ -80,6 +80,34 @@ def test_refresh_takes_over_what_training_changed():
     assert torch.allclose(twin.refresh()(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("arch", ["resnet_small", "resnet18", "convnext_tiny"])
+def test_weights_rounded_beforehand_are_those_that_autocast_rounds(arch):
+    """Bit for bit, before and after a step of training; what autocast leaves in float32 stays so."""
+    model, x = lived_in(arch)
+    x, y = x[:2], torch.tensor([0, 1])
+    plain, rounded = Twin(model, x[:1]), Twin(model, x[:1], autocast=True)
+    assert rounded.net is not model
+    kinds = {
+        type(m)
+        for m in rounded.net.modules()
+        for p in m.parameters(recurse=False)
+        if p.dtype != p.float().dtype
+    }
+    assert kinds <= {nn.Conv2d, nn.Linear} and kinds
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    for _ in range(2):
+        with frozen(model), torch.autocast("cpu", torch.bfloat16):
+            ours, theirs = (
+                craft_parts(model, [(PGD(4, steps=2), x, y, noise)], twin=twin.refresh())[0]
+                for twin in (rounded, plain)
+            )
+            assert torch.equal(rounded.net(x), plain.net(x))
+        assert torch.equal(ours, theirs)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.01
+
+
 class Backwards(nn.Module):
     """Lists a convolution before a BatchNorm that it calls first."""
 

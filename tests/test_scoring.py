@@ -5,10 +5,11 @@ import pandas as pd
 import pytest
 import torch
 
-from fortify import attacks
+from fortify import attacks, folding
 from fortify.attacks import CW, FGSM, PGD, craft
 from fortify.evaluation import COLUMNS, at_budget, check_rows, evaluate, score, score_static
 from fortify.figures import pick_example
+from fortify.folding import Twin
 from fortify.models import build_model, predict
 
 IDS = {"model_name": "normal", "split": "random", "seed": 0}
@@ -110,10 +111,24 @@ def test_crafting_is_by_the_seed_and_the_batch_that_are_given(model, images, lab
     keep = {"found": attack}
     _, kept = evaluate(model, images[part], labels[part], [attack], index=part, keep=keep, **ids)
     evaluate(model, images[part], labels[part], [attack], index=part, batch_size=7, **ids)
+    twins = [options.pop("twin") for options in asked]
+    assert twins[0] is not twins[1] and model not in twins
     assert asked == [{"seed": 3, "batch_size": size, "progress": True} for size in (64, 7)]
     assert np.array_equal(
         kept["found"], craft(model, images[part], labels[part], attack, seed=3).images.numpy()
     )
+
+
+def test_all_attacks_of_an_evaluation_walk_on_one_twin(model, images, labels, part, monkeypatch):
+    made, asked = [], []
+    monkeypatch.setattr(folding, "Twin", lambda *a, **o: made.append(Twin(*a, **o)) or made[-1])
+    monkeypatch.setattr(attacks, "craft", lambda *a, **o: asked.append(o["twin"]) or craft(*a, **o))
+    rows, _ = evaluate(model, images[part], labels[part], ATTACKS, index=part, **IDS)
+    assert len(made) == 1 and all(twin is made[0].net for twin in asked) and len(asked) == len(ATTACKS)
+    monkeypatch.undo()
+    for attack in ATTACKS:
+        alone = craft(model, images[part], labels[part], attack)
+        assert np.array_equal(rows.success[rows.attack == attack.name], alone.success)
 
 
 def test_a_cw_that_scoring_reads_rightly_is_a_failed_one(model, images, labels, part, monkeypatch):

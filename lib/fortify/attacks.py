@@ -91,7 +91,7 @@ class Adversarial(NamedTuple):
     success: torch.Tensor  # (N,) bool: the model misclassifies the returned image
 
 
-def craft(model, images, labels, attack, *, seed=0, batch_size=64, progress=False):
+def craft(model, images, labels, attack, *, seed=0, batch_size=64, progress=False, twin=None):
     """Attack every image: returns :class:`Adversarial` (images, success), in the order given.
 
     ``images`` (N, 1, H, W) float in [0, 1] and ``labels`` (N,) integers are tensors or numpy arrays; the
@@ -99,12 +99,14 @@ def craft(model, images, labels, attack, *, seed=0, batch_size=64, progress=Fals
     FGSM and PGD stay within eps_255 / 255 in Linf. A CW that fails returns the clean image.
     The random start is drawn for the whole set from ``seed``, so results do not depend on
     ``batch_size`` beyond the rounding of the convolutions. The model's mode, its parameters' gradients
-    and the global random state are as before on return.
+    and the global random state are as before on return. ``twin`` is the net to walk on, for a caller with
+    several attacks on one model: its :class:`fortify.folding.Twin`'s; None makes one.
     Raises ValueError for wrong shapes, values outside [0, 1] or labels outside the model's classes.
     """
     images, labels = checked(images, labels)
     if isinstance(attack, PGD) and attack.restarts > 1:
-        return _with_restarts(model, images, labels, attack, seed, batch_size=batch_size, progress=progress)
+        options = {"batch_size": batch_size, "progress": progress, "twin": twin}
+        return _with_restarts(model, images, labels, attack, seed, **options)
     device, noise = device_of(model), None
     if isinstance(attack, PGD) and attack.random_start:
         # Drawn on the CPU: the same start on every device.
@@ -115,7 +117,7 @@ def craft(model, images, labels, attack, *, seed=0, batch_size=64, progress=Fals
         with torch.no_grad():
             logits = model(first)
         check_labels(labels, classes=logits.shape[1])
-        twin = Twin(model, first, logits=logits).net
+        twin = Twin(model, first, logits=logits).net if twin is None else twin
         for start in progress_bar(range(0, len(images), batch_size), desc=attack.name, show=progress):
             part = slice(start, start + batch_size)
             x, y = images[part].to(device), labels[part].to(device)

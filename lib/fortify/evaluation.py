@@ -319,12 +319,17 @@ def evaluate(model, images, labels, attacks, *, index, model_name, split, seed, 
     """
     import torch
 
-    from fortify.attacks import craft
+    from fortify.attacks import checked, craft
+    from fortify.folding import Twin
+    from fortify.models import device_of
 
+    images, labels = checked(images, labels)
     ids = {"index": index, "model_name": model_name, "split": split, "seed": seed}
     rows, kept = [score(model, images, labels, attack="clean", eps_255=0, **ids)], {}
+    options = {"seed": seed, "batch_size": batch_size, "progress": True}
+    options["twin"] = Twin(model, images[:1].to(device_of(model))).net  # one for all the attacks
     for attack in attacks:
-        crafted = craft(model, images, labels, attack, seed=seed, batch_size=batch_size, progress=True)
+        crafted = craft(model, images, labels, attack, **options)
         eps_255 = getattr(attack, "eps_255", np.nan)  # CW has no budget
         adversarial, about = crafted.images, {"attack": attack.name, "eps_255": eps_255}
         scored = score(model, images, labels, adversarial=adversarial, **about, **ids)

@@ -22,9 +22,11 @@ class Twin:
     ``example`` is a batch that the model takes, on its device; ``logits``, the model's on it in eval mode,
     spare it a pass. Where the twin does not give these, as with a model that is random or uses its layers in
     another order than it lists them, and where a model cannot be copied, ``net`` is the model itself.
+    ``autocast=True`` keeps the weights that autocast rounds to bfloat16 so rounded: it rounds those without
+    gradients anew in every pass. Such a twin is for use under that autocast alone, and gives the same there.
     """
 
-    def __init__(self, model, example, *, logits=None):
+    def __init__(self, model, example, *, logits=None, autocast=False):
         self.net, self._plain, self._folded, self._stems = model, [], [], []
         # Copied are the modules; the tensors are new and empty until _fold fills them.
         room = {id(own): _room(own) for module in model.modules() for own in _tensors(module)}
@@ -51,6 +53,15 @@ class Twin:
             self.net = net
         else:
             self._plain, self._folded, self._stems = [], [], []
+        if autocast and self.net is net:
+            apart = {
+                stem.conv for stem in self._stems
+            }  # from which the kernel is made: rounded once, not twice
+            for module in net.modules():
+                # The exact types: a subclass may do more with its weights than what autocast rounds them for.
+                if type(module) in (nn.Conv2d, nn.Linear, GreyStem) and module not in apart:
+                    for tensor in _tensors(module):
+                        tensor.data = tensor.data.bfloat16()
 
     def refresh(self):
         """Take over the weights and statistics that the model has now, and return ``net``."""
@@ -127,7 +138,8 @@ class GreyStem(nn.Module):
             for out, side in zip(offset.shape[2:], size, strict=True)
         ]
         blocks = F.pad(F.pixel_unshuffle(x, 2), (self.before, after[1], self.before, after[0]))
-        return F.conv2d(blocks.contiguous(memory_format=torch.channels_last), self.kernel) + offset
+        convolved = F.conv2d(blocks.contiguous(memory_format=torch.channels_last), self.kernel)
+        return convolved + offset.to(convolved.dtype)  # bfloat16 under its autocast
 
 
 def _conv_then_batchnorm(parent):

@@ -99,7 +99,7 @@ def fit(model, train, val, recipe, *, attacks=None, val_attack=None, seed=0, che
         name = fingerprint(model, train, val, asdict(recipe), attacked, seed)
         file = Path(checkpoints) / f"{name}.safetensors"
         state.resume(file)
-    twin = Twin(model, x_train[:1].float() / 255) if attacks else None
+    twin = Twin(model, x_train[:1].float() / 255, autocast=_autocasts(recipe, device)) if attacks else None
     remaining = range(state.epoch + 1, recipe.epochs + 1)
     for epoch in progress_bar(remaining, desc="training", show=progress):
         epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
@@ -229,7 +229,7 @@ _HISTORY = ("epoch", "lr", "train_loss", "train_accuracy", "val_accuracy", "val_
 def _epoch(state, x_train, y_train, weight, recipe, attacks, twin, seed):
     """One pass over the training set: (losses (batches,), share of correct training examples)."""
     model, device = state.model, x_train.device
-    low = recipe.precision == "bfloat16" or (recipe.precision == "auto" and device.type == "cuda")
+    low = _autocasts(recipe, device)
     generator = torch.Generator(device).manual_seed(seed)
     order = torch.randperm(len(y_train), generator=generator, device=device)
     losses, correct, seen = [], torch.zeros((), device=device), 0
@@ -250,6 +250,11 @@ def _epoch(state, x_train, y_train, weight, recipe, attacks, twin, seed):
         correct += (logits.detach().argmax(1) == y).sum()
         seen += len(y)
     return torch.stack(losses).float().cpu(), correct.item() / seen
+
+
+def _autocasts(recipe, device):
+    """Whether the recipe trains in bfloat16 on that device."""
+    return recipe.precision == "bfloat16" or (recipe.precision == "auto" and device.type == "cuda")
 
 
 def _at_epoch(attacks, epoch, recipe):
