@@ -132,7 +132,7 @@ def test_one_table_with_every_check(honest):
 
 def test_t10_takes_its_place_and_replaces_itself(honest, zoo):
     more = honest.with_check(zoo_check(zoo)).with_check(zoo_check(zoo))
-    assert list(more.table.id[-5:]) == ["T10", "T11", "T13", "T14", "T15"]
+    assert list(more.table.id[-6:]) == ["T10", "T11", "T13", "T14", "T15", "T16"]
     elsewhere = honest.with_check(zoo_check(None)).table.set_index("id").loc["T10"]
     assert elsewhere.verdict == NOT_RUN and elsewhere.note == "the mutants met another model"
 
@@ -150,6 +150,25 @@ def test_an_attack_that_does_nothing_is_seen(model, data):
     right = int((predict(model, data.images).argmax(1) == data.labels).nonzero()[0])
     one = AuditData(data.images[right : right + 1], data.labels[right : right + 1])
     assert "T1" in audit(model, one, SUITE, craft=nothing, only=["T1"]).failed, "one image is no exception"
+
+
+def test_a_cw_that_is_too_short_is_seen(model, data):
+    """By the images it misses within the budget, or, where all of them are within it, by larger changes."""
+    enough = replace(SUITE, cw=CW(6, 60, 0.02, initial_const=1.0), cw_l2=0.5)
+    (line,) = audit(model, data, enough, only=["T16"]).checks
+    assert line.verdict == PASS and "a longer CW 0 more" in line.measured, line
+    few = CW(1, 5, 0.05, initial_const=0.01)
+    (line,) = audit(model, data, replace(enough, cw=few, cw_share=0.0), only=["T16"]).checks
+    missed = int(line.measured.split("a longer CW ")[1].split()[0])
+    assert line.verdict == FAIL and missed > 1, line
+    hopeless = CW(1, 1, 1e-9)  # moves nothing, and no more in two steps
+    (line,) = audit(model, data, replace(enough, cw=hopeless), only=["T16"]).checks
+    assert line.verdict == FAIL and "median L2 inf, longer inf" in line.measured, line
+    coarse = CW(1, 40, 0.05, initial_const=100.0)  # breaks all of them, by more than it takes
+    (line,) = audit(model, data, replace(enough, cw=coarse, cw_l2=100.0, cw_share=0.999), only=["T16"]).checks
+    assert line.verdict == FAIL and "within L2 100: 16 of 16, a longer CW 0 more" in line.measured, line
+    (line,) = audit(model, data, replace(enough, cw_images=5), only=["T16"]).checks
+    assert " of 5, " in line.measured
 
 
 def test_a_model_that_is_random_is_named(model, data):

@@ -1,15 +1,17 @@
-"""The checks T0 to T15 of an audit: each a function of a Context that returns a Check.
+"""The checks T0 to T16 of an audit: each a function of a Context that returns a Check.
 
 After Carlini et al. 2019 (arXiv:1902.06705), Athalye et al. 2018, Tramer et al. 2020, Croce & Hein 2020,
 Zimmermann et al. 2022 and Pintor et al. 2022. To add one, write it and list it in ``CHECKS``.
 """
+
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import nn
 
 from fortify import attacks as fortify_attacks
-from fortify.attacks import CW, FGSM, PGD, margin
+from fortify.attacks import CW, FGSM, PGD, margin, perturbation_norms
 from fortify.audit_context import FAIL, NOT_RUN, PASS, Check
 from fortify.autoattack import WHITE_BOX, autoattack
 from fortify.evaluation import cluster_interval, wilson
@@ -362,6 +364,33 @@ def intervals(ctx):
     )
 
 
+def cw_converged(ctx):
+    """T16: a CW of twice the steps and two more searches brings (nearly) no more images within its budget.
+
+    Nor does it need much smaller changes: the budget says nothing where no image, or each, is within it. A CW
+    that breaks less than half of the images has not converged: it may change them as much as it likes.
+    """
+    suite, some = ctx.suite, torch.arange(ctx.n) < ctx.suite.cw_images
+    longer = replace(suite.cw, steps=2 * suite.cw.steps, binary_search_steps=suite.cw.binary_search_steps + 2)
+    norms = []
+    for attack in (suite.cw, longer):
+        broken, images = (found[some] for found in ctx.craft(attack, where=some))
+        l2 = perturbation_norms(ctx.images[some], images)[1]
+        norms.append(torch.where(broken, l2, torch.inf))
+    own, more = norms
+    gained = int(((more <= suite.cw_l2) & (own > suite.cw_l2)).sum())
+    medians = own.quantile(0.5, interpolation="lower"), more.quantile(0.5, interpolation="lower")
+    allowed = suite.tolerated(len(own))
+    return _check(
+        "T16",
+        "CW converged",
+        gained > allowed or medians[0].isinf() or suite.cw_share * medians[0] > medians[1],
+        measured=f"within L2 {suite.cw_l2:g}: {int((own <= suite.cw_l2).sum())} of {len(own)}, a longer CW "
+        f"{gained} more; median L2 {medians[0]:.3g}, longer {medians[1]:.3g}",
+        limit=f"{allowed} more; {suite.cw_share:.0%} of the median",
+    )
+
+
 CHECKS = {
     "T0": contract,
     "T0b": null_attack,
@@ -378,4 +407,5 @@ CHECKS = {
     "T13": worst_case,
     "T14": eight_bits,
     "T15": intervals,
+    "T16": cw_converged,
 }  # T10, the audit's own audit, is audit_zoo.zoo_check

@@ -20,16 +20,18 @@ class Suite:
 
     Up to one image may deviate, or ``points`` per cent of the images attacked, whichever is more; of fewer
     than ten images none may, for one of them is no exception. The audit's own choices are ``loss_share``
-    (T2), ``alignment`` and ``overfitting_points`` (T11): when training on one-step attacks overfits
-    catastrophically, gradients lose their alignment and PGD accuracy falls to 0 (Andriushchenko & Flammarion
-    2020).
+    (T2), ``cw_share`` (T16), ``alignment`` and ``overfitting_points`` (T11): when training on one-step
+    attacks overfits catastrophically, gradients lose their alignment and PGD accuracy falls to 0
+    (Andriushchenko & Flammarion 2020).
     """
 
     eps_255: float = 4.0
     eps_grid_255: tuple = (0.25, 0.5, 1, 2, 4, 8, 16)  # T4, and the whole range
     pgd_steps: int = 50  # T2 compares with twice as many
     restarts: int = 5  # T2 compares with twice as many
-    cw: CW = field(default_factory=lambda: CW(binary_search_steps=5, steps=100))  # T0
+    cw: CW = field(default_factory=lambda: CW(binary_search_steps=5, steps=100, initial_const=1.0))  # T0, T16
+    cw_l2: float = 1.0  # T16, budget in [0, 1] units
+    cw_images: int = 40  # T16
     contract_images: int = 8  # T0's own attacks
     contract_steps: int = 5  # PGD steps of T0 and T0b
     noise_draws: int = 20  # T6
@@ -39,6 +41,7 @@ class Suite:
     points: float = 1.0
     gap_points: float = 2.0  # T0b, T9
     rising_share: float = 0.99  # T1
+    cw_share: float = 0.9  # T16, of the median L2 that CW needs: what a longer one must not undercut
     loss_share: float = 0.9  # T2, of the mean loss that an independent loop reaches
     alignment: float = 0.2  # T11
     overfitting_points: float = 20.0  # T11
