@@ -23,8 +23,9 @@ help:
 	@echo "make resnet18 the same with ResNet-18"
 	@echo "              of all three, SEEDS=0 or SEEDS=0,1: only these; seeds that are there already are not run again"
 	@echo "make tables   results of the seeds that are there, without their weights, of PROFILE=laptop (or paper)"
-	@echo "make publish  executed notebooks, figures and tables of PROFILE=laptop (or paper) for committing"
-	@echo "make pdf      paper/paper.pdf from the published tables of PROFILE=laptop (or paper)"
+	@echo "make publish  executed notebooks, figures and tables of PROFILE=laptop (or paper) for committing;"
+	@echo "              of PROFILE=resnet18 figures and tables, to stand beside those"
+	@echo "make pdf      paper/paper.pdf from the published tables"
 	@echo "make html     build/site: the committed notebooks as pages, Table 1 first"
 	@echo "make lab      JupyterLab with the notebooks"
 	@echo "make clean    remove build/ (results), not the environment"
@@ -62,10 +63,10 @@ tables: $(ENV)
 
 publish: $(ENV)
 	python -m fortify.publish commit build/$(PROFILE)
-	python -m fortify.publish pdf $(PROFILE)
+	python -m fortify.publish pdf
 
 pdf: $(ENV)
-	python -m fortify.publish pdf $(PROFILE)
+	python -m fortify.publish pdf
 
 html: $(ENV)
 	python -m fortify.site

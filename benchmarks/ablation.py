@@ -37,12 +37,13 @@ STRONG = dict(train_gamma=0.6, train_gain=0.3, train_level=0.15, train_noise=0.0
 STRONG |= dict(train_blur=0.5, train_cutout=0.2)
 THIRDS = dict(fgsm_share=0.3333, pgd_share=0.3333, cw_share=0.3333)
 PGD_ALONE = dict(fgsm_share=0.0, pgd_share=1.0, cw_share=0.0)
+SLOWLY = dict(eps_warmup=1.0)  # the budget is whole in the last epoch alone
 NO_ATTACK = dict(fgsm_share=0.0, pgd_share=0.0, cw_share=0.0)
 
 
 def at(train_eps_255, clean_share, **more):
     """What a variant sets: all that the names tell apart, so that no default changes their sense."""
-    said = dict(train_eps_255=train_eps_255, clean_share=clean_share, class_balance=0.0)
+    said = dict(train_eps_255=train_eps_255, clean_share=clean_share, class_balance=0.0, eps_warmup=0.3)
     return said | THIRDS | more
 
 
@@ -51,6 +52,10 @@ VARIANTS = {  # the rest is the profile's
     "8/255, a quarter clean": at(8.0, 0.25),
     "12/255, a quarter clean": at(12.0, 0.25),
     "16/255, a quarter clean": at(16.0, 0.25),
+    "8/255, a quarter clean, slowly": at(8.0, 0.25, **SLOWLY),
+    "16/255, a quarter clean, slowly": at(16.0, 0.25, **SLOWLY),
+    "24/255, a quarter clean, slowly": at(24.0, 0.25, **SLOWLY),
+    "32/255, a quarter clean, slowly": at(32.0, 0.25, **SLOWLY),
     "4/255, none clean": at(4.0, 0.0),
     "8/255, none clean": at(8.0, 0.0),
     "4/255, all clean, class weights": at(4.0, 1.0, class_balance=1.0),

@@ -152,6 +152,28 @@ def test_the_paper_profile_writes_the_figures_themselves(checkout):
     assert (checkout / "figures/robustness_curves.png").exists()
 
 
+def test_another_network_stands_beside_what_is_shown(checkout, capsys):
+    """Its figures and tables have their own place; notebooks and README's first table stay."""
+    assert "resnet18" in publish.BESIDE and (ROOT / "notebooks/profiles/resnet18.yaml").is_file()
+    shutil.copytree(checkout / "build/laptop", checkout / "build/resnet18")
+    (checkout / "build/resnet18/tables/table1_random.md").write_text("| b |\n")
+    assert publish.main(["commit", str(checkout / "build/resnet18")]) == 1
+    assert "not all of one profile's run" in capsys.readouterr().err, "nothing is shown yet"
+    assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
+    shown = (checkout / "notebooks/01_a.ipynb").read_text()
+    assert publish.main(["commit", str(checkout / "build/resnet18")]) == 0
+    assert (checkout / "notebooks/01_a.ipynb").read_text() == shown
+    for profile in ("laptop", "resnet18"):
+        assert (checkout / "figures" / profile / "robustness_curves.png").is_file()
+        assert (checkout / "paper/tables" / profile / "runs/random-s0/normal_predictions.csv.gz").is_file()
+    readme = (checkout / "README.md").read_text()
+    assert "(figures/laptop/robustness_curves.png)" in readme and "figures/resnet18" not in readme
+    assert readme.index("| a |") < readme.index("**Table 1, random split, ResNet-18 in place of ResNet-50")
+    assert readme.index("ResNet-18 in place of") < readme.index("| b |")
+    assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
+    assert (checkout / "README.md").read_text() == readme, "the next publish of the other keeps it"
+
+
 def test_of_several_seeds_the_first_ones_figures_are_published(checkout):
     figures = checkout / "build/laptop/figures"
     for name in ("curve_random-s10", "curve_random-s2", "curve_grouped-s2", "confusion_random"):
@@ -186,8 +208,9 @@ def test_of_several_runs_the_random_split_is_shown(tmp_path):
     assert publish.executed_notebooks(tmp_path, ["02_b"])["02_b"].parent.name == "random-s0"
 
 
-def test_usage_is_printed(capsys):
-    assert publish.main(["what"]) == 2
+@pytest.mark.parametrize("arguments", [["what"], [], ["commit"], ["pdf", "laptop", "more"]])
+def test_usage_is_printed(capsys, arguments):
+    assert publish.main(arguments) == 2
     assert "commit" in capsys.readouterr().err
 
 
@@ -241,6 +264,12 @@ def test_a_sentence_that_is_no_longer_true_is_an_error(papers):
     table.write_text(re.sub(r"(random,published,PGD 4/255,\d+,\d+),[\d.]+", r"\1,0.9", table.read_text()))
     with pytest.raises(PublishError, match="no longer true of the tables"):
         publish.pdf(PROFILE)
+
+
+def test_without_a_profile_it_is_the_notebooks_own(papers, capsys):
+    (papers / "paper/paper.pdf").unlink()
+    assert publish.main(["pdf"]) == 0 and capsys.readouterr().out == "paper/paper.pdf\n"
+    assert (papers / "paper/paper.pdf").read_bytes() == publish.pdf(PROFILE, papers / "b.pdf").read_bytes()
 
 
 def test_an_unknown_profile_is_named(papers, capsys):

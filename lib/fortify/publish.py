@@ -1,7 +1,8 @@
 """From a finished profile to what is committed: executed notebooks, figures, tables and the paper.
 
 python -m fortify.publish commit build/laptop   notebooks/, figures/, paper/tables and README.md
-python -m fortify.publish pdf laptop            paper/paper.pdf, from paper/paper.typ and the published tables
+python -m fortify.publish pdf [laptop]          paper/paper.pdf, from paper/paper.typ and the published tables
+                                                of a profile: if none is named, of the committed notebooks'
 """
 
 import gzip
@@ -16,6 +17,8 @@ import nbformat
 
 from fortify.profiles import ProfileError, literals, load_profile
 from fortify.runs import atomic_path, find_root, write_text
+
+BESIDE = {"resnet18": "ResNet-18 in place of ResNet-50"}  # profiles whose Table 1 stands beside another's
 
 
 class PublishError(RuntimeError):
@@ -88,16 +91,30 @@ def _changed_parameters(cell, executed, profile):
     return nbformat.v4.new_output("display_data", {"text/markdown": text, "text/plain": text})
 
 
+def shown_profile(root):
+    """The profile that the committed notebooks are a run of; PublishError where they are not of one."""
+    paths = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
+    profiles = {nbformat.read(p, as_version=4).metadata.get("fortify", {}).get("profile") for p in paths}
+    if len(profiles) != 1 or None in profiles:
+        raise PublishError(
+            "the committed notebooks are not all of one profile's run; `make publish` makes them so"
+        )
+    return profiles.pop()
+
+
 def commit(build):
     """Put a profile's executed notebooks, figures, tables and the per-example results they are made of
     where readers look; returns what was written.
 
     Only the ``paper`` profile writes ``figures/`` and ``paper/tables/`` themselves; any other writes to
-    their subfolder of its name, so that nothing smaller passes for the reference run.
+    their subfolder of its name, so that nothing smaller passes for the reference run. One of ``BESIDE``
+    leaves the notebooks as they are, and README shows its Table 1 below that of their profile.
     """
     build, root = Path(build).resolve(), find_root()
     profile = build.name
-    below = "" if profile == "paper" else profile
+    below, shown = "" if profile == "paper" else profile, profile
+    if profile in BESIDE:
+        shown = shown_profile(root)
     sources = {p.stem: p for p in sorted((root / "notebooks").glob("[0-9]*.ipynb"))}
     ready = {}
     for stem, path in executed_notebooks(build, sources).items():
@@ -110,9 +127,9 @@ def commit(build):
             )
     if not (build / "tables" / "claims.md").is_file():
         raise PublishError(f"{build}/tables holds no ledger of claims; run that profile to its end first")
-    for path, text in ready.items():  # only once all of them have passed
-        write_text(path, text)
-    written = list(ready)
+    written = [] if profile in BESIDE else list(ready)
+    for path in written:  # only once all of them have passed
+        write_text(path, ready[path])
     for kind, target in (("figures", root / "figures"), ("tables", root / "paper" / "tables")):
         folder = target / below
         shutil.rmtree(folder, ignore_errors=True) if below else None
@@ -126,7 +143,7 @@ def commit(build):
             data = path.read_bytes()
             temporary.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".csv" else data)
         written.append(packed)
-    update_readme(root, profile)
+    update_readme(root, shown)
     return written
 
 
@@ -154,11 +171,16 @@ def update_readme(root, profile):
     readme = root / "README.md"
     below = "" if profile == "paper" else profile
     tables, figures = root / "paper" / "tables" / below, Path("figures") / below
-    parts = []
-    for split in ("random", "grouped"):
-        table = tables / f"table1_{split}.md"
-        if table.exists():
-            parts.append(f"**Table 1, {split} split**\n\n{table.read_text(encoding='utf-8')}")
+
+    def table1(folder, suffix=""):
+        found = {s: folder / f"table1_{s}.md" for s in ("random", "grouped")}
+        return [
+            f"**Table 1, {split} split{suffix}**\n\n{path.read_text(encoding='utf-8')}"
+            for split, path in found.items()
+            if path.exists()
+        ]
+
+    parts = table1(tables)
     what = {
         "paper": "the reference run: ResNet-50 at 224 px, five seeds, one GPU",
         "laptop": "a small ResNet at 112 px, five seeds, on a CPU",
@@ -168,6 +190,8 @@ def update_readme(root, profile):
         sentence += " **Not** the reference run (`make paper`), which has yet to be published here."
     parts.append(sentence + "\n")
     parts.append(f"![Accuracy against the attack budget, both splits]({figures / 'robustness_curves.png'})\n")
+    for name, words in BESIDE.items():
+        parts += table1(root / "paper" / "tables" / name, f", {words} (`{name}` profile)")
     text = _replaced(readme.read_text(encoding="utf-8"), "results", "\n".join(parts))
     claims = (tables / "claims.md").read_text(encoding="utf-8")
     strip = sorted((root / figures).glob("published_protocol_*.png"), key=lambda p: "random" not in p.name)
@@ -218,17 +242,17 @@ def pdf(profile, target=None):
 
 
 def main(arguments):
-    """``commit FOLDER`` or ``pdf PROFILE``; returns the exit code."""
-    if len(arguments) != 2 or arguments[0] not in ("commit", "pdf"):
+    """``commit FOLDER`` or ``pdf [PROFILE]``; returns the exit code."""
+    if [*arguments[:1], len(arguments)] not in (["commit", 2], ["pdf", 1], ["pdf", 2]):
         print(__doc__, file=sys.stderr)
         return 2
-    action, build = arguments
+    root = find_root()
     try:
-        if action == "pdf":
-            print(pdf(build).relative_to(find_root()))
+        if arguments[0] == "pdf":
+            print(pdf(*arguments[1:] or [shown_profile(root)]).relative_to(root))
         else:
-            for path in commit(build):
-                print(path.relative_to(find_root()))
+            for path in commit(arguments[1]):
+                print(path.relative_to(root))
     except (PublishError, ProfileError, FileNotFoundError) as error:
         print(f"publish: {error}", file=sys.stderr)
         return 1

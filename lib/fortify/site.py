@@ -14,7 +14,7 @@ from pathlib import Path
 
 import nbformat
 
-from fortify.publish import PublishError
+from fortify.publish import PublishError, shown_profile
 from fortify.runs import find_root, write_text
 
 STYLE = """
@@ -54,13 +54,7 @@ def build_site(build):
 def published_site(target=None):
     """The pages of the committed notebooks, for GitHub Pages; returns the index's path."""
     root = find_root()
-    paths = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
-    profiles = {nbformat.read(p, as_version=4).metadata.get("fortify", {}).get("profile") for p in paths}
-    if len(profiles) != 1 or None in profiles:
-        raise PublishError(
-            "the committed notebooks are not all of one profile's run; `make publish` makes them so"
-        )
-    (profile,) = profiles
+    paths, profile = sorted((root / "notebooks").glob("[0-9]*.ipynb")), shown_profile(root)
     below = "" if profile == "paper" else profile
     notebooks = {path.stem: (path, "") for path in paths}
     places = (root / "paper" / "tables" / below, root / "figures" / below)
