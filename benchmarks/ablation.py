@@ -75,7 +75,7 @@ STEPS = 20
 
 
 def changed(parameters, variant):
-    """A profile's parameters of notebook 4, changed as the variant says; its epochs and lr are shares of them."""
+    """A profile's parameters of notebook 4, changed as the variant says, epochs and lr by a factor."""
     own = VARIANTS[variant]
     shares = {"epochs": round(own["epochs"] * parameters["epochs"]), "lr": own["lr"] * parameters["lr"]}
     return parameters | own | shares
@@ -193,11 +193,11 @@ def section(table, profile, shipped):
     lines = ["| " + " | ".join(shown.columns) + " |", "|" + "---|" * len(shown.columns)]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in shown.itertuples(index=False)]
     text = (
-        f"The `{profile}` profile's recipe ({first.arch}, {first.side} px, {first.device}) with parts changed; "
-        f"accuracy in per cent, mean (range) over the seeds. A seed is other weights and another split; the "
+        f"The `{profile}` profile's recipe ({first.arch}, {first.side} px, {first.device}) with parts "
+        "changed; accuracy in per cent, mean (range) over the seeds. A seed is other weights and another split; the "
         f"grouped one's seeds 0 to 4 are five folds. {table.epochs.min()} epochs, *longer*: "
-        f"{table.epochs.max()}. *Faster*: twice the learning rate. The budget grows over the first 30 % of the "
-        f"epochs, *slowly*: to the last. PGD: {STEPS} steps; validation: {first.val_attack}.\n"
+        f"{table.epochs.max()}. *Faster*: twice the learning rate. The budget grows over the first 30 % of "
+        f"the epochs, *slowly*: to the last. PGD: {STEPS} steps; validation: {first.val_attack}.\n"
     )
     return text + "\n" + "\n".join(lines) + "\n"
 
