@@ -54,8 +54,6 @@ VARIANTS = {  # the rest is the profile's
     "8/255, a quarter clean": at(8.0, 0.25),
     "12/255, a quarter clean": at(12.0, 0.25),
     "16/255, a quarter clean": at(16.0, 0.25),
-    "8/255, a quarter clean, slowly": at(8.0, 0.25, **SLOWLY),
-    "16/255, a quarter clean, slowly": at(16.0, 0.25, **SLOWLY),
     "16/255, a quarter clean, slowly, longer": at(16.0, 0.25, **SLOWLY, **LONGER),
     "8/255, a quarter clean, longer, faster": at(8.0, 0.25, **LONGER, **FASTER),
     "16/255, a quarter clean, longer, faster": at(16.0, 0.25, **LONGER, **FASTER),
@@ -194,8 +192,8 @@ def section(table, profile, shipped):
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in shown.itertuples(index=False)]
     text = (
         f"The `{profile}` profile's recipe ({first.arch}, {first.side} px, {first.device}) with parts "
-        "changed; accuracy in per cent, mean (range) over the seeds. A seed is other weights and another split; the "
-        f"grouped one's seeds 0 to 4 are five folds. {table.epochs.min()} epochs, *longer*: "
+        "changed; accuracy in per cent, mean (range) over the seeds. A seed is other weights and another "
+        f"split; the grouped one's seeds 0 to 4 are five folds. {table.epochs.min()} epochs, *longer*: "
         f"{table.epochs.max()}. *Faster*: twice the learning rate. The budget grows over the first 30 % of "
         f"the epochs, *slowly*: to the last. PGD: {STEPS} steps; validation: {first.val_attack}.\n"
     )
