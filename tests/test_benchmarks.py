@@ -193,17 +193,15 @@ def test_a_run_is_compared_by_hand():
 
 
 def test_the_shipped_recipe_is_the_one_that_the_readme_says_was_chosen(ablation):
-    """The best on the folds' attacked validation slices, of those that keep clean images and lose at most two
-    points on the random split's. Without the last condition it would be another, and README says so."""
+    """The best on the folds' attacked validation slices, and on the random split's no worse than any."""
     table = pd.read_csv(ROOT / "benchmarks/ablation_laptop.csv")
     folds = table[table.split.eq("grouped")].groupby("variant").seed.apply(set)
     assert len(folds) > 5 and all(seeds == set(range(5)) for seeds in folds)
     shipped = ablation.digest(ablation.parameters_of("laptop")["04_adversarial_training"])
     assert set(table.recipe[table.variant.eq(SHIPPED)]) == {shipped}
-    keeps = {name for name, own in ablation.VARIANTS.items() if own["clean_share"] > 0}
-    own = table[table.variant.isin(keeps)].groupby(["variant", "split"]).val_pgd.mean().unstack()
-    assert own.random.notna().all() and own.grouped.idxmax() == "16/255, a quarter clean"
-    assert own.grouped[own.random >= own.random.max() - 0.02].idxmax() == SHIPPED
+    own = table.groupby(["variant", "split"]).val_pgd.mean().unstack()
+    assert own.notna().all(axis=None) and own.grouped.idxmax() == SHIPPED
+    assert own.random[SHIPPED] == own.random.max()
 
 
 def test_a_larger_training_budget_reads_more_slices_of_unseen_groups_as_the_readme_says():
@@ -213,6 +211,18 @@ def test_a_larger_training_budget_reads_more_slices_of_unseen_groups_as_the_read
     assert (own.n == 1097).all() and (own[["clean", "pgd_4", "pgd_8"]].diff()[1:] > 0).all(axis=None)
     random = table[table.split.eq("random")].set_index("variant").clean[own.index]
     assert (random.diff()[1:] < 0).all()  # and there the largest cost most
+    short, longer = "16/255, a quarter clean", "16/255, a quarter clean, longer, faster"
+    reads = table.groupby(["split", "variant"])[["clean", "pgd_4", "n"]].sum()
+    counts = ["clean", "pgd_4"]
+    lost, left = (
+        (reads.loc["random", "4/255, a quarter clean"] - reads.loc["random", v])[counts]
+        for v in (short, longer)
+    )
+    assert (left < lost / 2).all()
+    assert (reads.loc["grouped", longer] - reads.loc["grouped", short])[counts].abs().max() < 0.02 * 1097
+    slowly = reads.xs("16/255, a quarter clean, slowly, longer", level="variant")
+    assert slowly.pgd_4["grouped"] < reads.pgd_4["grouped", "8/255, a quarter clean"]
+    assert slowly.pgd_4["random"] == reads.pgd_4["random"].max()
     plain = table[table.split.eq("grouped") & table.variant.eq("no attack, augmented alike")]
     assert own.clean.iloc[-1] > plain.clean.sum()
 
@@ -220,10 +230,8 @@ def test_a_larger_training_budget_reads_more_slices_of_unseen_groups_as_the_read
 def test_the_rare_class_pays_as_the_readme_says():
     accuracy = pd.read_csv(ROOT / "paper/tables/laptop/accuracy.csv").set_index(["split", "model", "attack"])
     assert accuracy.loc[("grouped", "adversarial", "clean"), "recall_benign"].eq(0).all()
-    balanced = pd.read_csv(ROOT / "benchmarks/ablation_laptop.csv")
-    balanced = balanced[balanced.split.eq("grouped")].groupby("variant")[["balanced_clean", "pgd_4"]].mean()
-    with_weights, without = (balanced.loc[v] for v in ("4/255, all clean, class weights", SHIPPED))
-    assert with_weights.balanced_clean > without.balanced_clean and with_weights.pgd_4 < without.pgd_4
+    stands = pd.read_csv(ROOT / "benchmarks/ablation_laptop.csv").groupby(["split", "variant"]).pgd_4.sum()
+    assert stands["grouped", "4/255, all clean, class weights"] < stands["grouped", "4/255, a quarter clean"]
 
 
 def test_the_readme_shows_the_ablation(ablation):
