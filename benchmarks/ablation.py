@@ -37,6 +37,7 @@ STRONG = dict(train_gamma=0.6, train_gain=0.3, train_level=0.15, train_noise=0.0
 STRONG |= dict(train_blur=0.5, train_cutout=0.2)
 THIRDS = dict(fgsm_share=0.3333, pgd_share=0.3333, cw_share=0.3333)
 PGD_ALONE = dict(fgsm_share=0.0, pgd_share=1.0, cw_share=0.0)
+EARLY = dict(eps_warmup=0.3)  # the share of the epochs over which the budget grows
 SLOWLY = dict(eps_warmup=1.0)  # the budget is whole in the last epoch alone
 SHORT, LONGER = dict(epochs=0.75), dict(epochs=1.0)  # of the profile's
 HALF, FASTER = dict(lr=0.5), dict(lr=1.0)  # of the profile's
@@ -45,8 +46,8 @@ NO_ATTACK = dict(fgsm_share=0.0, pgd_share=0.0, cw_share=0.0)
 
 def at(train_eps_255, clean_share, **more):
     """What a variant sets: all that the names tell apart, so that no default changes their sense."""
-    said = dict(train_eps_255=train_eps_255, clean_share=clean_share, class_balance=0.0, eps_warmup=0.3)
-    return said | SHORT | HALF | THIRDS | more
+    said = dict(train_eps_255=train_eps_255, clean_share=clean_share, class_balance=0.0)
+    return said | EARLY | SHORT | HALF | THIRDS | more
 
 
 VARIANTS = {  # the rest is the profile's
@@ -194,8 +195,9 @@ def section(table, profile, shipped):
         f"The `{profile}` profile's recipe ({first.arch}, {first.side} px, {first.device}) with parts "
         "changed; accuracy in per cent, mean (range) over the seeds. A seed is other weights and another "
         f"split; the grouped one's seeds 0 to 4 are five folds. {table.epochs.min()} epochs, *longer*: "
-        f"{table.epochs.max()}. *Faster*: twice the learning rate. The budget grows over the first 30 % of "
-        f"the epochs, *slowly*: to the last. PGD: {STEPS} steps; validation: {first.val_attack}.\n"
+        f"{table.epochs.max()}. *Faster*: twice the learning rate. The budget grows over the first "
+        f"{100 * EARLY['eps_warmup']:.0f} % of the epochs, *slowly*: to the last. PGD: {STEPS} steps; "
+        f"validation: {first.val_attack}.\n"
     )
     return text + "\n" + "\n".join(lines) + "\n"
 

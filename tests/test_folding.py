@@ -102,6 +102,8 @@ def test_weights_rounded_beforehand_are_those_that_autocast_rounds(arch):
                 for twin in (rounded, plain)
             )
             assert torch.equal(rounded.net(x), plain.net(x))
+            stems = [m for twin in (rounded, plain) for m in twin.net.modules() if isinstance(m, GreyStem)]
+            assert all(stem(x).dtype == torch.bfloat16 for stem in stems), "the largest activation of all"
         assert torch.equal(ours, theirs)
         with torch.no_grad():
             for parameter in model.parameters():

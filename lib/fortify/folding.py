@@ -54,9 +54,8 @@ class Twin:
         else:
             self._plain, self._folded, self._stems = [], [], []
         if autocast and self.net is net:
-            apart = {
-                stem.conv for stem in self._stems
-            }  # from which the kernel is made: rounded once, not twice
+            # Stems make their kernels of these convolutions' weights, which would else be rounded twice.
+            apart = {stem.conv for stem in self._stems}
             for module in net.modules():
                 # The exact types: a subclass may do more with its weights than what autocast rounds them for.
                 if type(module) in (nn.Conv2d, nn.Linear, GreyStem) and module not in apart:

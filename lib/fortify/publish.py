@@ -112,9 +112,8 @@ def commit(build):
     """
     build, root = Path(build).resolve(), find_root()
     profile = build.name
-    below, shown = "" if profile == "paper" else profile, profile
-    if profile in BESIDE:
-        shown = shown_profile(root)
+    below = "" if profile == "paper" else profile
+    shown = shown_profile(root) if profile in BESIDE else profile
     sources = {p.stem: p for p in sorted((root / "notebooks").glob("[0-9]*.ipynb"))}
     ready = {}
     for stem, path in executed_notebooks(build, sources).items():
@@ -172,15 +171,7 @@ def update_readme(root, profile):
     below = "" if profile == "paper" else profile
     tables, figures = root / "paper" / "tables" / below, Path("figures") / below
 
-    def table1(folder, suffix=""):
-        found = {s: folder / f"table1_{s}.md" for s in ("random", "grouped")}
-        return [
-            f"**Table 1, {split} split{suffix}**\n\n{path.read_text(encoding='utf-8')}"
-            for split, path in found.items()
-            if path.exists()
-        ]
-
-    parts = table1(tables)
+    parts = _tables1(tables)
     what = {
         "paper": "the reference run: ResNet-50 at 224 px, five seeds, one GPU",
         "laptop": "a small ResNet at 112 px, five seeds, on a CPU",
@@ -191,7 +182,7 @@ def update_readme(root, profile):
     parts.append(sentence + "\n")
     parts.append(f"![Accuracy against the attack budget, both splits]({figures / 'robustness_curves.png'})\n")
     for name, words in BESIDE.items():
-        parts += table1(root / "paper" / "tables" / name, f", {words} (`{name}` profile)")
+        parts += _tables1(root / "paper" / "tables" / name, f", {words} (`{name}` profile)")
     text = _replaced(readme.read_text(encoding="utf-8"), "results", "\n".join(parts))
     claims = (tables / "claims.md").read_text(encoding="utf-8")
     strip = sorted((root / figures).glob("published_protocol_*.png"), key=lambda p: "random" not in p.name)
@@ -199,6 +190,16 @@ def update_readme(root, profile):
     pictures = [f"![{words}]({figures / path.name})\n" for path in strip[:1]]
     text = _replaced(text, "claims", "\n".join([*pictures, claims]))
     write_text(readme, text)
+
+
+def _tables1(folder, suffix=""):
+    """Table 1 of each split that ``folder`` holds, under its heading. Markdown."""
+    found = {split: folder / f"table1_{split}.md" for split in ("random", "grouped")}
+    return [
+        f"**Table 1, {split} split{suffix}**\n\n{path.read_text(encoding='utf-8')}"
+        for split, path in found.items()
+        if path.exists()
+    ]
 
 
 def replace_section(path, section, content):
