@@ -9,8 +9,9 @@ training step (the batch attacked by PGD, then learnt from with the clean one); 
 evaluation on one batch (clean, PGD-20, FGSM and CW of one search of 20 steps, L2). Same model, images,
 budget, steps and step size; every library once a round, the order turning, so that a slow moment of the
 machine meets all. Read the ratio, taken within a round. `fortify` is what the notebooks run; "fortify,
-bfloat16" is the crafting inside a training of that precision, and that training. Memory is the peak of the
-first call: the device's; on a CPU what a fresh process grows by.
+bfloat16" is the crafting inside a training of that precision, and that training; "fortify, bfloat16,
+compiled" is the same with the attacks on compiled code, on a GPU alone (a CPU loses by it). Memory is the
+peak of the first call: the device's; on a CPU what a fresh process grows by.
 
 Writes benchmarks/speed_<device>.csv and .png (with --tasks, only those tasks' rows are new), and README's
 section from what has been measured. torchattacks and ART are not of this environment; what is missing is left
@@ -21,6 +22,7 @@ out and named. They come without their pinned dependencies, into a folder of the
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import multiprocessing
 import statistics
@@ -58,8 +60,10 @@ TASKS = {
 }
 EPS_255, EPS = 4.0, 4.0 / 255
 TABLE1_STEPS = 20  # of PGD, and of CW's one search
-OURS, LOW = "fortify", "fortify, bfloat16"
-ONLY = {LOW: ("crafting", "training")}  # reported evaluation is float32
+OURS, LOW, COMPILED = "fortify", "fortify, bfloat16", "fortify, bfloat16, compiled"
+FASTER = {OURS: "fortify_is_faster", LOW: "bfloat16_is_faster", COMPILED: "compiled_is_faster"}
+ONLY = dict.fromkeys((LOW, COMPILED), ("crafting", "training"))  # reported evaluation is float32
+COMPILES = ("cuda",)  # devices
 
 
 def fortify_attacks(model, x):
@@ -69,8 +73,8 @@ def fortify_attacks(model, x):
     return {"pgd": lambda steps: run(PGD(EPS_255, steps=steps))}
 
 
-def low_attacks(model, x):
-    twin = Twin(model, x[:1], autocast=True)
+def low_attacks(model, x, *, compiled=False):
+    twin = Twin(model, x[:1], autocast=True, compiled=compiled)
 
     def pgd(steps):
         attack = PGD(EPS_255, steps=steps)
@@ -154,6 +158,7 @@ def art_attacks(model, x):
 LIBRARIES = {
     OURS: fortify_attacks,
     LOW: low_attacks,
+    COMPILED: functools.partial(low_attacks, compiled=True),
     "foolbox": foolbox_attacks,
     "torchattacks": torchattacks_attacks,
     "adversarial-robustness-toolbox": art_attacks,
@@ -186,14 +191,14 @@ def still_read(model, found, y):
 def training(name, attacks, model, x, y, steps):
     """One step of AdamW on the batch and its attacked copy, on a model of the library's own."""
     optimizer = torch.optim.AdamW(model.parameters())
-    if name in (OURS, LOW):  # the step of `fit` itself, with an augmentation that does nothing
+    if name in FASTER:  # the step of `fit` itself, with an augmentation that does nothing
         still = Augmentation(flip=False, degrees=0, scale=0, translate=0)
-        precision = "bfloat16" if name == LOW else "auto"
+        precision = "auto" if name == OURS else "bfloat16"
         recipe = Recipe(batch_size=len(x), augmentation=still, label_smoothing=0, precision=precision)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
         state, greys = TrainingState(model, optimizer, schedule), (x * 255).round().byte()
         weight, shares = torch.ones(model.num_classes, device=x.device), {PGD(EPS_255, steps=steps): 1.0}
-        twin = Twin(model, x[:1], autocast=_autocasts(recipe, x.device))
+        twin = Twin(model, x[:1], autocast=_autocasts(recipe, x.device), compiled=name == COMPILED)
         return lambda: _epoch(state, greys, y, weight, recipe, shares, twin, 0)
     pgd = attacks["pgd"](steps)
 
@@ -252,7 +257,7 @@ def measure(device, rounds, tasks=tuple(TASKS)):
     for task in tasks:
         runs, memory = {}, {}
         for name in LIBRARIES:
-            if task not in ONLY.get(name, TASKS):
+            if task not in ONLY.get(name, TASKS) or (name == COMPILED and device not in COMPILES):
                 continue
             try:
                 run, x = ready(task, name, device)
@@ -317,23 +322,24 @@ def compare(task, runs, memory, device, batch, rounds):
     for name in names:
         ratios = {
             base: [other / own for other, own in zip(seconds[name], seconds[base], strict=True)]
-            for base in (OURS, LOW)
+            for base in FASTER
             if base in seconds
         }
+        others = {column: statistics.median(ratios.get(base, [np.nan])) for base, column in FASTER.items()}
         rows.append(
             {
                 "task": task,
                 "library": name,
                 "images_per_s": batch / statistics.median(seconds[name]),
-                "fortify_is_faster": statistics.median(ratios[OURS]),
+                "fortify_is_faster": others.pop(FASTER[OURS]),
                 "ratio_min": min(ratios[OURS]),
                 "ratio_max": max(ratios[OURS]),
                 "peak_mib": memory[name],
                 "slowest": batch / max(seconds[name]),
                 "fastest": batch / min(seconds[name]),
                 "version": importlib.metadata.version(name.split(",")[0]),
-                "bfloat16_is_faster": statistics.median(ratios.get(LOW, [np.nan])),
             }
+            | others
         )
     return pd.DataFrame(rows)
 
@@ -377,7 +383,7 @@ def figure(table):
     libraries = table.library.unique()[::-1]
     for axis, task in zip(np.atleast_1d(fig.subplots(1, len(tasks))), tasks, strict=True):
         part = table[table.task.eq(task)].set_index("library").reindex(libraries)
-        colours = ["#0b4f8a" if name in (OURS, LOW) else "#9ca3af" for name in libraries]
+        colours = ["#0b4f8a" if name in FASTER else "#9ca3af" for name in libraries]
         spread = [part.images_per_s - part.slowest, part.fastest - part.images_per_s]
         axis.barh([short.get(n, n) for n in libraries], part.images_per_s, xerr=spread, color=colours)
         axis.set(title=TASKS[task], xlabel="images/s (median, range)")
@@ -398,9 +404,7 @@ def section(table, device):
                 continue
             row = part.loc[name]
             faster = f" ({row.fortify_is_faster:.2f}×, {row.ratio_min:.2f}–{row.ratio_max:.2f})"
-            cells.append(
-                f"{row.images_per_s:.3g}{faster * (name not in (OURS, LOW))}, {row.peak_mib:,.0f} MiB"
-            )
+            cells.append(f"{row.images_per_s:.3g}{faster * (name not in FASTER)}, {row.peak_mib:,.0f} MiB")
         lines.append(f"| {TASKS[task]} | " + " | ".join(cells) + " |")
     rounds = ", ".join(
         f"{n} ({', '.join(TASKS[t] for t in part.task.unique())})" for n, part in table.groupby("rounds")
@@ -413,10 +417,11 @@ def section(table, device):
         text += f" Crafting does {row.share_of_matrix_peak:.0%} of the arithmetic and "
         text += f"{row.share_of_copy_bandwidth:.0%} of the traffic that a matrix product and a copy reach "
         text += "here, counted on the unfolded model."
-    for task, part in table[~table.library.isin((OURS, LOW))].groupby("task", sort=False):
-        if part.bfloat16_is_faster.notna().any():
-            ratios = [f"{r.bfloat16_is_faster:.2f}× as fast as {r.library}" for r in part.itertuples()]
-            text += f" In bfloat16 {task} is {', '.join(ratios)}."
+    for task, part in table[~table.library.isin(FASTER)].groupby("task", sort=False):
+        for how, base in (("In bfloat16", LOW), ("Compiled,", COMPILED)):
+            faster = part.get(FASTER[base], pd.Series(dtype=float)).dropna()
+            ratios = [f"{faster[i]:.2f}× as fast as {part.library[i]}" for i in faster.index]
+            text += f" {how} {task} is {', '.join(ratios)}." if ratios else ""
     picture = f"![Images per second by task and library](benchmarks/speed_{device}.png)\n"
     missing = [task for task in TASKS if task not in set(table.task)]
     gaps = [f"`--tasks {task}` has not been run to its end on `{device}` yet.\n" for task in missing]

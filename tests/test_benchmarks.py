@@ -1,6 +1,7 @@
 """The benchmarks run: what they compare does what it must. Their timings are no test."""
 
 import importlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fortify.attacks import FGSM, PGD
 from fortify.augmentation import Augmentation
+from fortify.folding import Padded, Twin
 from fortify.models import build_model
 from fortify.profiles import declared_parameters
 from fortify.splits import near_duplicate_groups
@@ -29,7 +31,8 @@ def beside_the_benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
-LIBRARIES = ("fortify", "fortify, bfloat16", "foolbox")
+LIBRARIES = ("fortify", "fortify, bfloat16", "foolbox")  # measured on a CPU
+COMPILED = "fortify, bfloat16, compiled"
 
 
 @pytest.fixture
@@ -37,7 +40,7 @@ def speed(monkeypatch):
     module = importlib.import_module("speed")
     monkeypatch.setitem(module.SHAPES, "cpu", ("resnet_small", 32, 4, 2))
     monkeypatch.setattr(module, "machine", lambda device: (1e11, 1e10))
-    monkeypatch.setattr(module, "LIBRARIES", {n: module.LIBRARIES[n] for n in LIBRARIES})
+    monkeypatch.setattr(module, "LIBRARIES", {n: module.LIBRARIES[n] for n in (*LIBRARIES, COMPILED)})
     return module
 
 
@@ -78,6 +81,24 @@ def test_what_is_called_bfloat16_is(speed, monkeypatch):
     for name in ("fortify", "fortify, bfloat16"):
         speed.training(name, None, model, x, y, 2)()
     assert asked == ["auto", "bfloat16"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_what_is_called_compiled_is_and_is_measured_where_it_is_worth_it(
+    speed, without_processes, monkeypatch
+):
+    made = []
+    monkeypatch.setattr(speed, "Twin", lambda *a, **o: made.append(Twin(*a, **o)) or made[-1])
+    monkeypatch.setattr(speed, "COMPILES", ("cpu",))
+    table = speed.measure("cpu", rounds=1, tasks=["crafting", "accuracy", "training"])
+    compiled = [isinstance(twin.net, Padded) for twin in made]
+    crafting, training = [False, True], [False, *[False] * 2, *[True] * 2]  # training: one of crafting unused
+    assert compiled == crafting + training
+    assert set(table.task[table.library.eq(COMPILED)]) == {"crafting", "training"}
+    shown = " ".join(speed.section(table, "cpu"))
+    for task in ("crafting", "training"):
+        row = table[table.library.eq("foolbox") & table.task.eq(task)].iloc[0]
+        assert f"Compiled, {task} is {row.compiled_is_faster:.2f}× as fast as foolbox" in shown
 
 
 def test_memory_is_that_of_the_task(speed):

@@ -1,5 +1,7 @@
 """The twin is the model's function, or the model itself; the loop for training batches is Foolbox's."""
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -108,6 +110,29 @@ def test_weights_rounded_beforehand_are_those_that_autocast_rounds(arch):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.01
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_twin_walks_alike_and_is_compiled_once_for_sizes_that_differ_by_an_image():
+    model, x = lived_in("resnet_small", 32)
+    y, noise = torch.tensor([0, 1, 2, 0, 1, 2]), torch.rand(x.shape) * 2 - 1
+    plain, compiled, sizes = Twin(model, x[:1]), Twin(model, x[:1], compiled=True), []
+    plain.net.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    counters = torch._dynamo.utils.counters["stats"]
+    before = counters["unique_graphs"]
+    for n in (6, 5, 6, 3):
+        with frozen(model):
+            ours, theirs = (
+                craft_parts(model, [(PGD(4, steps=2), x[:n], y[:n], noise[:n])], twin=twin.refresh())[0]
+                for twin in (compiled, plain)
+            )
+        assert sizes[-1] == n and ours.shape == theirs.shape and not torch.equal(ours, x[:n])
+        same = (ours - theirs).abs() < 1e-6  # a gradient of about nothing may have either sign
+        assert same.float().mean() > 0.999
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.01  # the next walk is on other weights: refresh reaches the compiled code
+    assert counters["unique_graphs"] - before == 1
 
 
 class Backwards(nn.Module):

@@ -50,9 +50,9 @@ def test_adversarial_training_holds_where_normal_training_falls(phantoms, images
 def test_precision_is_float32_on_a_cpu_unless_asked_for_and_weights_and_validation_always(parts, monkeypatch):
     found, histories, rounded = {}, {}, []
 
-    def twin(*arguments, autocast):
+    def twin(*arguments, autocast, **options):
         rounded.append(autocast)
-        return Twin(*arguments, autocast=autocast)
+        return Twin(*arguments, autocast=autocast, **options)
 
     monkeypatch.setattr(training, "Twin", twin)
     for precision in ("auto", "float32", "bfloat16"):
@@ -72,6 +72,14 @@ def test_precision_is_float32_on_a_cpu_unless_asked_for_and_weights_and_validati
     assert not torch.equal(found["auto"], found["bfloat16"]) and rounded == [False, False, True]
     losses = [histories[precision].train_loss[0] for precision in ("float32", "bfloat16")]
     assert losses[1] == pytest.approx(losses[0], rel=0.1)  # the signs of small gradients differ
+
+
+def test_attacks_walk_on_compiled_code_where_asked_for(parts, monkeypatch):
+    asked = []
+    monkeypatch.setattr(training, "Twin", lambda *a, **o: asked.append(o.pop("compiled")) or Twin(*a, **o))
+    for options in ({}, {"compiled": True}):
+        fit(small(), *parts, Recipe(epochs=1, batch_size=16), attacks=THIRDS, progress=False, **options)
+    assert asked == [False, True]
 
 
 def test_history_has_a_row_an_epoch_and_one_selected(parts):

@@ -24,9 +24,11 @@ class Twin:
     another order than it lists them, and where a model cannot be copied, ``net`` is the model itself.
     ``autocast=True`` keeps the weights that autocast rounds to bfloat16 so rounded: it rounds those without
     gradients anew in every pass. Such a twin is for use under that autocast alone, and gives the same there.
+    ``compiled=True`` passes it through :func:`torch.compile`, for a GPU: a CPU loses by it. That takes a C++
+    compiler, and its time for each of the few sizes of batch that it meets (:class:`Padded`).
     """
 
-    def __init__(self, model, example, *, logits=None, autocast=False):
+    def __init__(self, model, example, *, logits=None, autocast=False, compiled=False):
         self.net, self._plain, self._folded, self._stems = model, [], [], []
         # Copied are the modules; the tensors are new and empty until _fold fills them.
         room = {id(own): _room(own) for module in model.modules() for own in _tensors(module)}
@@ -61,6 +63,8 @@ class Twin:
                 if type(module) in (nn.Conv2d, nn.Linear, GreyStem) and module not in apart:
                     for tensor in _tensors(module):
                         tensor.data = tensor.data.bfloat16()
+        if compiled and self.net is net:
+            self.net = Padded(self.net)
 
     def refresh(self):
         """Take over the weights and statistics that the model has now, and return ``net``."""
@@ -79,6 +83,22 @@ class Twin:
             target.bias.copy_(bias)
         for stem in self._stems:
             stem.refresh()
+
+
+class Padded(nn.Module):
+    """``net``, in eval mode, compiled; black images fill every batch up to a multiple of ``to``.
+
+    Compiled code is of one shape. Batches of a training differ by an image, and so do an attack's parts of
+    them: without the filling every size would be compiled, and after eight of them none any more.
+    """
+
+    def __init__(self, net, *, to=8):
+        super().__init__()
+        self.net, self.to = torch.compile(net, dynamic=False), to
+        self.eval()
+
+    def forward(self, x):
+        return self.net(F.pad(x, (0, 0) * (x.ndim - 1) + (0, -len(x) % self.to)))[: len(x)]
 
 
 class GreyStem(nn.Module):

@@ -60,7 +60,19 @@ class Recipe:
             raise ValueError(f'precision must be "auto", "float32" or "bfloat16", not {self.precision!r}')
 
 
-def fit(model, train, val, recipe, *, attacks=None, val_attack=None, seed=0, checkpoints=None, progress=True):
+def fit(
+    model,
+    train,
+    val,
+    recipe,
+    *,
+    attacks=None,
+    val_attack=None,
+    seed=0,
+    checkpoints=None,
+    compiled=False,
+    progress=True,
+):
     """Train ``model`` in place on ``train``; it ends in eval mode with the weights that ``val`` chose.
 
     ``train`` and ``val`` are :class:`fortify.data.Slices`. ``attacks`` maps an attack to the share of
@@ -73,6 +85,7 @@ def fit(model, train, val, recipe, *, attacks=None, val_attack=None, seed=0, che
     (ties: the higher clean accuracy, then the later epoch).
     ``checkpoints`` is a folder: every epoch is written there and an interrupted call with the same
     arguments goes on from the last one; on a CPU it ends in the same weights as an uninterrupted one.
+    ``compiled`` has the attacks walk on compiled code, for a GPU: see :class:`fortify.folding.Twin`.
 
     Returns the history, a DataFrame with one row an epoch: epoch, lr, train_loss, train_accuracy,
     val_accuracy, val_robust_accuracy (NaN without ``val_attack``), selected.
@@ -99,7 +112,8 @@ def fit(model, train, val, recipe, *, attacks=None, val_attack=None, seed=0, che
         name = fingerprint(model, train, val, asdict(recipe), attacked, seed)
         file = Path(checkpoints) / f"{name}.safetensors"
         state.resume(file)
-    twin = Twin(model, x_train[:1].float() / 255, autocast=_autocasts(recipe, device)) if attacks else None
+    options = {"autocast": _autocasts(recipe, device), "compiled": compiled}
+    twin = Twin(model, x_train[:1].float() / 255, **options) if attacks else None
     remaining = range(state.epoch + 1, recipe.epochs + 1)
     for epoch in progress_bar(remaining, desc="training", show=progress):
         epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
