@@ -186,7 +186,8 @@ def section(table, profile, shipped):
     """README's section; ``shipped`` is the :func:`digest` of the profile's recipe."""
     names = {"val_clean": "val. clean", "val_pgd": "val. PGD", "balanced_clean": "balanced"}
     names |= {f"pgd_{e}": f"PGD {e}/255" for e in BUDGETS_255}
-    first = table.iloc[0]
+    first, long = table.iloc[0], table.variant.str.extract("(longer|longest)", expand=False)
+    longer = "".join(f", *{name}*: {epochs.iloc[0]}" for name, epochs in table.epochs.groupby(long))
     shown = summary(table).rename(columns=names)
     own = set(table.variant[table.recipe.eq(shipped)])
     shown.variant = [f"**{name}** (shipped)" if name in own else name for name in shown.variant]
@@ -195,8 +196,8 @@ def section(table, profile, shipped):
     text = (
         f"The `{profile}` profile's recipe ({first.arch}, {first.side} px, {first.device}) with parts "
         "changed; accuracy in per cent, mean (range) over the seeds. A seed is other weights and another "
-        f"split; the grouped one's seeds 0 to 4 are five folds. {table.epochs.min()} epochs, *longer*: "
-        f"{table.epochs.max()}. *Faster*: twice the learning rate. The budget grows over the first "
+        f"split; the grouped one's seeds 0 to 4 are five folds. {table.epochs.min()} epochs{longer}. "
+        "*Faster*: twice the learning rate. The budget grows over the first "
         f"{100 * EARLY['eps_warmup']:.0f} % of the epochs, *slowly*: to the last. PGD: {STEPS} steps; "
         f"validation: {first.val_attack}.\n"
     )
