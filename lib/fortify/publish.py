@@ -91,6 +91,12 @@ def _changed_parameters(cell, executed, profile):
     return nbformat.v4.new_output("display_data", {"text/markdown": text, "text/plain": text})
 
 
+def published_folders(root, profile):
+    """(figures, tables): where what a profile gave is published, the reference run's at the top."""
+    below = "" if profile == "paper" else profile
+    return root / "figures" / below, root / "paper" / "tables" / below
+
+
 def shown_profile(root):
     """The profile that the committed notebooks are a run of; PublishError where they are not of one."""
     paths = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
@@ -112,7 +118,7 @@ def commit(build):
     """
     build, root = Path(build).resolve(), find_root()
     profile = build.name
-    below = "" if profile == "paper" else profile
+    figures, tables = published_folders(root, profile)
     shown = shown_profile(root) if profile in BESIDE else profile
     sources = {p.stem: p for p in sorted((root / "notebooks").glob("[0-9]*.ipynb"))}
     ready = {}
@@ -129,13 +135,13 @@ def commit(build):
     written = [] if profile in BESIDE else list(ready)
     for path in written:  # only once all of them have passed
         write_text(path, ready[path])
-    for kind, target in (("figures", root / "figures"), ("tables", root / "paper" / "tables")):
-        folder = target / below
-        shutil.rmtree(folder, ignore_errors=True) if below else None
+    for kind, folder in (("figures", figures), ("tables", tables)):
+        if profile != "paper":  # whose folders hold the others'
+            shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         written += [Path(shutil.copy(p, folder)) for p in _of_first_seeds(_whole_files(build / kind))]
     for path in per_example_results(build):
-        packed = root / "paper" / "tables" / below / "runs" / path.relative_to(build)
+        packed = tables / "runs" / path.relative_to(build)
         if path.suffix == ".csv":
             packed = packed.with_suffix(".csv.gz")
         with atomic_path(packed) as temporary:
@@ -168,8 +174,8 @@ def _whole_files(folder):
 def update_readme(root, profile):
     """Rewrite README.md's ``generated`` sections, results and claims, from the tables of ``profile``."""
     readme = root / "README.md"
-    below = "" if profile == "paper" else profile
-    tables, figures = root / "paper" / "tables" / below, Path("figures") / below
+    figures, tables = published_folders(root, profile)
+    pictures_at = figures.relative_to(root)
 
     parts = _tables1(tables)
     what = {
@@ -180,14 +186,16 @@ def update_readme(root, profile):
     if profile != "paper":
         sentence += " **Not** the reference run (`make paper`), which has yet to be published here."
     parts.append(sentence + "\n")
-    parts.append(f"![Accuracy against the attack budget, both splits]({figures / 'robustness_curves.png'})\n")
+    parts.append(
+        f"![Accuracy against the attack budget, both splits]({pictures_at / 'robustness_curves.png'})\n"
+    )
     for name, words in BESIDE.items():
-        parts += _tables1(root / "paper" / "tables" / name, f", {words} (`{name}` profile)")
+        parts += _tables1(published_folders(root, name)[1], f", {words} (`{name}` profile)")
     text = _replaced(readme.read_text(encoding="utf-8"), "results", "\n".join(parts))
     claims = (tables / "claims.md").read_text(encoding="utf-8")
-    strip = sorted((root / figures).glob("published_protocol_*.png"), key=lambda p: "random" not in p.name)
+    strip = sorted(figures.glob("published_protocol_*.png"), key=lambda p: "random" not in p.name)
     words = "One slice: original, clamped, tanh, published PGD and correct PGD, with predictions and changes"
-    pictures = [f"![{words}]({figures / path.name})\n" for path in strip[:1]]
+    pictures = [f"![{words}]({pictures_at / path.name})\n" for path in strip[:1]]
     text = _replaced(text, "claims", "\n".join([*pictures, claims]))
     write_text(readme, text)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import nbformat
 
-from fortify.publish import PublishError, shown_profile
+from fortify.publish import PublishError, published_folders, shown_profile
 from fortify.runs import find_root, write_text
 
 STYLE = """
@@ -55,11 +55,10 @@ def published_site(target=None):
     """The pages of the committed notebooks, for GitHub Pages; returns the index's path."""
     root = find_root()
     paths, profile = sorted((root / "notebooks").glob("[0-9]*.ipynb")), shown_profile(root)
-    below = "" if profile == "paper" else profile
     notebooks = {path.stem: (path, "") for path in paths}
-    places = (root / "paper" / "tables" / below, root / "figures" / below)
+    figures, tables = published_folders(root, profile)
     target = Path(target or root / "build" / "site")
-    return _site(target, notebooks, *places, profile, pdf=root / "paper" / "paper.pdf")
+    return _site(target, notebooks, tables, figures, profile, pdf=root / "paper" / "paper.pdf")
 
 
 def _site(target, notebooks, tables, figures, profile, pdf=None):
