@@ -37,7 +37,7 @@ STRONG = dict(train_gamma=0.6, train_gain=0.3, train_level=0.15, train_noise=0.0
 STRONG |= dict(train_blur=0.5, train_cutout=0.2)
 THIRDS = dict(fgsm_share=0.3333, pgd_share=0.3333, cw_share=0.3333)
 PGD_ALONE = dict(fgsm_share=0.0, pgd_share=1.0, cw_share=0.0)
-EARLY = dict(eps_warmup=0.3)  # the share of the epochs over which the budget grows
+EARLY, EARLIER = dict(eps_warmup=0.3), dict(eps_warmup=0.2)  # the share of the epochs over which the budget grows
 SLOWLY = dict(eps_warmup=1.0)  # the budget is whole in the last epoch alone
 SHORT, LONGER, LONGEST = dict(epochs=1 / 2), dict(epochs=2 / 3), dict(epochs=1.0)  # of the profile's
 HALF, FASTER = dict(lr=0.5), dict(lr=1.0)  # of the profile's
@@ -58,7 +58,7 @@ VARIANTS = {  # the rest is the profile's
     "16/255, a quarter clean, slowly, longer": at(16.0, 0.25, **SLOWLY, **LONGER),
     "8/255, a quarter clean, longer, faster": at(8.0, 0.25, **LONGER, **FASTER),
     "16/255, a quarter clean, longer, faster": at(16.0, 0.25, **LONGER, **FASTER),
-    "16/255, a quarter clean, longest, faster": at(16.0, 0.25, **LONGEST, **FASTER),
+    "16/255, a quarter clean, longest, faster": at(16.0, 0.25, **LONGEST, **FASTER, **EARLIER),
     "24/255, a quarter clean, longer, faster": at(24.0, 0.25, **LONGER, **FASTER),
     "4/255, none clean": at(4.0, 0.0),
     "8/255, none clean": at(8.0, 0.0),

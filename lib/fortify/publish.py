@@ -187,7 +187,7 @@ def update_readme(root, profile):
         sentence += " **Not** the reference run (`make paper`), which has yet to be published here."
     parts.append(sentence + "\n")
     parts.append(
-        f"![Accuracy against the attack budget, both splits]({pictures_at / 'robustness_curves.png'})\n"
+        f"![Accuracy against the attack budget]({pictures_at / 'robustness_curves.png'})\n"
     )
     for name, words in BESIDE.items():
         parts += _tables1(published_folders(root, name)[1], f", {words} (`{name}` profile)")
