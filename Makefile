@@ -18,7 +18,7 @@ help:
 	@echo "make demo     the whole paper on embedded phantoms, about 15 minutes on two cores; prints Table 1"
 	@echo "make test     ruff, unit tests, every notebook twice (papermill and nbmake)"
 	@echo "make data     download the IQ-OTH/NCCD slices to data/iq-oth-nccd"
-	@echo "make laptop   the real slices, a small ResNet at 112 px, five seeds, about an hour on two cores"
+	@echo "make laptop   the real slices, a small ResNet at 112 px, five seeds, an hour and a half on two cores"
 	@echo "make paper    the reference run: ResNet-50 at 224 px, five seeds, one GPU"
 	@echo "make resnet18 the same with ResNet-18"
 	@echo "              of all three, SEEDS=0 or SEEDS=0,1: only these; seeds that are there already are not run again"

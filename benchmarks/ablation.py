@@ -37,8 +37,8 @@ STRONG = dict(train_gamma=0.6, train_gain=0.3, train_level=0.15, train_noise=0.0
 STRONG |= dict(train_blur=0.5, train_cutout=0.2)
 THIRDS = dict(fgsm_share=0.3333, pgd_share=0.3333, cw_share=0.3333)
 PGD_ALONE = dict(fgsm_share=0.0, pgd_share=1.0, cw_share=0.0)
-EARLY, EARLIER = dict(eps_warmup=0.3), dict(eps_warmup=0.2)  # the share of the epochs over which the budget grows
-SLOWLY = dict(eps_warmup=1.0)  # the budget is whole in the last epoch alone
+# The share of the epochs over which the budget grows; at 1 it is whole in the last epoch alone.
+EARLY, EARLIER, SLOWLY = dict(eps_warmup=0.3), dict(eps_warmup=0.2), dict(eps_warmup=1.0)
 SHORT, LONGER, LONGEST = dict(epochs=1 / 2), dict(epochs=2 / 3), dict(epochs=1.0)  # of the profile's
 HALF, FASTER = dict(lr=0.5), dict(lr=1.0)  # of the profile's
 NO_ATTACK = dict(fgsm_share=0.0, pgd_share=0.0, cw_share=0.0)
@@ -198,7 +198,8 @@ def section(table, profile, shipped):
         "changed; accuracy in per cent, mean (range) over the seeds. A seed is other weights and another "
         f"split; the grouped one's seeds 0 to 4 are five folds. {table.epochs.min()} epochs{longer}. "
         "*Faster*: twice the learning rate. The budget grows over the first "
-        f"{100 * EARLY['eps_warmup']:.0f} % of the epochs, *slowly*: to the last. PGD: {STEPS} steps; "
+        f"{100 * EARLY['eps_warmup']:.0f} % of the epochs (*longest*: {100 * EARLIER['eps_warmup']:.0f} %), "
+        f"*slowly*: to the last. PGD: {STEPS} steps; "
         f"validation: {first.val_attack}.\n"
     )
     return text + "\n" + "\n".join(lines) + "\n"

@@ -186,9 +186,7 @@ def update_readme(root, profile):
     if profile != "paper":
         sentence += " **Not** the reference run (`make paper`), which has yet to be published here."
     parts.append(sentence + "\n")
-    parts.append(
-        f"![Accuracy against the attack budget]({pictures_at / 'robustness_curves.png'})\n"
-    )
+    parts.append(f"![Accuracy against the attack budget]({pictures_at / 'robustness_curves.png'})\n")
     for name, words in BESIDE.items():
         parts += _tables1(published_folders(root, name)[1], f", {words} (`{name}` profile)")
     text = _replaced(readme.read_text(encoding="utf-8"), "results", "\n".join(parts))
