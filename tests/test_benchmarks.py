@@ -21,7 +21,7 @@ from fortify.splits import near_duplicate_groups
 from fortify.training import Recipe
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = "16/255, a quarter clean, longer, faster"  # of benchmarks/ablation.py
+SHIPPED = "16/255, a quarter clean, longest, faster"  # of benchmarks/ablation.py
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -214,15 +214,14 @@ def test_a_run_is_compared_by_hand():
 
 
 def test_the_shipped_recipe_is_the_one_that_the_readme_says_was_chosen(ablation):
-    """The best on the folds' attacked validation slices, and on the random split's no worse than any."""
+    """The best on attacked validation slices, of the folds and of the random split."""
     table = pd.read_csv(ROOT / "benchmarks/ablation_laptop.csv")
     folds = table[table.split.eq("grouped")].groupby("variant").seed.apply(set)
     assert len(folds) > 5 and all(seeds == set(range(5)) for seeds in folds)
     shipped = ablation.digest(ablation.parameters_of("laptop")["04_adversarial_training"])
     assert set(table.recipe[table.variant.eq(SHIPPED)]) == {shipped}
     own = table.groupby(["variant", "split"]).val_pgd.mean().unstack()
-    assert own.notna().all(axis=None) and own.grouped.idxmax() == SHIPPED
-    assert own.random[SHIPPED] == own.random.max()
+    assert own.notna().all(axis=None) and (own.idxmax() == SHIPPED).all()
 
 
 def test_a_larger_training_budget_reads_more_slices_of_unseen_groups_as_the_readme_says():
@@ -232,18 +231,20 @@ def test_a_larger_training_budget_reads_more_slices_of_unseen_groups_as_the_read
     assert (own.n == 1097).all() and (own[["clean", "pgd_4", "pgd_8"]].diff()[1:] > 0).all(axis=None)
     random = table[table.split.eq("random")].set_index("variant").clean[own.index]
     assert (random.diff()[1:] < 0).all()  # and there the largest cost most
-    short, longer = "16/255, a quarter clean", "16/255, a quarter clean, longer, faster"
+    short, longer, longest = (
+        f"16/255, a quarter clean{more}" for more in ("", ", longer, faster", ", longest, faster")
+    )
     reads = table.groupby(["split", "variant"])[["clean", "pgd_4", "n"]].sum()
     counts = ["clean", "pgd_4"]
     lost, left = (
         (reads.loc["random", "4/255, a quarter clean"] - reads.loc["random", v])[counts]
-        for v in (short, longer)
+        for v in (short, longest)
     )
-    assert (left < lost / 2).all()
-    assert (reads.loc["grouped", longer] - reads.loc["grouped", short])[counts].abs().max() < 0.02 * 1097
+    assert (left <= 2).all() and (lost > 20).all()
+    for v in (longer, longest):
+        assert (reads.loc["grouped", v] - reads.loc["grouped", short])[counts].abs().max() < 0.02 * 1097
     slowly = reads.xs("16/255, a quarter clean, slowly, longer", level="variant")
     assert slowly.pgd_4["grouped"] < reads.pgd_4["grouped", "8/255, a quarter clean"]
-    assert slowly.pgd_4["random"] == reads.pgd_4["random"].max()
     plain = table[table.split.eq("grouped") & table.variant.eq("no attack, augmented alike")]
     assert own.clean.iloc[-1] > plain.clean.sum()
 

@@ -175,7 +175,7 @@ def update_readme(root, profile):
     """Rewrite README.md's ``generated`` sections, results and claims, from the tables of ``profile``."""
     readme = root / "README.md"
     figures, tables = published_folders(root, profile)
-    pictures_at = figures.relative_to(root)
+    relative = figures.relative_to(root)
 
     parts = _tables1(tables)
     what = {
@@ -186,14 +186,16 @@ def update_readme(root, profile):
     if profile != "paper":
         sentence += " **Not** the reference run (`make paper`), which has yet to be published here."
     parts.append(sentence + "\n")
-    parts.append(f"![Accuracy against the attack budget]({pictures_at / 'robustness_curves.png'})\n")
+    parts.append(
+        f"![Accuracy against the attack budget, both splits]({relative / 'robustness_curves.png'})\n"
+    )
     for name, words in BESIDE.items():
         parts += _tables1(published_folders(root, name)[1], f", {words} (`{name}` profile)")
     text = _replaced(readme.read_text(encoding="utf-8"), "results", "\n".join(parts))
     claims = (tables / "claims.md").read_text(encoding="utf-8")
     strip = sorted(figures.glob("published_protocol_*.png"), key=lambda p: "random" not in p.name)
     words = "One slice: original, clamped, tanh, published PGD and correct PGD, with predictions and changes"
-    pictures = [f"![{words}]({pictures_at / path.name})\n" for path in strip[:1]]
+    pictures = [f"![{words}]({relative / path.name})\n" for path in strip[:1]]
     text = _replaced(text, "claims", "\n".join([*pictures, claims]))
     write_text(readme, text)
 
