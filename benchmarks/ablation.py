@@ -77,7 +77,8 @@ STEPS = 20
 def changed(parameters, variant):
     """A profile's parameters of notebook 4, changed as the variant says, epochs and lr by a factor."""
     own = VARIANTS[variant]
-    shares = {"epochs": round(own["epochs"] * parameters["epochs"]), "lr": own["lr"] * parameters["lr"]}
+    epochs = max(1, round(own["epochs"] * parameters["epochs"]))
+    shares = {"epochs": epochs, "lr": own["lr"] * parameters["lr"]}
     return parameters | own | shares
 
 
