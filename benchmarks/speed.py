@@ -10,7 +10,7 @@ evaluation on one batch (clean, PGD-20, FGSM and CW of one search of 20 steps, L
 budget, steps and step size; every library once a round, the order turning, so that a slow moment of the
 machine meets all. Read the ratio, taken within a round. `fortify` is what the notebooks run; "fortify,
 bfloat16" is the crafting inside a training of that precision, and that training; "fortify, bfloat16,
-compiled" is the same with the attacks on compiled code, on a GPU alone (a CPU loses by it). Memory is the
+compiled" is the same with the attacks on compiled code, on a GPU alone. Memory is the
 peak of the first call: the device's; on a CPU what a fresh process grows by.
 
 Writes benchmarks/speed_<device>.csv and .png (with --tasks, only those tasks' rows are new), and README's

@@ -24,8 +24,8 @@ class Twin:
     another order than it lists them, and where a model cannot be copied, ``net`` is the model itself.
     ``autocast=True`` keeps the weights that autocast rounds to bfloat16 so rounded: it rounds those without
     gradients anew in every pass. Such a twin is for use under that autocast alone, and gives the same there.
-    ``compiled=True`` passes it through :func:`torch.compile`, for a GPU: a CPU loses by it. That takes a C++
-    compiler, and its time for each of the few sizes of batch that it meets (:class:`Padded`).
+    ``compiled=True`` passes it through :func:`torch.compile`, for a GPU. That takes a C++ compiler,
+    and its time for each of the few sizes of batch that it meets (:class:`Padded`).
     """
 
     def __init__(self, model, example, *, logits=None, autocast=False, compiled=False):
