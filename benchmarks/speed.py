@@ -289,9 +289,10 @@ def check_budget(name, x, found):
 def peak_memory(task, name, device, run):
     """Peak memory in MiB that the first call of a task takes: :func:`grown` says it of a CPU."""
     if device == "cuda":
+        before = torch.cuda.memory_allocated()  # models too, of the libraries measured earlier
         torch.cuda.reset_peak_memory_stats()
         timed(run, device)
-        return torch.cuda.max_memory_allocated() / 2**20
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(grown, task, name, device, SHAPES).result()
 

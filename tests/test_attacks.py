@@ -232,7 +232,8 @@ def test_pgd_is_foolbox_pgd(model, images, labels):
     """The loop is Foolbox's own: without a random start it gives the library's result bit for bit."""
     x, y = images[:16], labels[:16]
     with frozen(model):
-        ours = craft_batch(model, x, y, PGD(4, steps=5, random_start=False))
+        unmoved = {"noise": torch.ones_like(x)}  # for a random start, which it has not
+        ours = craft_batch(model, x, y, PGD(4, steps=5, random_start=False), **unmoved)
     theirs = fb.attacks.LinfPGD(rel_stepsize=0.5, steps=5, random_start=False).run(
         fb.PyTorchModel(model.eval(), bounds=(0, 1)), x, fb.criteria.Misclassification(y), epsilon=4 / 255
     )

@@ -77,6 +77,9 @@ def test_cluster_interval_knows_what_belongs_together():
     scans = evaluation.cluster_interval(correct, np.repeat(np.arange(10), 10))
     assert scans[1] - scans[0] > 2 * (alone[1] - alone[0]), "ten slices of a scan are not ten scans"
     assert evaluation.cluster_interval(correct, np.zeros(100)) == (0.5, 0.5)
+    for right, groups in ((np.ones(3, bool), 100), (np.zeros(0, bool), 0)):
+        with pytest.raises(ValueError, match="one group an image"):
+            evaluation.cluster_interval(right, np.arange(groups))
     none, every = (
         evaluation.cluster_interval(np.full(20, right), np.arange(20) // 2) for right in (False, True)
     )

@@ -169,6 +169,23 @@ def test_what_cannot_be_folded_is_attacked_itself():
         assert Twin(model, x[:1].detach()).net is model
 
 
+def test_what_cannot_be_folded_is_found_out_before_training_too():
+    """A fresh BatchNorm changes nothing, so that folding it anywhere gives the same logits at first."""
+    x = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    backwards, apart = Backwards().eval(), build_model("resnet_small", num_classes=3, seed=0).eval()
+    backwards(x)
+    for model, folds in ((backwards, False), (apart, True)):
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        assert (Twin(model, x[:1]).net is not model) == folds
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_an_untrained_model_has_its_twin(arch):
+    model, x = build_model(arch, num_classes=3, seed=0).eval(), torch.rand(1, 1, 64, 64)
+    assert Twin(model, x).net is not model
+
+
 def test_hooked_and_parametrised_layers_stay_as_they_are():
     model, x = lived_in("resnet_small", 32)
     seen = []

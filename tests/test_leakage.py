@@ -290,6 +290,7 @@ def test_the_command_names_a_class_that_cannot_be_split(slices, tmp_path):
     done = command(tmp_path, "--size", 48, "--threshold", 0.999)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "12 images of cats fall into 1 groups" in done.stderr and "--threshold" in done.stderr
+    assert "needs 5" in done.stderr, "as many as grouped_split asks for"
     shutil.rmtree(tmp_path / "cats")
     done = command(tmp_path, "--size", 48)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

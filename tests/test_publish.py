@@ -195,6 +195,13 @@ def test_a_path_of_the_machine_stops_it_before_anything_is_written(checkout, cap
     assert (checkout / "notebooks/01_a.ipynb").read_text() == before
 
 
+def test_a_user_who_lives_in_the_root_folder_can_publish(checkout, monkeypatch):
+    """As in a container; "//" is in every address."""
+    monkeypatch.setenv("HOME", "/")
+    nbformat.write(executed("https://doi.org/1"), checkout / "build/laptop/notebooks/01_a.ipynb")
+    assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
+
+
 def test_an_unfinished_profile_is_named(checkout, capsys):
     (checkout / "build/laptop/notebooks/01_a.ipynb").unlink()
     assert publish.main(["commit", str(checkout / "build/laptop")]) == 1

@@ -142,6 +142,21 @@ def test_a_checkpoint_of_another_recipe_is_not_read(parts, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
+def test_a_checkpoint_of_other_code_is_not_read(parts, tmp_path, monkeypatch):
+    for code in ("this code", "this code", "other code"):
+        monkeypatch.setattr(training, "lib_sha256", lambda code=code: code)
+        fit(small(), *parts, Recipe(epochs=1, batch_size=16), checkpoints=tmp_path, progress=False)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_any_module_of_the_right_number_of_logits_is_trained(parts):
+    side = parts[0].images.shape[1]
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(side * side, 3))
+    before = weights(net)
+    fit(net, *parts, Recipe(epochs=1, batch_size=16), attacks={FGSM(4): 1.0}, progress=False)
+    assert not torch.equal(weights(net), before)
+
+
 def test_a_loss_that_is_not_finite_stops_with_epoch_batch_and_checkpoint(parts, tmp_path, monkeypatch):
     one_epoch = training._epoch
 
@@ -247,6 +262,9 @@ def test_class_weights_are_inverse_frequencies_with_mean_one_over_examples():
         ({"attacks": {FGSM(4): 0.7, PGD(4): 0.7}}, "sum to at most 1"),
         ({"attacks": {FGSM(4): 0}}, "positive"),
         ({"recipe": Recipe(clean_share=0)}, "nothing to train on"),
+        ({"recipe": Recipe(clean_share=0.01, batch_size=8)}, "of a batch of 8 are no image"),
+        ({"recipe": Recipe(clean_share=0), "attacks": {FGSM(4): 0.001}}, "nothing to train on"),
+        ({"attacks": {PGD(4, restarts=5): 1}}, "restarts=1"),
     ],
 )
 def test_impossible_mixes_are_named(parts, arguments, message):

@@ -187,7 +187,8 @@ class _LinfPGD(fb.attacks.LinfPGD):
 def craft_batch(model, x, y, attack, *, noise=None, twin=None):
     """Attack one batch on its own device, unchecked: for loops that already hold :func:`frozen`.
 
-    ``x`` (B, 1, H, W) in [0, 1], ``y`` (B,); ``noise`` in [-1, 1] times eps is PGD's start (None: at x).
+    ``x`` (B, 1, H, W) in [0, 1], ``y`` (B,); ``noise`` in [-1, 1] times eps is PGD's start (None, or a PGD
+    without random start: at x). One start, whatever ``attack.restarts``: those are :func:`craft`'s.
     ``twin`` is a faster net of the same function to walk on (:class:`fortify.folding.Twin`).
     Returns the adversarial batch (B, 1, H, W).
     """
@@ -201,7 +202,7 @@ def craft_batch(model, x, y, attack, *, noise=None, twin=None):
     if isinstance(attack, FGSM):
         foolbox_attack = fb.attacks.LinfFastGradientAttack()
     elif isinstance(attack, PGD):
-        foolbox_attack = _LinfPGD(attack, noise)
+        foolbox_attack = _LinfPGD(attack, noise if attack.random_start else None)
     else:
         raise TypeError(f"unknown attack {attack!r}; use FGSM, PGD or CW")
     # .run, not the call: the call would spend one more forward a budget to find `success` again.

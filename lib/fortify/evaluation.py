@@ -148,6 +148,8 @@ def cluster_interval(correct, groups, *, seed=0, draws=2000, confidence=0.95):
     are right, or all wrong, a bootstrap has no spread: then Wilson's interval, as of one image a group. With
     a single group that is mixed it is the share itself: there is nothing to learn of the spread.
     """
+    if len(correct) != len(groups) or len(groups) == 0:
+        raise ValueError(f"one group an image is needed, not {len(groups)} for {len(correct)} images")
     _, number = np.unique(groups, return_inverse=True)
     if np.all(correct) or not np.any(correct):
         return wilson(int(np.all(correct)) * (number.max() + 1), int(number.max() + 1))

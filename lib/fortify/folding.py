@@ -6,6 +6,7 @@ its weights have no gradients, its tensors lie channels last, as convolutions li
 model's to rounding: attacks walk on the twin, the model itself judges what they find.
 """
 
+import contextlib
 import copy
 
 import torch
@@ -50,8 +51,7 @@ class Twin:
                 self._plain += zip(_tensors(twin), _tensors(own), strict=True)
         self._stems = [stem for parent in net.modules() for stem in _take_grey(parent)]
         net.eval()  # the new layers too
-        self._fold()
-        if _same_logits(model, net, example, logits):
+        if self._is_right(model, net, example, logits):
             self.net = net
         else:
             self._plain, self._folded, self._stems = [], [], []
@@ -70,6 +70,17 @@ class Twin:
         """Take over the weights and statistics that the model has now, and return ``net``."""
         self._fold()
         return self.net
+
+    def _is_right(self, model, net, example, logits):
+        """Whether the folded ``net`` gives the model's logits; leaves it folded of the present weights."""
+        fresh = [norm for _, _, norm in self._folded if not norm.running_mean.any()]
+        if fresh:  # untrained, a BatchNorm changes nothing and would fit anywhere: see what others would do
+            with _other_statistics(fresh):
+                self._fold()
+                if not _same_logits(model, net, example, None):
+                    return False
+        self._fold()
+        return _same_logits(model, net, example, logits)
 
     @torch.no_grad()
     def _fold(self):
@@ -204,7 +215,23 @@ def _room(tensor):
     return nn.Parameter(room, requires_grad=False) if isinstance(tensor, nn.Parameter) else room
 
 
+@contextlib.contextmanager
+@torch.no_grad()
+def _other_statistics(norms):
+    """The BatchNorms with random statistics, weights and biases inside the block; after it with their own."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [t for norm in norms for t in _tensors(norm) if t.is_floating_point()]
+    own = [t.clone() for t in tensors]
+    try:
+        for tensor in tensors:
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+        yield
+    finally:
+        for tensor, value in zip(tensors, own, strict=True):
+            tensor.copy_(value)
+
+
 def _same_logits(model, net, example, logits):
     with eval_mode(model), torch.no_grad(), float32_convolutions(example.device):
         logits = model(example) if logits is None else logits
-        return bool((logits - net(example)).abs().max() <= 1e-3 * logits.abs().max().clamp(min=1))
+        return bool((logits - net(example)).abs().max() <= 1e-3 * logits.abs().max())

@@ -298,10 +298,10 @@ def _is_iq_oth_nccd(slices):
 def _require_groups(slices):
     for label, name in enumerate(slices.class_names):
         own = slices.labels == label
-        if (count := len(np.unique(slices.groups[own]))) < 3:
+        if (count := len(np.unique(slices.groups[own]))) < splits.FOLDS:
             raise DataError(
                 f"the {own.sum()} images of {name} fall into {count} groups of alike images; a grouped split "
-                "needs 3. Raise --threshold and --neighbour-threshold, or add images."
+                f"needs {splits.FOLDS}. Raise --threshold and --neighbour-threshold, or add images."
             )
 
 

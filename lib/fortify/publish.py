@@ -126,7 +126,8 @@ def commit(build):
         source = nbformat.read(sources[stem], as_version=4)
         published = with_outputs(source, nbformat.read(path, as_version=4), profile=profile)
         ready[sources[stem]] = text = nbformat.writes(published) + "\n"
-        if str(root) in text or str(Path.home()) + "/" in text:
+        home = f"{Path.home()}/"
+        if str(root) in text or (home != "//" and home in text):  # a container's user may live in /
             raise PublishError(
                 f"the executed {stem} shows a path of this machine; publish from clean outputs"
             )

@@ -323,13 +323,18 @@ def describe_device(device):
     return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
 
 
+def lib_sha256():
+    """Of the modules of ``lib/fortify``, names and contents."""
+    digest = hashlib.sha256()
+    for module in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(module.name.encode() + b"\0" + module.read_bytes())
+    return digest.hexdigest()
+
+
 def code_state():
     """Commit, dirty flag and the SHA-256 of ``lib/fortify``; commit is None outside a git checkout."""
     package = Path(__file__).parent
-    digest = hashlib.sha256()
-    for module in sorted(package.glob("*.py")):
-        digest.update(module.name.encode() + b"\0" + module.read_bytes())
-    state = {"lib_sha256": digest.hexdigest(), "commit": None, "dirty": None}
+    state = {"lib_sha256": lib_sha256(), "commit": None, "dirty": None}
     try:
         git = ["git", "-C", str(package)]
         state["commit"] = subprocess.check_output(

@@ -15,6 +15,7 @@ from PIL import Image
 from fortify import runs
 
 PARTS = ("train", "val", "test")
+FOLDS = 5  # of the cross-validation by groups
 _BLOCK = 1024  # rows of the correlation matrix held at a time
 _TRIES = 256  # assignments drawn to part groups, of which the best-balanced is kept
 
@@ -109,7 +110,7 @@ def random_split(labels, *, seed, fractions=(0.7, 0.15, 0.15)):
     return split
 
 
-def grouped_split(labels, groups, *, seed, folds=5, val=0.1):
+def grouped_split(labels, groups, *, seed, folds=FOLDS, val=0.1):
     """Fold ``seed % folds`` of a cross-validation by groups: whole groups into train, val and test.
 
     Seeds 0 to ``folds - 1`` are the folds of one division, which together test every slice once; the next

@@ -16,7 +16,7 @@ from fortify.attacks import check_labels, craft, craft_parts, frozen
 from fortify.augmentation import Augmentation, augment
 from fortify.folding import Twin
 from fortify.models import device_of, predict, read_safetensors, write_safetensors
-from fortify.runs import progress_bar
+from fortify.runs import lib_sha256, progress_bar
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def fit(
     every batch it attacks, for example ``{FGSM(4): 1/3, PGD(4, steps=4): 1/3, PGD(4, steps=4,
     loss="margin"): 1/3}``: as in the paper, they are crafted on the current model, in eval mode with
     frozen weights (on its :class:`fortify.folding.Twin`), and joined with the clean images into one
-    forward. None is normal training.
+    forward. None is normal training. PGD takes one start here: ``restarts`` above 1 is a ValueError.
 
     The epoch with the highest validation accuracy is kept, under ``val_attack`` if one is given
     (ties: the higher clean accuracy, then the later epoch).
@@ -98,7 +98,7 @@ def fit(
         model.to(memory_format=torch.channels_last)
     x_train, y_train = on_device(train, device)
     x_val, y_val = on_device(val, "cpu")
-    weight = class_weights(y_train.cpu(), model.num_classes, power=recipe.class_balance)
+    weight = class_weights(y_train.cpu(), len(train.class_names), power=recipe.class_balance)
     weight = torch.tensor(weight, dtype=torch.float32, device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     batches = -(-len(y_train) // recipe.batch_size)
@@ -109,7 +109,8 @@ def fit(
     file = None
     if checkpoints is not None:
         attacked = ([(repr(a), share) for a, share in attacks.items()], repr(val_attack))
-        name = fingerprint(model, train, val, asdict(recipe), attacked, seed)
+        how = (asdict(recipe), attacked, seed, _autocasts(recipe, device), compiled)
+        name = fingerprint(model, train, val, *how)
         file = Path(checkpoints) / f"{name}.safetensors"
         state.resume(file)
     options = {"autocast": _autocasts(recipe, device), "compiled": compiled}
@@ -322,9 +323,9 @@ def _copy(model):
 def fingerprint(model, train, val, *settings):
     """Names a checkpoint after everything that decides the result, so that no other training reads it.
 
-    ``settings`` are JSON-able: recipe, attacks, seed.
+    ``settings`` are JSON-able: recipe, attacks, seed. This package's code is part of it.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(lib_sha256().encode())
     for part in (train, val):
         digest.update(np.ascontiguousarray(part.images).tobytes() + np.asarray(part.labels).tobytes())
     for name, tensor in model.state_dict().items():  # the initial weights: architecture, seed, pretraining
@@ -349,5 +350,11 @@ def _check(recipe, attacks, train, val):
         raise ValueError(f"{len(train)} training and {len(val)} validation images: neither may be empty")
     if any(not 0 < share <= 1 for share in attacks.values()) or sum(attacks.values()) > 1 + 1e-6:
         raise ValueError(f"attack shares must be positive and sum to at most 1, not {list(attacks.values())}")
-    if recipe.clean_share == 0 and not attacks:
-        raise ValueError("clean_share is 0 and there are no attacks: nothing to train on")
+    if any(getattr(attack, "restarts", 1) > 1 for attack in attacks):
+        raise ValueError("training takes one start of PGD: set restarts=1 in attacks")
+    fewest = len(train) // -(-len(train) // recipe.batch_size)  # images of the smaller batches
+    if round(recipe.clean_share * fewest) + round(sum(attacks.values()) * fewest) == 0:
+        raise ValueError(
+            f"clean_share={recipe.clean_share} and attack shares {list(attacks.values())} of a batch of {fewest} "
+            "are no image: nothing to train on"
+        )
