@@ -104,8 +104,9 @@ def lungs_or_scanner(model, images, labels, *, attack, frame_width, seed=0, batc
     """How a model reads the :func:`views`, and attacks that may change one region: a DataFrame.
 
     ``images`` uint8 (N, H, W), ``labels`` int64 (N,). One row per view or region: ``view``, ``attacked``, the
-    mean ``area`` (share of the image) whose grey the blanking changed or an attack could change, k, n, accuracy, low, high (95 %
-    Wilson interval) and balanced_accuracy, which is 1 / classes for a model that always says the same.
+    mean ``area`` (share of the image) whose grey the blanking changed or an attack could change, k, n,
+    accuracy, low, high (95 % Wilson interval) and balanced_accuracy, which is 1 / classes for a model that
+    always says the same.
     """
     from fortify.data import to_tensor
     from fortify.models import predict

@@ -355,6 +355,6 @@ def _check(recipe, attacks, train, val):
     fewest = len(train) // -(-len(train) // recipe.batch_size)  # images of the smaller batches
     if round(recipe.clean_share * fewest) + round(sum(attacks.values()) * fewest) == 0:
         raise ValueError(
-            f"clean_share={recipe.clean_share} and attack shares {list(attacks.values())} of a batch of {fewest} "
-            "are no image: nothing to train on"
+            f"clean_share={recipe.clean_share} and attack shares {list(attacks.values())} of a batch of "
+            f"{fewest} are no image: nothing to train on"
         )
