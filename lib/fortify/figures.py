@@ -96,8 +96,8 @@ def fig1_system():
     kinds += ("and test: at random, or by", "groups of similar slices")
     box(0.08, 1.08, 1.5, "Lung-CT slices", *kinds)
     box(2.1, 2.33, 1.85, "Normal training", "loss on clean slices", lane="normal")
-    crafting = ("each batch anew,", "on the current model")
-    box(2.1, 1.22, 1.85, "Craft FGSM, PGD and CW", *crafting, lane="adversarial")
+    crafting = ("each batch anew, on the current", "model; for CW, PGD on its margin")
+    box(2.1, 1.22, 1.85, "Craft FGSM, PGD, CW", *crafting, lane="adversarial")
     box(
         2.1,
         0.13,
