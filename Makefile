@@ -56,7 +56,9 @@ laptop paper resnet18: $(ENV)
 	@cat build/$@/tables/table1.txt
 
 tables: RUNS = $(PROFILE)
+tables: SEEDS ?= $(shell ls build/$(PROFILE)/*/adversarial_predictions.csv 2>/dev/null | sed 's/.*-s//; s|/.*||' | sort -nu | paste -sd, -)
 tables: $(ENV)
+	@test -n "$(SEEDS)" || { echo "build/$(PROFILE) holds no finished seed; run that profile first" >&2; exit 1; }
 	$(SNAKEMAKE) data $(CONFIG)
 	$(SNAKEMAKE) --allowed-rules results claims html all $(CONFIG)
 	@cat build/$(PROFILE)/tables/table1.txt

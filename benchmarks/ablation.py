@@ -198,6 +198,8 @@ def section(table, profile, shipped):
     shown.variant = [f"**{name}** (shipped)" if name in own else name for name in shown.variant]
     lines = ["| " + " | ".join(shown.columns) + " |", "|" + "---|" * len(shown.columns)]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in shown.itertuples(index=False)]
+    others = sorted(set(table.arch) - {first.arch})
+    networks = f" {' and '.join(others)} in place of {first.arch}: trained in bfloat16." if others else ""
     text = (
         f"The `{profile}` profile's recipe ({first.arch}, {first.side} px, {first.device}) with parts "
         "changed; accuracy in per cent, mean (range) over the seeds. A seed is other weights and another "
@@ -205,7 +207,7 @@ def section(table, profile, shipped):
         "*Faster*: twice the learning rate. The budget grows over the first "
         f"{100 * EARLY['eps_warmup']:.0f} % of the epochs (*longest*: {100 * EARLIER['eps_warmup']:.0f} %), "
         f"*slowly*: to the last. PGD: {STEPS} steps; "
-        f"validation: {first.val_attack}.\n"
+        f"validation: {first.val_attack}.{networks}\n"
     )
     return text + "\n" + "\n".join(lines) + "\n"
 

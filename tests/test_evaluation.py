@@ -359,7 +359,7 @@ def _set(rows, where, **values):
         (lambda r: r[r.attack.ne("clean")], "not the 0 clean"),
         (
             lambda r: _set(r, lambda r: r.attack.eq("pgd"), attack="bim"),
-            "4 of 16 rows name an unknown attack",
+            "4 of 16 rows name an attack that evaluation.ATTACKS lacks",
         ),
         (
             lambda r: _set(r, lambda r: r.attack.eq("pgd"), protocol="both"),
@@ -387,3 +387,21 @@ def test_an_inconsistent_table_is_refused(change, message):
 def test_reading_tables_takes_no_torch():
     code = "import sys, fortify.evaluation; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_new_attack_is_pooled_at_its_budget(monkeypatch):
+    monkeypatch.setattr(evaluation, "ATTACKS", (*evaluation.ATTACKS, "bim"))
+    rows = make_rows(HAND | {"bim": (0, 0, 0, 0)})
+    larger = make_rows({"bim": (1, 0, 0, 0)}, eps=2.0)
+    table = summary(pd.concat([rows, larger], ignore_index=True)).loc["random", "normal", "adaptive"]
+    assert (table.k["bim"], table.n["bim"]) == (1, 4) and (table.k["combined"], table.n["combined"]) == (
+        8,
+        16,
+    )
+    assert set(evaluation.curve(pd.concat([rows, larger])).attack) == {"pgd", "fgsm", "bim"}
+
+
+@pytest.mark.parametrize("budget", [{"eps_255": 0}, {"cw_l2": -1}, {"eps_255": float("nan")}])
+def test_no_budget_is_below_nothing(budget):
+    with pytest.raises(ValueError, match="eps_255 must be above 0 and cw_l2 at least 0"):
+        summary(make_rows(), **budget)

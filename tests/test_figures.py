@@ -144,7 +144,7 @@ def test_figures_leave_neither_pyplot_nor_settings_behind():
 
 def test_the_system_diagram_names_every_stage():
     words = said(figures.fig1_system())
-    for stage in ("Normal training", "Adversarial training", "Craft FGSM, PGD and CW", "on the current model",
+    for stage in ("Normal training", "Adversarial training", "Craft FGSM, PGD, CW", "PGD on its margin",
                   "adaptive", "static", "clean, FGSM, PGD, CW, combined", "k/n"):  # fmt: skip
         assert stage in words
 

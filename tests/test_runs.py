@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from fortify import runs
 
@@ -87,13 +88,25 @@ def test_by_hand_never_takes_another_splits_model(checkout):
     assert runs.open_run(needs=NEEDS).read("normal.safetensors") == own
     with pytest.raises(FileNotFoundError, match="No run of random-s3"):
         runs.open_run(needs=[NEEDS[0], "data/splits/random-s3.csv", NEEDS[2]])
+    with pytest.raises(FileNotFoundError, match="01_data writes it where .* `seeds`"):
+        runs.open_run(needs=["data/splits/random-s3.csv", "normal.safetensors"])
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("cuda", "cuda:1", torch.device("cuda")):
+        with pytest.raises(ValueError, match='no GPU here; use "auto" or "cpu"'):
+            runs.pick_device(name)
 
 
 def test_by_hand_prefers_what_was_made_by_hand_of_the_same_split(checkout):
     base = profile_run(checkout / "build/laptop", "random-s0")
     own = finished(checkout / "build/by-hand", age=60)
     stamped(checkout / "build/by-hand", "02_baseline.json", split="random")
-    assert runs.open_run(needs=NEEDS).read("normal.safetensors") == own
+    mixed = runs.open_run(needs=NEEDS)
+    assert mixed.profile == "laptop", "nothing was read yet"
+    assert mixed.read("normal.safetensors") == own
+    assert mixed.profile == "laptop with normal.safetensors made by hand"
     for other in (
         {"split": "grouped"},
         {"split": "random", "seed": 1},

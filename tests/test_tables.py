@@ -1,5 +1,7 @@
 """Table 1: the printed numbers, ours beside them, and the same strings in every format."""
 
+import importlib
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -260,7 +262,7 @@ def test_the_caption_to_the_letter():
     assert tables.caption(**WORDS, protocol="static", seeds=3, by_groups=False) == (
         "Accuracy on the test set in percent, random split, static attacks (crafted on the normally trained "
         "model). FGSM and PGD: Linf budget 1/255. CW: L2 budget 0.5, image in [0, 1]. Combined: pooled over "
-        "the three attacks. 3 seeds; 95 % Wilson intervals, each image counted once. Images: 100 % "
+        "the attacks. 3 seeds; 95 % Wilson intervals, each image counted once. Images: 100 % "
         "phantoms_of & #1. Profile: test. Printed: Menasagi et al., Fortifying Deep Learning Models Against "
         "Adversarial Threats using Adversarial Training, Table 1."
     )
@@ -295,3 +297,19 @@ def test_the_matrix_is_laid_out_in_its_order_one_split_alone():
         ["clean", "100.0 (51.0–100.0) 4/4", "75.0 (30.1–95.4) 3/4"],
         ["PGD 4/255", "50.0 (15.0–85.0) 2/4", "0.0 (0.0–49.0) 0/4"],
     ]
+
+
+def test_a_new_attack_has_its_column(monkeypatch):
+    """Its name in ATTACKS is all that tables, curves and captions need; the paper prints nothing for it."""
+    monkeypatch.setattr(evaluation, "ATTACKS", (*evaluation.ATTACKS, "bim"))
+    importlib.reload(tables)
+    try:
+        both = accuracy()
+        ours = pd.concat([both, both[both.attack.eq("pgd")].assign(attack="bim")])
+        shown = tables.layout1(tables.table1(ours, split="random"))
+        assert list(shown.columns[2:]) == ["Clean", "PGD", "FGSM", "CW", "BIM", "Combined"]
+        assert shown.BIM[shown[""].eq("printed (%)")].tolist() == ["–", "–"]
+        assert "BIM, FGSM and PGD: Linf budget" in tables.caption(**WORDS, protocol="static", seeds=3)
+    finally:
+        monkeypatch.undo()
+        importlib.reload(tables)

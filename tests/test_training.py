@@ -1,5 +1,7 @@
 """Training: one loop, resumable to the same weights, that learns and says when it cannot."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -278,6 +280,9 @@ def test_an_absent_class_and_an_empty_set_are_named(parts, phantoms):
         fit(small(), phantoms.subset(phantoms.labels < 2), parts[1], Recipe(epochs=1), progress=False)
     with pytest.raises(ValueError, match="neither may be empty"):
         fit(small(), parts[0], phantoms.subset([]), Recipe(epochs=1), progress=False)
+    alone = replace(phantoms.subset(phantoms.labels == 0), class_names=("cats",))
+    with pytest.raises(ValueError, match="all of one class, cats"):
+        fit(small(), alone, alone, Recipe(epochs=1), progress=False)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """FGSM, PGD and Carlini & Wagner through Foolbox, with what must be true around an attack.
 
 A budget is in grey levels of 255 (``eps_255``) and an image is float in [0, 1]. To change an attack,
-change its dataclass or its branch in :func:`craft_batch`; to add one, add a dataclass and a branch.
+change its dataclass or its branch in :func:`craft_batch`. To add one, add a dataclass with a ``name`` and a
+branch, that name to :data:`fortify.evaluation.ATTACKS`, and the attack to the lists of notebooks 3 and 4.
 """
 
 import contextlib

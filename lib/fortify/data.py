@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -230,8 +231,15 @@ def _list_files(folder, classes, counts, remedy):
     for label, name in enumerate(classes):
         if not (folder / name).is_dir():
             raise DataError(f"Class folder {name!r} is missing in {folder}. {remedy}")
-        found = [p for p in (folder / name).iterdir() if p.suffix.lower() in _EXTENSIONS and p.is_file()]
-        found = [p for p in found if not p.name.startswith(".")]  # macOS leaves '._x.jpg' beside x.jpg
+        there = [p for p in (folder / name).iterdir() if not p.name.startswith(".")]  # macOS leaves '._x.jpg'
+        found = [p for p in there if p.suffix.lower() in _EXTENSIONS and p.is_file()]
+        if len(found) < len(there):
+            others = sorted({p.suffix.lower() or f"{p.name}/" for p in there} - _EXTENSIONS)
+            warnings.warn(
+                f"{folder / name}: {len(there) - len(found)} files or folders beside the images are not "
+                f"read: {_few(others)}",
+                stacklevel=4,
+            )
         if not found:
             kinds = ", ".join(sorted(_EXTENSIONS))
             raise DataError(f"Class folder {name!r} in {folder} holds no image ({kinds}). {remedy}")

@@ -26,7 +26,7 @@ _DTYPES = {
     "l2": "float64",  # norm of the change, image in [0, 1]; 0 for a failed CW, which keeps the clean image
 }
 COLUMNS = tuple(_DTYPES)
-ATTACKS = ("pgd", "fgsm", "cw")  # in the order of the paper's Table 1
+ATTACKS = ("pgd", "fgsm", "cw")  # the columns of Table 1, in the paper's order; all but CW have Linf budgets
 
 _MODEL = ["model", "split", "seed"]
 _GROUP = ["split", "model", "protocol", "attack"]
@@ -70,7 +70,8 @@ def check_rows(rows):
             )
 
     clean, cw, adaptive = rows.attack.eq("clean"), rows.attack.eq("cw"), rows.protocol.eq("adaptive")
-    refuse(~rows.attack.isin(("clean", *ATTACKS)), "name an unknown attack")
+    known = ", ".join(ATTACKS)
+    refuse(~rows.attack.isin(("clean", *ATTACKS)), f"name an attack that evaluation.ATTACKS lacks ({known})")
     refuse(~adaptive & rows.protocol.ne("static"), "name an unknown protocol")
     refuse(clean & (~adaptive | rows.eps_255.ne(0)), "are clean but not adaptive at eps_255 0")
     refuse(cw & rows.eps_255.notna(), "are CW with an eps_255")
@@ -109,11 +110,13 @@ def at_budget(rows, *, eps_255, cw_l2):
     FGSM and PGD at exactly ``eps_255`` grey levels. CW where its L2 norm is at most ``cw_l2``, else the
     clean prediction: what is left to an adversary with that budget. Clean rows serve both protocols, and so
     do attacks on the normal model, where static ones are crafted.
-    Raises ValueError listing the available budgets where FGSM or PGD lack this one.
+    Raises ValueError listing the available budgets where FGSM or PGD lack this one, and for a negative one.
     """
+    if not (eps_255 > 0 and cw_l2 >= 0):
+        raise ValueError(f"eps_255 must be above 0 and cw_l2 at least 0, not {eps_255} and {cw_l2}")
     check_rows(rows)
     rows = rows.reset_index(drop=True)
-    linf = rows.attack.isin(("fgsm", "pgd"))
+    linf = ~rows.attack.isin(("clean", "cw"))
     exact = linf & np.isclose(rows.eps_255, eps_255, rtol=1e-6, atol=0)
     for group, part in rows[linf].groupby([*_MODEL, "protocol", "attack"]):
         if not exact[part.index].any():
@@ -160,11 +163,12 @@ def cluster_interval(correct, groups, *, seed=0, draws=2000, confidence=0.95):
     return float(low), float(high)
 
 
-def accuracy_table(rows_at_budget, *, class_names, groups=None):
+def accuracy_table(rows_at_budget, *, class_names, groups=None, pooled=None):
     """Accuracy per (split, model, protocol, attack), as fractions, from the rows of :func:`at_budget`.
 
-    Beside clean and each attack: *combined* pools the three attacks (k of 3n predictions, as the paper's
-    Table 1); *worst* counts an image only if it is right under all three. Both need all three attacks.
+    Beside clean and each attack: *combined* pools the attacks ``pooled``, by default :data:`ATTACKS` (k of 3n
+    predictions, as the paper's Table 1); *worst* counts an image only if it is right under all of them. Both
+    need all of them.
     Seeds are pooled, ``sd`` is over their accuracies (ddof 1, NaN with one). The interval (``low``,
     ``high``) counts each of the distinct ``images`` once, with k rounded, because three attacked copies of
     an image, or several seeds' predictions of it, are not independent. Nor are the slices of a scan, which
@@ -174,8 +178,9 @@ def accuracy_table(rows_at_budget, *, class_names, groups=None):
     """
     rows = rows_at_budget.assign(correct=rows_at_budget.prediction.eq(rows_at_budget.label))
     image = [*_MODEL, "protocol", "index"]
-    attacked = rows[rows.attack.ne("clean")]
-    attacked = attacked[attacked.groupby(image).attack.transform("nunique").eq(len(ATTACKS))]
+    pooled = ATTACKS if pooled is None else pooled
+    attacked = rows[rows.attack.isin(pooled)]
+    attacked = attacked[attacked.groupby(image).attack.transform("nunique").eq(len(pooled))]
     worst = attacked.groupby([*image, "label"], as_index=False).correct.all().assign(attack="worst")
     table = []
     for group, part in pd.concat([rows, attacked.assign(attack="combined"), worst]).groupby(_GROUP):
@@ -218,15 +223,15 @@ def confusion(rows_at_budget, *, num_classes):
 
 
 def curve(rows):
-    """Accuracy against ``eps_255`` per (split, model, protocol, FGSM or PGD), clean at 0.
+    """Accuracy against ``eps_255`` per (split, model, protocol, Linf attack), clean at 0.
 
     Columns and intervals are those of :func:`accuracy_table`, fractions and grey levels.
     """
     check_rows(rows)
     rows = _serve_static(rows.assign(correct=~rows.success))
     clean = rows[rows.attack.eq("clean")]
-    origin = [clean.assign(attack=attack) for attack in ("fgsm", "pgd")]
-    points = pd.concat([*origin, rows[rows.attack.isin(("fgsm", "pgd"))]])
+    linf = [attack for attack in ATTACKS if attack != "cw"]
+    points = pd.concat([*(clean.assign(attack=attack) for attack in linf), rows[rows.attack.isin(linf)]])
     attacked = points.groupby([*_MODEL, "protocol", "attack"]).eps_255.transform("max").gt(0)
     grouped = points[attacked].groupby([*_GROUP, "eps_255"])
     return _sorted(pd.DataFrame([_summary(key[:-1], part) | {"eps_255": key[-1]} for key, part in grouped]))
@@ -317,7 +322,7 @@ def evaluate(model, images, labels, attacks, *, index, model_name, split, seed, 
 
     ``images`` (N, 1, H, W) float in [0, 1], ``labels`` (N,); ``attacks`` from :mod:`fortify.attacks`.
     ``rows`` holds the clean predictions too. ``keep`` maps names to attacks of the list whose images
-    are wanted: ``kept`` is then {name: float32 array (N, 1, H, W)}.
+    are wanted: ``kept`` is then {name: float32 array (N, 1, H, W)}. ValueError for a budget of 0.
     """
     import torch
 
@@ -326,6 +331,8 @@ def evaluate(model, images, labels, attacks, *, index, model_name, split, seed, 
     from fortify.models import device_of
 
     images, labels = checked(images, labels)
+    if any(getattr(attack, "eps_255", 1) == 0 for attack in attacks):
+        raise ValueError("an attack with eps_255=0 is no attack: the clean rows are there anyway")
     ids = {"index": index, "model_name": model_name, "split": split, "seed": seed}
     rows, kept = [score(model, images, labels, attack="clean", eps_255=0, **ids)], {}
     options = {"seed": seed, "batch_size": batch_size, "progress": True}
@@ -357,6 +364,8 @@ def score_static(model, images, labels, crafted, *, index, eps_255, model_name, 
 
     rows = []
     for attack in ATTACKS:
+        if attack not in crafted:
+            raise ValueError(f"there are no static {attack} images: notebook 03 must keep them")
         adversarial = torch.from_numpy(crafted[attack])
         if adversarial.shape != images.shape:
             raise ValueError(

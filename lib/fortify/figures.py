@@ -15,13 +15,14 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.ticker import FixedLocator, NullLocator
 from scipy.ndimage import uniform_filter
 
+from fortify.evaluation import ATTACKS
 from fortify.runs import atomic_path
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
 SINGLE, DOUBLE = 3.4, 7.0  # inches: one column of the page, and two
 COLOURS = {"normal": "#e08214", "adversarial": "#0b4f8a"}  # apart for the colour-blind and in grey
 MARKERS = {"normal": "s", "adversarial": "o"}
-NAMES = {"clean": "clean", "fgsm": "FGSM", "pgd": "PGD", "cw": "CW"}
+NAMES = {"clean": "clean"} | {attack: attack.upper() for attack in ATTACKS}
 WRONG = "#b91c1c"
 
 
@@ -253,7 +254,7 @@ def confusion_matrices(matrices, *, split, class_names, protocol="adaptive"):
     ``matrices`` is what :func:`fortify.evaluation.confusion` returns.
     """
     models = [m for m in COLOURS if (split, m, protocol, "clean") in matrices]
-    attacks = [a for a in ("clean", "pgd", "fgsm", "cw") if (split, models[0], protocol, a) in matrices]
+    attacks = [a for a in ("clean", *ATTACKS) if (split, models[0], protocol, a) in matrices]
     fig, axes = image_grid(len(models), len(attacks), DOUBLE, top=0.3, aspect=0.9)
     for row, model in zip(axes, models, strict=True):
         for ax, attack in zip(row, attacks, strict=True):

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 
 from fortify.profiles import ProfileError, literals, load_profile
 from fortify.runs import atomic_path, find_root, write_text
@@ -187,6 +188,7 @@ def update_readme(root, profile):
     if profile != "paper":
         sentence += " **Not** the reference run (`make paper`), which has yet to be published here."
     parts.append(sentence + "\n")
+    parts.append(_audited(tables))
     parts.append(
         f"![Accuracy against the attack budget, both splits]({relative / 'robustness_curves.png'})\n"
     )
@@ -199,6 +201,20 @@ def update_readme(root, profile):
     pictures = [f"![{words}]({relative / path.name})\n" for path in strip[:1]]
     text = _replaced(text, "claims", "\n".join([*pictures, claims]))
     write_text(readme, text)
+
+
+def _audited(tables):
+    """What notebook 8 says against Table 1: the checks that failed. Markdown."""
+    failed = []
+    named = {path: re.fullmatch(r"audit_([a-z]+)-s(\d+)", path.stem) for path in sorted(tables.glob("*.csv"))}
+    for path, (split, seed) in {path: name.groups() for path, name in named.items() if name}.items():
+        for row in pd.read_csv(path).query("verdict == 'fail'").itertuples():
+            failed.append(f"*{row.check}* ({split} split, seed {seed}, {row.model} model)")
+    said = ", ".join(failed) if failed else "none"
+    return (
+        f"Checks of the audit (notebook 08) that fail: {said}. Where a check of the attacks fails, the "
+        "accuracy under attack is an upper bound.\n"
+    )
 
 
 def _tables1(folder, suffix=""):

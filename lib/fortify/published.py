@@ -264,7 +264,7 @@ def matrix(published, correct, *, class_names, budgets_255, cw_l2):
     tables, order = [], {}
 
     def add(rows, names):
-        table = accuracy_table(rows, class_names=class_names)
+        table = accuracy_table(rows, class_names=class_names, pooled=PUBLISHED)
         table = table[table.attack.isin(names)]
         tables.append(table.assign(evaluation=table.attack.map(names)))
         for words in names.values():

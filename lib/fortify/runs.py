@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -139,11 +139,18 @@ class Run:
 
     source: Path
     target: Path
+    replaced: set = field(default_factory=set, compare=False)  # names read from what was made by hand instead
 
     @property
     def profile(self):
-        """Name of the profile that wrote what is read; ``"by hand"`` outside the workflow."""
-        return "by hand" if self.source.name == Path(BY_HAND).name else self.source.parent.name
+        """Name of the profile that wrote what is read; ``"by hand"`` outside the workflow.
+
+        Where files made by hand were read in place of the profile's, it names them.
+        """
+        if self.source.name == Path(BY_HAND).name:
+            return "by hand"
+        beside = f" with {', '.join(sorted(self.replaced))} made by hand" if self.replaced else ""
+        return self.source.parent.name + beside
 
     def siblings(self, needs):
         """The runs of the same profile that hold every file in ``needs``, sorted by name."""
@@ -151,7 +158,7 @@ class Run:
             folders = [self.source]
         else:
             folders = sorted(p for p in self.source.parent.iterdir() if p.is_dir())
-        return [Run(p, self.target) for p in folders if _holds(p, needs)]
+        return [Run(p, self.target, self.replaced) for p in folders if _holds(p, needs)]
 
     def read(self, name):
         """Path of an existing file ``name``.
@@ -165,6 +172,7 @@ class Run:
             own = _stamp(self.target, name)
             if own is not None and own == _stamp(self.source, name) and _resolve(self.target, name).exists():
                 path = _resolve(self.target, name)
+                self.replaced.add(name)
         if path.exists():
             return path
         raise FileNotFoundError(f"{_resolve(self.source, name)} does not exist. {_remedy(name)}")
@@ -204,7 +212,8 @@ def open_run(run="", *, needs=()):
         of = f" of {names.pop()}" if names else ""
         missing = [n for n in needs if not _resolve(by_hand, n).exists()] or list(needs)
         raise FileNotFoundError(
-            f"No run{of} below {root / 'build'} holds {', '.join(missing)}. {_remedy(missing[-1])}"
+            f"No run{of} below {root / 'build'} holds {', '.join(missing)}. "
+            + _remedy(min(missing, key=lambda name: _writer(name) or ""))
         )
     newest = max(runs, key=lambda p: max(_resolve(p, n).stat().st_mtime for n in needs), default=by_hand)
     return Run(newest, by_hand)
@@ -243,15 +252,25 @@ def _writer(name):
 
 
 def _remedy(name):
+    if name.startswith("data/splits/"):
+        return (
+            "Notebook 01_data writes it where the split and the seed are among its `splits` and `seeds`: run "
+            "that first, or `make demo` for all of them."
+        )
     if _writer(name):
         return f"Notebook {_writer(name)} writes it: run that first, or `make demo` for all of them."
     return "Run the notebooks before this one first, or `make demo` for all of them."
 
 
 def pick_device(name="auto"):
-    """``"auto"`` is CUDA where it is available, else the CPU; any other name is taken as given."""
+    """``"auto"`` is CUDA where it is available, else the CPU; any other name is taken as given.
+
+    ValueError for CUDA where there is none.
+    """
     import torch
 
+    if str(name).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f'device is {name!r}, but torch finds no GPU here; use "auto" or "cpu"')
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from fortify.evaluation import ATTACKS
 from fortify.runs import write_csv, write_text
 
-COLUMNS = ("clean", "pgd", "fgsm", "cw", "combined")  # of Table 1, in its order
-TITLES = {"clean": "Clean", "pgd": "PGD", "fgsm": "FGSM", "cw": "CW", "combined": "Combined"}
+COLUMNS = ("clean", *ATTACKS, "combined")  # of Table 1, in its order
+TITLES = {"clean": "Clean", **{attack: attack.upper() for attack in ATTACKS}, "combined": "Combined"}
 MODELS = ("normal", "adversarial")
 BY_GROUPS = "95 %, by groups"  # the line of cluster intervals
 
@@ -24,12 +25,13 @@ PRINTED_SOURCE = (
 PRINTED = pd.DataFrame(
     [(93.12, 43.08, 45.9, 40.9, 43.29), (95.0, 93.2, 95.0, 92.8, 93.6)],
     index=pd.Index(MODELS, name="model"),
-    columns=pd.Index(COLUMNS, name="attack"),
+    columns=pd.Index(("clean", "pgd", "fgsm", "cw", "combined"), name="attack"),
 )
 
 
 def table1(accuracy, *, split, protocol="adaptive"):
-    """Table 1 as tidy rows (model, attack): ours in %, k of n and interval, and the ``printed`` value.
+    """Table 1 as tidy rows (model, attack): ours in %, k of n and interval, and the ``printed`` value
+    (NaN for an attack that the paper has not).
 
     ``accuracy`` is :func:`fortify.evaluation.accuracy_table`. Raises ValueError naming what it lacks.
     """
@@ -60,7 +62,7 @@ def layout1(table):
             BY_GROUPS: [f"{c.group_low_percent:.1f}–{c.group_high_percent:.1f}" for c in cells.itertuples()],
             "k/n": cells.k.map(str) + "/" + cells.n.map(str),
             "sd over seeds": cells.sd_percent.map("{:.1f}".format),
-            "printed (%)": cells.printed.map(str),  # as many decimals as the paper prints
+            "printed (%)": cells.printed.map(str).replace("nan", "–"),  # as many decimals as the paper prints
         }
         if cells.seeds.max() == 1:
             del shown["sd over seeds"]
@@ -121,10 +123,12 @@ def caption(*, split, protocol, eps_255, cw_l2, seeds, source, profile, by_group
         "static": "crafted on the normally trained model",
     }
     drawn = "; by groups: bootstrap of whole groups of near-duplicates" if by_groups else ""
+    *some, last = sorted(TITLES[attack] for attack in ATTACKS if attack != "cw")
     return (
         f"Accuracy on the test set in percent, {split} split, {protocol} attacks ({crafted[protocol]}). "
-        f"FGSM and PGD: Linf budget {eps_255:g}/255. CW: L2 budget {cw_l2:g}, image in [0, 1]. "
-        f"Combined: pooled over the three attacks. {seeds} seed{'s' if seeds != 1 else ''}; 95 % Wilson "
+        f"{', '.join(some)} and {last}: Linf budget {eps_255:g}/255. CW: L2 budget {cw_l2:g}, "
+        "image in [0, 1]. "
+        f"Combined: pooled over the attacks. {seeds} seed{'s' if seeds != 1 else ''}; 95 % Wilson "
         f"intervals, each image counted once{drawn}. Images: {source}. Profile: {profile}. "
         f"Printed: {PRINTED_SOURCE}."
     )

@@ -346,6 +346,8 @@ def stop_if_not_finite(losses, epoch, file):
 
 
 def _check(recipe, attacks, train, val):
+    if len(train.class_names) < 2:
+        raise ValueError(f"the images are all of one class, {train.class_names[0]}: nothing to tell apart")
     if min(len(train), len(val)) == 0:
         raise ValueError(f"{len(train)} training and {len(val)} validation images: neither may be empty")
     if any(not 0 < share <= 1 for share in attacks.values()) or sum(attacks.values()) > 1 + 1e-6:
