@@ -112,8 +112,8 @@ def at_budget(rows, *, eps_255, cw_l2):
     do attacks on the normal model, where static ones are crafted.
     Raises ValueError listing the available budgets where FGSM or PGD lack this one, and for a negative one.
     """
-    if not (eps_255 > 0 and cw_l2 >= 0):
-        raise ValueError(f"eps_255 must be above 0 and cw_l2 at least 0, not {eps_255} and {cw_l2}")
+    if not (eps_255 >= 0 and cw_l2 >= 0):
+        raise ValueError(f"eps_255 and cw_l2 must be at least 0, not {eps_255} and {cw_l2}")
     check_rows(rows)
     rows = rows.reset_index(drop=True)
     linf = ~rows.attack.isin(("clean", "cw"))
