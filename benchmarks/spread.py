@@ -13,7 +13,7 @@ import contextlib
 import pandas as pd
 import results
 import torch
-from ablation import STEPS, profiled, sides, trained
+from ablation import STEPS, digest, profiled, sides, trained
 
 from fortify.attacks import PGD, craft
 from fortify.data import to_tensor
@@ -61,7 +61,8 @@ def measure(device, rounds, parameters, slices):
             train("one thread")
     else:
         add("attack", "on a CPU", kept.cpu())
-    about = {"profile": SHAPES[device], "arch": parameters["arch"], "epochs": parameters["epochs"]}
+    about = {"profile": SHAPES[device], "arch": parameters["arch"], "recipe": digest(parameters)}
+    about |= {"epochs": parameters["epochs"]}
     about |= {"side": slices.images.shape[1], "eps_255": parameters["eps_255"]}
     about |= {"device": describe_device(torch.device(device)), "torch": torch.__version__}
     return pd.DataFrame(rows).assign(**about)

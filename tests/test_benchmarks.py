@@ -273,6 +273,12 @@ def test_no_row_is_of_another_recipe_than_its_variants_today(ablation):
         today = {name: ablation.digest(ablation.changed(parameters, name)) for name in ablation.VARIANTS}
         assert table.recipe.tolist() == [today[name] for name in table.variant], file.name
         assert ablation.digest(parameters) in today.values()
+    spread = importlib.import_module("spread")
+    for device, profile in spread.SHAPES.items():
+        file = ROOT / f"benchmarks/spread_{device}.csv"
+        if file.exists():
+            parameters = ablation.parameters_of(profile)["04_adversarial_training"]
+            assert set(pd.read_csv(file).recipe) == {ablation.digest(parameters)}, file.name
 
 
 def test_a_recipe_has_its_digest(ablation, declared):
