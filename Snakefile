@@ -5,14 +5,13 @@
 Results lie in build/<profile>/: data/, <split>-s<seed>/ per run, tables/, figures/, html/.
 A rule is redone when its notebook, one of its parameters, a module it computes with, or an input changes.
 """
-import hashlib
 import os
 import sys
 from pathlib import Path
 
 import yaml
 
-from fortify.data import find_data
+from fortify.data import find_data, hash_files
 from fortify.profiles import ProfileError, load_profile
 from fortify.runs import wait_for_lock
 from snakemake.exceptions import WorkflowError
@@ -84,8 +83,7 @@ def data_folder(wildcards):
     except FileNotFoundError:
         return "not there yet"
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    listing = "".join(f"{p.relative_to(folder)} {p.stat().st_size}\n" for p in files)
-    return f"{len(files)} files, {hashlib.sha256(listing.encode()).hexdigest()[:12]}"
+    return f"{len(files)} files, {hash_files(files)[:12]}"
 
 
 # By name: rules.leakage.output would let the rule run where only those after it may (make tables).

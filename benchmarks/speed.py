@@ -416,8 +416,8 @@ def section(table, device):
     crafted = table[table.library.eq(OURS) & table.share_of_matrix_peak.notna()]
     for row in crafted.itertuples():
         text += f" Crafting does {row.share_of_matrix_peak:.0%} of the arithmetic and "
-        text += f"{row.share_of_copy_bandwidth:.0%} of the traffic that a matrix product and a copy reach "
-        text += "of one size here, counted on the unfolded model: marks to compare with, no limits."
+        text += f"{row.share_of_copy_bandwidth:.0%} of the traffic that a matrix product and a copy "
+        text += "of one size reach here, counted on the unfolded model: marks to compare with, no limits."
     for task, part in table[~table.library.isin(FASTER)].groupby("task", sort=False):
         for how, base in (("In bfloat16", LOW), ("Compiled,", COMPILED)):
             faster = part.get(FASTER[base], pd.Series(dtype=float)).dropna()

@@ -18,7 +18,7 @@ from fortify.folding import Padded, Twin
 from fortify.models import build_model
 from fortify.profiles import declared_parameters
 from fortify.splits import near_duplicate_groups
-from fortify.training import Recipe
+from fortify.training import Recipe, _at_epoch
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = "16/255, a quarter clean, longest, faster"  # of benchmarks/ablation.py
@@ -249,6 +249,28 @@ def test_a_larger_training_budget_reads_more_slices_of_unseen_groups_as_the_read
     assert slowly.pgd_4["grouped"] < reads.pgd_4["grouped", "8/255, a quarter clean"]
     plain = table[table.split.eq("grouped") & table.variant.eq("no attack, augmented alike")]
     assert own.clean.iloc[-1] > plain.clean.sum()
+
+
+def test_on_unseen_groups_an_early_epoch_is_kept_as_the_readme_says():
+    """And the budget that it had reached, as notebook 5 says, is the one that training attacked it with."""
+    kept = pd.read_csv(ROOT / "paper/tables/laptop/kept_epochs.csv")
+    assert len(kept) == 20 and kept.train_eps_255[kept.model.eq("normal")].eq(0).all()
+    own = kept[kept.model.eq("adversarial")]
+    share = own.epoch / own.epochs
+    assert share[own.split.eq("grouped")].max() < 0.5 < share[own.split.eq("random")].min()
+    parameters = importlib.import_module("ablation").parameters_of("laptop")["04_adversarial_training"]
+    names = ("epochs", "eps_warmup")
+    recipe = Recipe(**{name: parameters[name] for name in names})
+    for row in own.itertuples():
+        (attack,) = _at_epoch({PGD(parameters["train_eps_255"]): 1.0}, row.epoch, recipe)
+        assert row.train_eps_255 == pytest.approx(attack.eps_255)
+
+
+def test_the_papers_network_takes_to_the_recipe_as_the_readme_says():
+    table = pd.read_csv(ROOT / "benchmarks/ablation_laptop.csv")
+    own = table[table.arch.eq("resnet50")]
+    assert set(own.split) == {"random"} and set(own.side) == {112}
+    assert (own.clean > 0.9 * own.n).all() and (own.pgd_4 > 0.9 * own.n).all()
 
 
 def test_the_rare_class_pays_as_the_readme_says():

@@ -405,3 +405,10 @@ def test_a_new_attack_is_pooled_at_its_budget(monkeypatch):
 def test_no_budget_is_below_nothing(budget):
     with pytest.raises(ValueError, match="eps_255 and cw_l2 must be at least 0"):
         summary(make_rows(), **budget)
+
+
+def test_combined_pools_the_attacks_that_are_named():
+    rows = evaluation.at_budget(make_rows(), eps_255=1, cw_l2=1)
+    table = evaluation.accuracy_table(rows, class_names=NAMES, pooled=("pgd", "fgsm")).set_index("attack")
+    assert (table.k["combined"], table.n["combined"]) == (table.k["pgd"] + table.k["fgsm"], 8)
+    assert table.k["cw"] == 3, "counted by itself"

@@ -144,7 +144,8 @@ def test_figures_leave_neither_pyplot_nor_settings_behind():
 
 def test_the_system_diagram_names_every_stage():
     words = said(figures.fig1_system())
-    for stage in ("Normal training", "Adversarial training", "Craft FGSM, PGD, CW", "PGD on its margin",
+    for stage in ("Normal training", "Adversarial training", "Craft FGSM, PGD, CW", "on the current\nmodel",
+                  "PGD on its margin",
                   "adaptive", "static", "clean, FGSM, PGD, CW, combined", "k/n"):  # fmt: skip
         assert stage in words
 

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -36,6 +37,21 @@ def test_the_results_are_the_published_tables(split):
     profile = re.search(r"From the `(\w+)` profile", generated).group(1)
     tables = ROOT / "paper" / "tables" / ("" if profile == "paper" else profile)
     assert (tables / f"table1_{split}.md").read_text(encoding="utf-8") in generated
+
+
+def test_the_failed_checks_of_the_audit_stand_under_the_results():
+    generated = README.split("<!-- generated: results -->")[1].split("<!-- /generated: results -->")[0]
+    profile = re.search(r"From the `(\w+)` profile", generated).group(1)
+    tables = ROOT / "paper" / "tables" / ("" if profile == "paper" else profile)
+    checks = [
+        pd.read_csv(path).assign(split=split)
+        for split in ("random", "grouped")
+        for path in tables.glob(f"audit_{split}-s*.csv")
+    ]
+    failed = pd.concat(checks).query("verdict == 'fail'")
+    (line,) = (line for line in generated.splitlines() if line.startswith("Checks of the audit"))
+    said = set(re.findall(r"\*([^*]+)\* \((\w+) split, seed \d+, (\w+) model\)", line))
+    assert said == set(zip(failed.check, failed.split, failed.model, strict=True))
 
 
 def test_the_claims_are_the_published_ledger():

@@ -87,6 +87,14 @@ def test_static_images_of_another_set_are_refused(model, images, labels, part):
         score_static(model, images[part], labels[part], crafted, index=part, eps_255=4, **IDS)
 
 
+def test_an_attack_without_budget_or_without_static_images_is_named(model, images, labels, part):
+    with pytest.raises(ValueError, match="eps_255=0 is no attack"):
+        evaluate(model, images[part], labels[part], [FGSM(0)], index=part, **IDS)
+    crafted = {"pgd": images[part].numpy()}
+    with pytest.raises(ValueError, match="no static fgsm images: notebook 03 must keep them"):
+        score_static(model, images[part], labels[part], crafted, index=part, eps_255=0, **IDS)
+
+
 def test_static_images_of_another_budget_are_refused(model, images, labels, part):
     x, y = images[part].clamp(0.1, 0.9), labels[part]
     crafted = {name: (x + 4 / 255).numpy() for name in ("fgsm", "pgd", "cw")}

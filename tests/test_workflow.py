@@ -119,6 +119,10 @@ def test_the_published_training_is_run_on_its_seeds_alone(changes, seeds):
     assert jobs(shown)["published_protocol"] == 2 * len(seeds) and jobs(shown)["baseline"] == 4
     assert set(re.findall(r"-s(\d+)/06_published_protocol.ipynb", shown)) == set(seeds)
     assert re.search(r"published_seeds: \[(.*?)\]", shown)[1].split(", ") == seeds
+    looked_at = re.search(r"notebooks/07_leakage.ipynb .*?\bseed: (\d+)", shown)[1]
+    assert looked_at == re.search(r"seeds=\[(\d)", changes[0])[1], (
+        "the first seed's models, which the rule waits for"
+    )
 
 
 @pytest.mark.parametrize(

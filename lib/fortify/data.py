@@ -234,7 +234,9 @@ def _list_files(folder, classes, counts, remedy):
         there = [p for p in (folder / name).iterdir() if not p.name.startswith(".")]  # macOS leaves '._x.jpg'
         found = [p for p in there if p.suffix.lower() in _EXTENSIONS and p.is_file()]
         if len(found) < len(there):
-            others = sorted({p.suffix.lower() or f"{p.name}/" for p in there} - _EXTENSIONS)
+            others = sorted(
+                {p.suffix.lower() if p.is_file() else f"{p.name}/" for p in set(there) - set(found)}
+            )
             warnings.warn(
                 f"{folder / name}: {len(there) - len(found)} files or folders beside the images are not "
                 f"read: {_few(others)}",

@@ -206,10 +206,11 @@ def update_readme(root, profile):
 def _audited(tables):
     """What notebook 8 says against Table 1: the checks that failed. Markdown."""
     failed = []
-    named = {path: re.fullmatch(r"audit_([a-z]+)-s(\d+)", path.stem) for path in sorted(tables.glob("*.csv"))}
-    for path, (split, seed) in {path: name.groups() for path, name in named.items() if name}.items():
-        for row in pd.read_csv(path).query("verdict == 'fail'").itertuples():
-            failed.append(f"*{row.check}* ({split} split, seed {seed}, {row.model} model)")
+    for split in ("random", "grouped"):
+        for path in sorted(tables.glob(f"audit_{split}-s*.csv")):
+            where = f"{split} split, seed {path.stem.partition('-s')[2]}"
+            for row in pd.read_csv(path).query("verdict == 'fail'").itertuples():
+                failed.append(f"*{row.check}* ({where}, {row.model} model)")
     said = ", ".join(failed) if failed else "none"
     return (
         f"Checks of the audit (notebook 08) that fail: {said}. Where a check of the attacks fails, the "
