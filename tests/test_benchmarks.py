@@ -280,6 +280,27 @@ def test_the_rare_class_pays_as_the_readme_says():
     assert stands["grouped", "4/255, all clean, class weights"] < stands["grouped", "4/255, a quarter clean"]
 
 
+def test_each_fold_takes_the_variant_that_its_own_validation_slices_choose(ablation):
+    rows = [  # variant, split, seed, val_pgd, val_clean, clean
+        ("a", "grouped", 0, 0.5, 0.6, 1),
+        ("a", "grouped", 1, 0.5, 0.6, 2),
+        ("b", "grouped", 0, 0.4, 0.9, 4),
+        ("b", "grouped", 1, 0.5, 0.7, 8),  # as good under attack, better clean
+        ("c", "grouped", 0, 0.9, 0.9, 16),  # not of every fold
+        ("b", "random", 0, 0.9, 0.9, 32),
+    ]
+    table = pd.DataFrame(rows, columns=["variant", "split", "seed", "val_pgd", "val_clean", "clean"])
+    table["arch"] = "resnet_small"
+    other = table.tail(2).head(1).assign(variant="a", arch="resnet50", seed=1)
+    chosen = ablation.chosen_fold_by_fold(pd.concat([table, other]))
+    assert chosen.clean.tolist() == [1, 8]
+    every = table.drop(index=4).assign(n=10, **{f"pgd_{eps}": 5 for eps in ablation.BUDGETS_255})
+    assert "(2 different ones)" in ablation._fold_by_fold(
+        every
+    ) and "45.0 % (9/20)" in ablation._fold_by_fold(every)
+    assert ablation._fold_by_fold(every[every.variant.eq("a")]) == ""
+
+
 def test_the_readme_shows_the_ablation(ablation):
     table = pd.read_csv(ROOT / "benchmarks/ablation_laptop.csv")
     shown = README.split("<!-- generated: ablation -->\n")[1].split("<!-- /generated: ablation -->")[0]
