@@ -66,6 +66,24 @@ def test_the_parameters_cell_shows_what_the_profile_changed():
     )
 
 
+def test_a_styled_tables_id_is_not_drawn_anew():
+    """The ids differ by run, else a table that is the same would be a change of the whole notebook."""
+
+    def shown(tables):
+        made = executed()
+        html = [new_output("display_data", {"text/html": table.style.to_html()}) for table in tables]
+        made.cells[3].outputs = html
+        outputs = with_outputs(source(), made, profile="laptop").cells[2].outputs
+        return [output.data["text/html"] for output in outputs]
+
+    table = pd.DataFrame({"a": [1]})
+    first = shown([table, table])
+    assert first == shown([table, table])
+    ids = [re.findall(r'id="(T_\d+)', html) for html in first]
+    assert ids[0] and set(ids[0]) == {"T_1"} and set(ids[1]) == {"T_2"}
+    assert all(f"T_{i}_row0_col0" in html for i, html in enumerate(first, 1))
+
+
 def test_a_changed_cell_is_not_published():
     changed = source()
     changed.cells[2].source = "x + 1"

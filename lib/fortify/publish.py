@@ -55,10 +55,11 @@ def with_outputs(source, executed, *, profile):
     """A copy of the notebook ``source`` with the outputs of ``executed``, papermill's additions left out.
 
     The parameters cell keeps the source's values and shows, as its output, those that the profile changed.
+    The ids that pandas draws for styled tables are numbered instead: the same result is the same file.
     Raises PublishError when a code cell's source differs, or when a cell failed.
     """
     made = {cell.id: cell for cell in executed.cells}
-    published, count = nbformat.from_dict(source), 0
+    published, count, tables = nbformat.from_dict(source), 0, 0
     for cell in published.cells:
         ran = made.get(cell.id)
         if ran is None or ran.source != cell.source:
@@ -76,6 +77,10 @@ def with_outputs(source, executed, *, profile):
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = count
+            html = output.get("data", {}).get("text/html", "")
+            for drawn in dict.fromkeys(re.findall(r'<table id="T_([0-9a-f]{5})"', html)):
+                tables += 1
+                output.data["text/html"] = html = html.replace(f"T_{drawn}", f"T_{tables}")
     published.metadata["fortify"] = {"profile": profile, "source_sha256": source_sha256(published)}
     return published
 
