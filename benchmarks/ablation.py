@@ -141,11 +141,11 @@ def trained(parameters, train, val, seed, device):
     return model, fit(model, train, val, recipe, attacks=attacks, val_attack=judge, seed=seed)
 
 
-def measure(parameters, slices, split, seed):
+def measure(parameters, slices, split, seed, device):
     """Train and attack once: one row."""
     train, val, test = sides(slices, split, seed)
     start = time.perf_counter()
-    model, history = trained(parameters, train, val, seed, pick_device())
+    model, history = trained(parameters, train, val, seed, device)
     row, judge = {"training_s": time.perf_counter() - start}, recipe_of(parameters)[2]
     x, y = to_tensor(val.images), val.labels
     row["val_clean"] = history[history.selected].val_accuracy.item()
@@ -252,20 +252,16 @@ def main():
     arguments = options.parse_args()
     root = find_root()
     parameters, slices = profiled(arguments.profile)
-    side = slices.images.shape[1]
+    side, device = slices.images.shape[1], pick_device()
     path = root / "benchmarks" / f"ablation_{arguments.profile}.csv"
     for variant in arguments.variants:
         for split in arguments.splits:
             for seed in arguments.seeds:
                 own = changed(parameters, variant)
                 row = {"variant": variant, "split": split, "seed": seed, "arch": own["arch"], "side": side}
-                row |= {
-                    "recipe": digest(own),
-                    "epochs": own["epochs"],
-                    "device": describe_device(pick_device()),
-                }
+                row |= {"recipe": digest(own), "epochs": own["epochs"], "device": describe_device(device)}
                 row["val_attack"] = f"PGD-{own['train_pgd_steps']} at {own['eps_255']:g}/255"
-                row |= measure(own, slices, split, seed)
+                row |= measure(own, slices, split, seed, device)
                 print(row, flush=True)
                 write_csv(path, merged(path, [row]))
     table = pd.read_csv(path)

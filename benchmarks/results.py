@@ -8,14 +8,20 @@ import pandas as pd
 from fortify.publish import replace_section
 from fortify.runs import write_csv
 
-SECTIONS = {"speed": "speed", "scaling": "cost", "spread": "spread"}  # benchmark: README's section
+SECTIONS = {
+    "speed": "speed",
+    "scaling": "cost",
+    "spread": "spread",
+    "grouping": "grouping",
+}  # benchmark: README's section
 
 
-def parser(doc, devices, *, rounds):
-    """The options that every benchmark has."""
+def parser(doc, devices, *, rounds=None):
+    """The options that every benchmark has; ``rounds`` for those that repeat what they do."""
     options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--device", choices=devices, default="cpu")
-    options.add_argument("--rounds", type=int, default=rounds)
+    if rounds is not None:
+        options.add_argument("--rounds", type=int, default=rounds)
     return options
 
 

@@ -316,12 +316,12 @@ def test_no_row_is_of_another_recipe_than_its_variants_today(ablation):
         today = {name: ablation.digest(ablation.changed(parameters, name)) for name in ablation.VARIANTS}
         assert table.recipe.tolist() == [today[name] for name in table.variant], file.name
         assert ablation.digest(parameters) in today.values()
-    spread = importlib.import_module("spread")
-    for device, profile in spread.SHAPES.items():
-        file = ROOT / f"benchmarks/spread_{device}.csv"
-        if file.exists():
-            parameters = ablation.parameters_of(profile)["04_adversarial_training"]
-            assert set(pd.read_csv(file).recipe) == {ablation.digest(parameters)}, file.name
+    for name in ("spread", "grouping"):
+        for device, profile in importlib.import_module(name).SHAPES.items():
+            file = ROOT / f"benchmarks/{name}_{device}.csv"
+            if file.exists():
+                parameters = ablation.parameters_of(profile)["04_adversarial_training"]
+                assert set(pd.read_csv(file).recipe) == {ablation.digest(parameters)}, file.name
 
 
 def test_a_recipe_has_its_digest(ablation, declared):
@@ -332,6 +332,41 @@ def test_a_recipe_has_its_digest(ablation, declared):
         assert ablation.digest(declared | {name: other}) != first, name
     assert ablation.digest(declared | {"arch": "resnet18"}) != first
     assert ablation.digest(declared | {"cw_l2": 9.0}) == first  # of the test alone
+
+
+@pytest.fixture
+def grouping():
+    return importlib.import_module("grouping")
+
+
+def test_folds_of_a_grouping_are_trained_once_and_shown(grouping, declared, phantoms, monkeypatch, tmp_path):
+    small = declared | {"arch": "resnet_small", "epochs": 1, "batch_size": 16, "train_pgd_steps": 1}
+    slices = replace(phantoms, groups=near_duplicate_groups(phantoms))
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "README.md").write_text("<!-- generated: grouping --><!-- /generated: grouping -->")
+    monkeypatch.setattr(grouping, "find_root", lambda: tmp_path)
+    monkeypatch.setattr(grouping, "profiled", lambda name: (small, slices))
+    monkeypatch.setattr(grouping, "GROUPINGS", ((0.93, 0.80), (1.1, 1.1)))
+    monkeypatch.setattr(grouping, "FOLDS", 1)
+    monkeypatch.setattr("sys.argv", ["grouping.py"])
+    grouping.main()
+    path = tmp_path / "benchmarks/grouping_cpu.csv"
+    table = pd.read_csv(path)
+    assert table.groups.tolist() == [len(np.unique(slices.groups)), len(slices)]  # no two are identical
+    shown = (tmp_path / "README.md").read_text()
+    assert f"| 0.93 | 0.80 | {table.groups[0]} |" in shown and f"| – | – | {len(slices)} |" in shown
+    marked = table.assign(clean=[0, 1])
+    marked.iloc[:1].to_csv(path, index=False)
+    grouping.main()
+    again = pd.read_csv(path)
+    assert again.clean.tolist() == [0, table.clean[1]]  # the first row was kept, the second measured
+
+
+def test_what_is_missing_of_groupings_is_of_todays_recipe(grouping):
+    rows = [(0.9, 0.7, fold, "old" if fold == 2 else "new") for fold in range(5)]
+    table = pd.DataFrame(rows, columns=["threshold", "neighbour_threshold", "fold", "recipe"])
+    left = grouping.missing(table, "new")
+    assert left[0] == (0.9, 0.7, 2) and len(left) == 5 * (len(grouping.GROUPINGS) - 1) + 1
 
 
 def test_variants_change_parameters_that_notebook_4_has(ablation, declared):
@@ -357,7 +392,7 @@ def test_a_variant_is_trained_attacked_and_summed_up(ablation, declared, phantom
     for variant in variants:
         row = {"variant": variant, "split": "grouped", "seed": 0, "arch": "resnet_small", "side": 32}
         row |= {"recipe": variant[0], "epochs": 1, "device": "cpu", "val_attack": "PGD-2 at 4/255"}
-        rows.append(row | ablation.measure(ablation.changed(small, variant), slices, "grouped", 0))
+        rows.append(row | ablation.measure(ablation.changed(small, variant), slices, "grouped", 0, "cpu"))
     table = ablation.merged(tmp_path / "a.csv", rows)
     assert (table.clean <= table.n).all() and (table.pgd_8 <= table.clean).all()
     table.to_csv(tmp_path / "a.csv", index=False)

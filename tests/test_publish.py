@@ -274,6 +274,17 @@ def test_the_published_table_1_is_what_the_published_rows_say():
     assert compared == 20
 
 
+def test_the_published_audits_bear_out_notebook_8s_answer():
+    """No check fails of adversarial training, and of the normal model those alone that find more to break."""
+    published = sorted((ROOT / "paper/tables" / BELOW).glob("audit_[rg]*.csv"))
+    assert len(published) >= 2
+    failed = pd.concat([pd.read_csv(path) for path in published]).query("verdict == 'fail'")
+    assert set(failed.model) <= {"normal"} and set(failed.id) <= {"T7", "T9"}
+    for path in published:
+        zoo = pd.read_csv(path.with_name(path.name.replace("audit_", "audit_zoo_")))
+        assert zoo.caught.all(), path.name
+
+
 def test_a_number_that_is_missing_is_an_error(papers, capsys):
     table = papers / "paper/tables" / BELOW / "table1_random.csv"
     lines = table.read_text().splitlines(keepends=True)
