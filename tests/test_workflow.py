@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 
 import nbformat
 import pandas as pd
@@ -135,3 +136,21 @@ def test_the_published_training_is_run_on_its_seeds_alone(changes, seeds):
 def test_what_does_not_fit_is_one_clear_error(config, message):
     refused = snakemake("--dry-run", config=config)
     assert refused.returncode != 0 and message in refused.stdout + refused.stderr
+
+
+def test_make_tables_takes_the_seeds_that_are_there(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for run in ("random-s3", "random-s11", "grouped-s11"):
+        (tmp_path / "build/mine" / run).mkdir(parents=True)
+        (tmp_path / "build/mine" / run / "adversarial_predictions.csv").touch()
+    (tmp_path / "build/mine/random-s4").mkdir()  # unfinished
+
+    def make(*arguments):
+        own = ("make", "--no-print-directory", "-o", ".venv/.installed", "tables", *arguments)
+        return subprocess.run(own, cwd=tmp_path, capture_output=True, text=True)
+
+    shown = make("--dry-run", "PROFILE=mine").stdout
+    assert re.findall(r"--config profile=mine '(.*?)'", shown) == ["seeds=[3,11]"] * 2
+    assert "seeds=[3]" in make("--dry-run", "PROFILE=mine", "SEEDS=3").stdout
+    refused = make("PROFILE=none")
+    assert refused.returncode != 0 and "build/none holds no finished seed" in refused.stderr
