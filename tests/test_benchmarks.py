@@ -354,12 +354,31 @@ def test_folds_of_a_grouping_are_trained_once_and_shown(grouping, declared, phan
     table = pd.read_csv(path)
     assert table.groups.tolist() == [len(np.unique(slices.groups)), len(slices)]  # no two are identical
     shown = (tmp_path / "README.md").read_text()
-    assert f"| 0.93 | 0.80 | {table.groups[0]} |" in shown and f"| – | – | {len(slices)} |" in shown
+    assert f"| 0.93 | 0.80 | {table.groups[0]} (ours) |" in shown and f"| – | – | {len(slices)} |" in shown
     marked = table.assign(clean=[0, 1])
     marked.iloc[:1].to_csv(path, index=False)
     grouping.main()
     again = pd.read_csv(path)
     assert again.clean.tolist() == [0, table.clean[1]]  # the first row was kept, the second measured
+
+
+def test_the_levels_of_the_groupings_are_as_the_readme_says(grouping):
+    """And the paper: from the exact copies to about as many groups as cases it falls, in no order there."""
+    own = declared_parameters(ROOT / "notebooks/01_data.ipynb")
+    assert grouping.OURS == (own["group_threshold"], own["neighbour_threshold"])
+    table = pd.read_csv(ROOT / "benchmarks/grouping_cpu.csv")
+    assert grouping.missing(table, table.recipe[0]) == []
+    reads = table.groupby(["threshold", "neighbour_threshold", "groups"])[["clean", "pgd_4", "n"]].sum()
+    assert (reads.n == 1097).all()
+    reads = reads.reset_index("groups")
+    near = reads[reads.groups.between(110 / 2, 110 * 1.5)]
+    assert len(near) == 3 and (near.clean / near.n).round(2).agg(["min", "max"]).tolist() == [0.59, 0.69]
+    assert (near[["clean", "pgd_4"]].idxmax() == grouping.OURS).all()
+    assert not near.sort_values("groups").clean.is_monotonic_increasing
+    apart = reads.sort_values("groups").iloc[-1]
+    assert apart.groups > 1000 and round(apart.clean / apart.n, 2) == 0.97
+    shown = README.split("<!-- generated: grouping -->\n")[1].split("<!-- /generated: grouping -->")[0]
+    assert shown == importlib.import_module("results").section(ROOT, "grouping")
 
 
 def test_what_is_missing_of_groupings_is_of_todays_recipe(grouping):

@@ -263,6 +263,8 @@ def pdf(profile, target=None):
     inputs = {"profile": profile, "parameters": json.dumps(parameters), "devices": json.dumps(measured)}
     # The recipe's parts may have been measured on the small profile alone; the caption says so.
     inputs["ablation"] = profile if (root / f"benchmarks/ablation_{profile}.csv").exists() else "laptop"
+    reference = profile == "paper" and (root / "benchmarks/grouping_cuda.csv").exists()
+    inputs["grouping"] = "cuda" if reference else "cpu"  # of the same profile where it has been measured
     options = {"root": root, "sys_inputs": inputs, "ignore_system_fonts": True, "timestamp": 0}
     try:
         made = typst.compile(root / "paper" / "paper.typ", format="pdf", **options)
