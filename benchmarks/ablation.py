@@ -237,7 +237,8 @@ def _fold_by_fold(table):
     return (
         "\nHad each fold of the grouped split taken the variant that its own attacked validation slices "
         f"choose ({rows.variant.nunique()} different ones), whatever the other folds prefer, it would read "
-        f"{of('clean')} of the test slices rightly clean and, under PGD, {attacked}.\n"
+        f"{of('clean')} of the test slices rightly clean and, under PGD, {attacked}. What variants there are "
+        "was decided with all folds in view.\n"
     )
 
 

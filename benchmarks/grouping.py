@@ -1,4 +1,4 @@
-r"""What would the grouped split give if near-duplicates were told more strictly, or less?
+"""What would the grouped split give if near-duplicates were told more strictly, or less?
 
     python benchmarks/grouping.py                   CPU: the laptop profile's adversarial training
     python benchmarks/grouping.py --device cuda     GPU: the reference run's

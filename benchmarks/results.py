@@ -8,12 +8,8 @@ import pandas as pd
 from fortify.publish import replace_section
 from fortify.runs import write_csv
 
-SECTIONS = {
-    "speed": "speed",
-    "scaling": "cost",
-    "spread": "spread",
-    "grouping": "grouping",
-}  # benchmark: README's section
+# Benchmark: README's section.
+SECTIONS = {"speed": "speed", "scaling": "cost", "spread": "spread", "grouping": "grouping"}
 
 
 def parser(doc, devices, *, rounds=None):

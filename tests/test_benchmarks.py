@@ -375,6 +375,7 @@ def test_the_levels_of_the_groupings_are_as_the_readme_says(grouping):
     assert len(near) == 3 and (near.clean / near.n).round(2).agg(["min", "max"]).tolist() == [0.59, 0.69]
     assert (near[["clean", "pgd_4"]].idxmax() == grouping.OURS).all()
     assert not near.sort_values("groups").clean.is_monotonic_increasing
+    assert table.groupby("groups").largest.max()[63] == 214
     apart = reads.sort_values("groups").iloc[-1]
     assert apart.groups > 1000 and round(apart.clean / apart.n, 2) == 0.97
     shown = README.split("<!-- generated: grouping -->\n")[1].split("<!-- /generated: grouping -->")[0]
