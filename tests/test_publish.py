@@ -79,9 +79,15 @@ def test_a_styled_tables_id_is_not_drawn_anew():
     table = pd.DataFrame({"a": [1]})
     first = shown([table, table])
     assert first == shown([table, table])
-    ids = [re.findall(r'id="(T_\d+)', html) for html in first]
-    assert ids[0] and set(ids[0]) == {"T_1"} and set(ids[1]) == {"T_2"}
-    assert all(f"T_{i}_row0_col0" in html for i, html in enumerate(first, 1))
+    for html, name in zip(first, ("T_c-1", "T_c-2"), strict=True):  # of the cell c
+        assert f'<table id="{name}">' in html and f'id="{name}_row0_col0"' in html
+
+
+def test_no_two_tables_of_the_committed_notebooks_share_an_id():
+    found = []
+    for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
+        found += re.findall(r'<table id=\\"(T_.*?)\\"', path.read_text(encoding="utf-8"))
+    assert len(found) > 10 and len(set(found)) == len(found)
 
 
 def test_a_changed_cell_is_not_published():

@@ -55,11 +55,11 @@ def with_outputs(source, executed, *, profile):
     """A copy of the notebook ``source`` with the outputs of ``executed``, papermill's additions left out.
 
     The parameters cell keeps the source's values and shows, as its output, those that the profile changed.
-    The ids that pandas draws for styled tables are numbered instead: the same result is the same file.
+    Styled tables, whose ids pandas draws, are named by their cells: the same result is the same file.
     Raises PublishError when a code cell's source differs, or when a cell failed.
     """
     made = {cell.id: cell for cell in executed.cells}
-    published, count, tables = nbformat.from_dict(source), 0, 0
+    published, count = nbformat.from_dict(source), 0
     for cell in published.cells:
         ran = made.get(cell.id)
         if ran is None or ran.source != cell.source:
@@ -70,7 +70,7 @@ def with_outputs(source, executed, *, profile):
             continue
         if any(output.output_type == "error" for output in ran.outputs):
             raise PublishError(f"cell {cell.id} failed when it was executed")
-        count += 1
+        count, tables = count + 1, 0
         cell.execution_count, cell.outputs = count, ran.outputs
         if "parameters" in cell.metadata.get("tags", []):
             cell.outputs = [_changed_parameters(cell, executed, profile)]
@@ -78,9 +78,10 @@ def with_outputs(source, executed, *, profile):
             if output.output_type == "execute_result":
                 output.execution_count = count
             html = output.get("data", {}).get("text/html", "")
-            for drawn in dict.fromkeys(re.findall(r'<table id="T_([0-9a-f]{5})"', html)):
+            for drawn in re.findall(r'<table id="T_([0-9a-f]{5})"', html):
                 tables += 1
-                output.data["text/html"] = html = html.replace(f"T_{drawn}", f"T_{tables}")
+                # With the cell's id: JupyterLab holds all open notebooks, and their styles, in one page.
+                output.data["text/html"] = html = html.replace(f"T_{drawn}", f"T_{cell.id}-{tables}")
     published.metadata["fortify"] = {"profile": profile, "source_sha256": source_sha256(published)}
     return published
 
