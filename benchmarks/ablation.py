@@ -7,7 +7,8 @@
 Trains on the real slices as notebook 4 does, with the profile's parameters but for those of the variant, and
 attacks the test set with PGD. Variants are compared by their validation accuracy under attack, which is what
 a recipe may be chosen by; the test columns say what that choice was worth. Writes
-benchmarks/ablation_<profile>.csv, one row a variant, split and seed, as each is done, and README's section.
+benchmarks/ablation_<profile>.csv, one row a variant, split and seed, as each is done, then README's section
+and benchmarks/chosen_<profile>.csv, the rows that each fold would have chosen by itself.
 A variant's earlier rows of the same splits and seeds are replaced, all others kept; ``recipe`` is a digest of
 what a row was trained with, so that a row of another recipe than today's is found out.
 """
@@ -19,6 +20,7 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import torch
 
 from fortify.attacks import FGSM, PGD, craft
 from fortify.augmentation import Augmentation
@@ -123,6 +125,13 @@ def profiled(name):
     return profile["04_adversarial_training"], replace(slices, groups=near_duplicate_groups(slices))
 
 
+def described(profile, parameters, slices, device):
+    """What a row says of the run that it is of, for benchmarks of a profile's own recipe."""
+    about = {"profile": profile, "arch": parameters["arch"], "recipe": digest(parameters)}
+    about |= {"epochs": parameters["epochs"], "side": slices.images.shape[1]}
+    return about | {"device": describe_device(torch.device(device)), "torch": torch.__version__}
+
+
 def sides(slices, split, seed):
     """The training, validation and test slices of a split."""
     parts = (
@@ -159,9 +168,9 @@ def measure(parameters, slices, split, seed, device):
     return row
 
 
-def merged(path, rows):
-    """The file's rows and ``rows``, which replace those of the same variant, split and seed."""
-    table, keys = pd.DataFrame(rows), ["variant", "split", "seed"]
+def merged(path, rows, keys=("variant", "split", "seed")):
+    """The file's rows and ``rows``, which replace those of the same ``keys``; sorted by these."""
+    table, keys = pd.DataFrame(rows), list(keys)
     if path.exists():
         table = pd.concat([pd.read_csv(path), table])
     order = {name: i for i, name in enumerate(VARIANTS)}
@@ -190,12 +199,16 @@ def summary(table):
 def chosen_fold_by_fold(table):
     """The grouped split's row of each seed that its own validation slices choose, attacked; clean at a tie.
 
-    Of the first row's architecture and the variants that all its seeds have. A seed's validation slices and
-    test slices share no group, so that these rows' test figures owe nothing to the choice among variants.
+    Of the first row's architecture and the variants that all its seeds have; none where there is no choice
+    or but one seed. A seed's validation slices and test slices share no group, so that these rows' test
+    figures owe nothing to the choice among variants.
     """
     own = table[table.split.eq("grouped") & table.arch.eq(table.arch.iloc[0])]
     everywhere = own.groupby("variant").seed.transform("nunique") == own.seed.nunique()
-    return own[everywhere].sort_values(["val_pgd", "val_clean"]).groupby("seed").tail(1).sort_values("seed")
+    own = own[everywhere]
+    if own.seed.nunique() < 2 or own.variant.nunique() < 2:
+        return own.head(0)
+    return own.sort_values(["val_pgd", "val_clean"]).groupby("seed").tail(1).sort_values("seed")
 
 
 def section(table, profile, shipped):
@@ -224,9 +237,9 @@ def section(table, profile, shipped):
 
 
 def _fold_by_fold(table):
-    """README's paragraph on :func:`chosen_fold_by_fold`; none where there is but one split or variant."""
+    """README's paragraph on :func:`chosen_fold_by_fold`; none where that has no rows."""
     rows = chosen_fold_by_fold(table)
-    if len(rows) < 2 or table.variant.nunique() < 2:
+    if rows.empty:
         return ""
 
     def of(column):
@@ -266,6 +279,7 @@ def main():
                 print(row, flush=True)
                 write_csv(path, merged(path, [row]))
     table = pd.read_csv(path)
+    write_csv(path.with_name(f"chosen_{arguments.profile}.csv"), chosen_fold_by_fold(table))
     replace_section(root / "README.md", "ablation", section(table, arguments.profile, digest(parameters)))
     print(summary(table).to_string(index=False))
     print(path.relative_to(root))

@@ -14,14 +14,15 @@ import numpy as np
 import pandas as pd
 import results
 import torch
-from ablation import BUDGETS_255, STEPS, digest, measure, profiled
+from ablation import BUDGETS_255, STEPS, described, measure, merged, profiled
 
-from fortify.runs import describe_device, find_root, write_csv
+from fortify.runs import find_root, write_csv
 from fortify.splits import FOLDS, near_duplicate_groups
 
 SHAPES = {"cpu": "laptop", "cuda": "paper"}  # device: profile
 # (threshold, neighbour_threshold), the strictest first; above 1 no correlation links, only identical pixels.
 OURS = (0.93, 0.80)  # notebook 1's
+KEYS = ("threshold", "neighbour_threshold", "fold")
 GROUPINGS = ((0.90, 0.70), OURS, (0.93, 1.0), (0.99, 1.0), (1.1, 1.1))
 
 
@@ -42,27 +43,24 @@ def row(parameters, slices, device, threshold, neighbour_threshold, fold):
 
 def section(table, device):
     """README's text on one device, a list of paragraphs."""
-    lines = ["| linked above | consecutive numbers above | groups | clean | " + attacked_names() + " |"]
-    lines.append("| ---: | ---: | ---: | ---: |" + " ---: |" * len(BUDGETS_255))
+    names = ["linked above", "consecutive numbers above", "groups", "largest", "clean"]
+    names += [f"PGD {eps}/255" for eps in BUDGETS_255]
+    lines = ["| " + " | ".join(names) + " |", "|" + " ---: |" * len(names)]
     for pair in GROUPINGS:
         own = table[table.threshold.eq(pair[0]) & table.neighbour_threshold.eq(pair[1])]
         links = [f"{r:.2f}" if r < 1 else "–" for r in pair]
         shown = [_share(own, column) for column in ("clean", *(f"pgd_{eps}" for eps in BUDGETS_255))]
         groups = f"{own.groups.iloc[0]} (ours)" if pair == OURS else str(own.groups.iloc[0])
-        lines.append("| " + " | ".join([*links, groups, *shown]) + " |")
+        lines.append("| " + " | ".join([*links, groups, str(own.largest.iloc[0]), *shown]) + " |")
     first = table.iloc[0]
     text = (
         f"{first.device}: adversarial training of the `{SHAPES[device]}` profile ({first.arch}, {first.side} "
-        f"px), {FOLDS} folds of each grouping: accuracy on the {table.n.sum() // len(GROUPINGS)} slices in "
-        f"per cent, in brackets that of the folds. PGD: {STEPS} steps. Linked: the correlation of two "
+        f"px), {FOLDS} folds of each grouping: accuracy on the {own.n.sum()} slices in per "
+        f"cent, in brackets that of the folds. PGD: {STEPS} steps. Linked: the correlation of two "
         "thumbnails above which two slices are of one group, and above which those of one class with "
         "consecutive file numbers are. –: they are not linked by it; identical slices always are.\n"
     )
     return ["\n".join(lines) + "\n", text]
-
-
-def attacked_names():
-    return " | ".join(f"PGD {eps}/255" for eps in BUDGETS_255)
 
 
 def _share(own, column):
@@ -74,20 +72,15 @@ def _share(own, column):
 def main():
     arguments = results.parser(__doc__, SHAPES).parse_args()
     parameters, slices = profiled(SHAPES[arguments.device])
-    device, recipe, root = torch.device(arguments.device), digest(parameters), find_root()
+    device, root = torch.device(arguments.device), find_root()
     path = results.path(root, "grouping", arguments.device)
-    about = {"profile": SHAPES[arguments.device], "arch": parameters["arch"], "recipe": recipe}
-    about |= {"epochs": parameters["epochs"], "side": slices.images.shape[1]}
-    about |= {"device": describe_device(device), "torch": torch.__version__}
-    keys = ["threshold", "neighbour_threshold", "fold"]
-    table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*keys, "recipe"])
-    table = table[table.recipe.eq(recipe)]
-    for fold in missing(table, recipe):
-        new = pd.DataFrame([row(parameters, slices, device, *fold) | about])
-        table = (pd.concat([table, new]) if len(table) else new).sort_values(keys, ignore_index=True)
-        print(new.iloc[0].to_dict(), flush=True)
-        write_csv(path, table)
-    results.publish(root, "grouping", arguments.device, table)
+    about = described(SHAPES[arguments.device], parameters, slices, device)
+    there = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*KEYS, "recipe"])
+    for fold in missing(there, about["recipe"]):
+        new = row(parameters, slices, device, *fold) | about
+        print(new, flush=True)
+        write_csv(path, merged(path, [new], KEYS))
+    results.publish(root, "grouping", arguments.device, pd.read_csv(path))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ import contextlib
 import pandas as pd
 import results
 import torch
-from ablation import STEPS, digest, profiled, sides, trained
+from ablation import STEPS, described, profiled, sides, trained
 
 from fortify.attacks import PGD, craft
 from fortify.data import to_tensor
 from fortify.models import predict
-from fortify.runs import describe_device, find_root
+from fortify.runs import find_root
 
 SHAPES = {"cpu": "laptop", "cuda": "paper"}  # device: profile
 
@@ -61,11 +61,8 @@ def measure(device, rounds, parameters, slices):
             train("one thread")
     else:
         add("attack", "on a CPU", kept.cpu())
-    about = {"profile": SHAPES[device], "arch": parameters["arch"], "recipe": digest(parameters)}
-    about |= {"epochs": parameters["epochs"]}
-    about |= {"side": slices.images.shape[1], "eps_255": parameters["eps_255"]}
-    about |= {"device": describe_device(torch.device(device)), "torch": torch.__version__}
-    return pd.DataFrame(rows).assign(**about)
+    about = described(SHAPES[device], parameters, slices, device)
+    return pd.DataFrame(rows).assign(**about, eps_255=parameters["eps_255"])
 
 
 @contextlib.contextmanager

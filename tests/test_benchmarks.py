@@ -308,6 +308,13 @@ def test_the_readme_shows_the_ablation(ablation):
     assert shown == ablation.section(table, "laptop", shipped)
 
 
+def test_the_paper_reads_what_the_folds_choose(ablation):
+    for path in (ROOT / "benchmarks").glob("ablation_*.csv"):
+        chosen = ablation.chosen_fold_by_fold(pd.read_csv(path)).reset_index(drop=True)
+        file = path.with_name(path.name.replace("ablation_", "chosen_"))
+        pd.testing.assert_frame_equal(pd.read_csv(file), chosen)
+
+
 def test_no_row_is_of_another_recipe_than_its_variants_today(ablation):
     """Rows go stale when the profile, a notebook's default or the library's changes: run them again."""
     for file in (ROOT / "benchmarks").glob("ablation_*.csv"):
@@ -378,6 +385,10 @@ def test_the_levels_of_the_groupings_are_as_the_readme_says(grouping):
     assert table.groupby("groups").largest.max()[63] == 214
     apart = reads.sort_values("groups").iloc[-1]
     assert apart.groups > 1000 and round(apart.clean / apart.n, 2) == 0.97
+    assert near.clean.max() < 0.75 * apart.clean and 5 < 100 * np.ptp(near.clean) / 1097 < 15
+    accuracy = pd.read_csv(ROOT / "paper/tables/laptop/accuracy.csv").set_index(["split", "model", "attack"])
+    random = accuracy.loc[("random", "adversarial", "clean"), "accuracy"]
+    assert (abs(apart.clean / apart.n - random) < 0.01).all()
     shown = README.split("<!-- generated: grouping -->\n")[1].split("<!-- /generated: grouping -->")[0]
     assert shown == importlib.import_module("results").section(ROOT, "grouping")
 
