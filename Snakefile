@@ -101,7 +101,7 @@ wildcard_constraints:
 rule data:
     input:
         "notebooks/01_data.ipynb",
-        lib("data", "images", "phantom", "splits"),
+        lib("data", "images", "phantom", "splits", "regions"),
     output:
         f"{BUILD}/data/slices.npz",
         f"{BUILD}/data/01_data.json",
@@ -293,6 +293,12 @@ rule robustness_audit:
     threads: workflow.cores
     shell:
         papermill("08_robustness_audit")
+
+
+rule audited:
+    input:
+        rules.results.output,
+        expand(f"{BUILD}/tables/audit_{{run}}.csv", run=FIRST_RUNS),
 
 
 rule claims:

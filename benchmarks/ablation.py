@@ -28,6 +28,7 @@ from fortify.data import load_iq_oth_nccd, to_tensor
 from fortify.models import build_model, predict
 from fortify.profiles import load_profile
 from fortify.publish import replace_section
+from fortify.regions import crop_to_lungs
 from fortify.runs import describe_device, find_root, pick_device, write_csv
 from fortify.splits import grouped_split, near_duplicate_groups, random_split
 from fortify.training import Recipe, fit
@@ -50,7 +51,7 @@ RESNET18, RESNET50 = (dict(arch=name, precision="bfloat16") for name in ("resnet
 
 def at(train_eps_255, clean_share, **more):
     """What a variant sets: all that the names tell apart, so that no default changes their sense."""
-    said = dict(train_eps_255=train_eps_255, clean_share=clean_share, class_balance=0.0)
+    said = dict(train_eps_255=train_eps_255, clean_share=clean_share, class_balance=0.0, mixup=0.0)
     return said | EARLY | SHORT | HALF | THIRDS | more
 
 
@@ -94,7 +95,7 @@ def recipe_of(p):
     own = {name: p[f"train_{name}"] for name in ranges}
     augmentation = Augmentation(flip=p["flip"], scale=p["train_zoom"], **own)
     own = ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing", "clean_share")
-    own += ("eps_warmup", "ema", "class_balance", "precision")
+    own += ("eps_warmup", "mixup", "ema", "class_balance", "precision")
     recipe = Recipe(**{name: p[name] for name in own}, augmentation=augmentation)
     pgd, judge = (PGD(p[name], steps=p["train_pgd_steps"]) for name in ("train_eps_255", "eps_255"))
     shares = {
@@ -106,8 +107,13 @@ def recipe_of(p):
 
 
 def digest(parameters):
-    """12 hex digits of everything a row is trained and chosen by, the library's defaults too."""
-    everything = repr((parameters["arch"], recipe_of(parameters)))
+    """12 hex digits of everything a row is trained and chosen by, the library's defaults too.
+
+    A part of the recipe that is 0 is left out, so that a new part leaves the rows without it as they are.
+    """
+    recipe, *attacked = recipe_of(parameters)
+    parts = vars(recipe) | {"augmentation": None} | vars(recipe.augmentation)
+    everything = repr((parameters["arch"], sorted(item for item in parts.items() if item[1]), attacked))
     return hashlib.sha256(everything.encode()).hexdigest()[:12]
 
 
@@ -121,8 +127,13 @@ def parameters_of(name):
 def profiled(name):
     """(notebook 4's parameters in a profile, the real slices at its size with their groups)."""
     profile = parameters_of(name)
-    slices = load_iq_oth_nccd(size=profile["01_data"]["size"])
-    return profile["04_adversarial_training"], replace(slices, groups=near_duplicate_groups(slices))
+    data = profile["01_data"]
+    slices = load_iq_oth_nccd(size=data["size"])
+    groups = near_duplicate_groups(slices)  # of whole slices, as notebook 1 makes them
+    if data["crop"] == "lungs":
+        larger = load_iq_oth_nccd(size=2 * data["size"])
+        slices = replace(slices, images=crop_to_lungs(larger.images, size=data["size"])[0])
+    return profile["04_adversarial_training"], replace(slices, groups=groups)
 
 
 def described(profile, parameters, slices, device):

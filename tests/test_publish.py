@@ -181,9 +181,18 @@ def test_the_paper_profile_writes_the_figures_themselves(checkout):
 
 
 def test_another_network_stands_beside_what_is_shown(checkout, capsys):
-    """Its figures and tables have their own place; notebooks and README's first table stay."""
-    assert "resnet18" in publish.BESIDE and (ROOT / "notebooks/profiles/resnet18.yaml").is_file()
+    """Its figures and tables have their own place; notebooks and README's first table stay.
+
+    It has no ledger of claims, nor what else is of the paper and of whole slices.
+    """
+    assert all((ROOT / f"notebooks/profiles/{name}.yaml").is_file() for name in publish.BESIDE)
+    assert all((ROOT / f"notebooks/{stem}.ipynb").is_file() for stem in publish.NOT_BESIDE)
     shutil.copytree(checkout / "build/laptop", checkout / "build/resnet18")
+    (checkout / "build/resnet18/tables/claims.md").unlink()
+    for folder, made in (("notebooks", source()), ("build/laptop/notebooks", executed())):
+        nbformat.write(made, checkout / folder / f"{publish.NOT_BESIDE[0]}.ipynb")
+    audit = "check,model,verdict\ngradients,normal,fail\n"
+    (checkout / "build/resnet18/tables/audit_random-s0.csv").write_text(audit)
     (checkout / "build/resnet18/tables/table1_random.md").write_text("| b |\n")
     assert publish.main(["commit", str(checkout / "build/resnet18")]) == 1
     assert "not all of one profile's run" in capsys.readouterr().err, "nothing is shown yet"
@@ -198,6 +207,7 @@ def test_another_network_stands_beside_what_is_shown(checkout, capsys):
     assert "(figures/laptop/robustness_curves.png)" in readme and "figures/resnet18" not in readme
     assert readme.index("| a |") < readme.index("**Table 1, random split, ResNet-18 in place of ResNet-50")
     assert readme.index("ResNet-18 in place of") < readme.index("| b |")
+    assert readme.index("| b |") < readme.index("*gradients* (random split, seed 0, normal model)")
     assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
     assert (checkout / "README.md").read_text() == readme, "the next publish of the other keeps it"
 

@@ -73,6 +73,55 @@ def test_real_slices_have_lungs(real_folder):
     assert regions.implausible(masks[normal]).mean() < 0.02
 
 
+def test_a_crop_is_the_square_around_the_lungs():
+    image, _, lungs = chest(192)
+    crops, missing = regions.crop_to_lungs(image[None], size=96)
+    assert crops.shape == (1, 96, 96) and crops.dtype == np.uint8 and not missing.any()
+    dark = crops[0] < 130  # the lungs are 60, the body 200; air of 30 is out of sight at their sides
+    middle = dark[:, 20:76]
+    columns = np.flatnonzero(dark[48])
+    # The lungs are 0.6 of the side wide and 0.36 high; with 6 % on each side they fill 1 / 1.12 of the crop.
+    assert columns[0] == pytest.approx(96 * 0.06 / 1.12, abs=2)
+    assert columns[-1] == pytest.approx(96 * 1.06 / 1.12, abs=2)
+    rows = np.flatnonzero(middle.any(1) & (crops[0][:, 48] > 130))
+    assert (rows[0] + rows[-1]) / 2 == pytest.approx(47.5, abs=2) and lungs.any()
+
+
+def test_a_crop_does_not_depend_on_where_the_patient_lies_or_how_large_the_field_is():
+    image, _, _ = chest(192)
+    moved = np.roll(image, (10, -12), axis=(0, 1))
+    wide = np.full((384, 384), 30, dtype=np.uint8)
+    wide[90:282, 100:292] = image
+    first, *others = (regions.crop_to_lungs(i[None], size=96)[0][0].astype(int) for i in (image, moved, wide))
+    assert all(np.abs(other - first).mean() < 2 for other in others)
+
+
+def test_without_lungs_the_body_is_shown_or_all_and_it_is_said():
+    image, body, _ = chest(96)
+    solid = np.where(body, 200, 30).astype(np.uint8)
+    flat = np.full_like(image, 7)
+    crops, missing = regions.crop_to_lungs(np.stack([image, solid, flat]), size=48)
+    assert missing.tolist() == [False, True, True]
+    bright = (crops[1] > 115).any(0)
+    assert bright.mean() == pytest.approx(1 / 1.12, abs=0.05), "the body is 0.8 of the slice's side"
+    assert (crops[2] == 7).all()
+
+
+def test_beyond_the_image_a_crop_is_black():
+    image, _, _ = chest(192)
+    cut = image[50:142]  # half as high as the lungs are wide
+    crops, _ = regions.crop_to_lungs(cut[None], size=96)
+    assert (crops[0][:5] == 0).all() and (crops[0][-5:] == 0).all() and crops[0].any()
+
+
+def test_real_slices_are_cropped_to_their_lungs(real_folder):
+    images = load_iq_oth_nccd(real_folder, size=224).images[::40]
+    crops, missing = regions.crop_to_lungs(images, size=112)
+    assert missing.mean() < 0.05
+    inside = [regions.lung_mask(each).mean() for each in (images, crops)]
+    assert inside[1] > 2 * inside[0], "lungs fill more of the picture"
+
+
 def test_a_frame_is_a_frame():
     mask = regions.frame_mask((10, 8), 2)
     assert mask.sum() == 10 * 8 - 6 * 4 and not mask[2:-2, 2:-2].any()

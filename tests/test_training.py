@@ -107,7 +107,7 @@ def test_same_seed_same_weights(parts):
 
 @pytest.mark.parametrize("attacks", [None, THIRDS], ids=["normal", "adversarial"])
 def test_an_interrupted_training_ends_in_the_same_weights(parts, tmp_path, monkeypatch, attacks):
-    recipe = Recipe(epochs=3, batch_size=16, eps_warmup=0.5, ema=0.9 if attacks else 0.0)
+    recipe = Recipe(epochs=3, batch_size=16, eps_warmup=0.5, mixup=1.0, ema=0.9 if attacks else 0.0)
     val_attack = PGD(4, steps=2) if attacks else None
     arguments = dict(attacks=attacks, val_attack=val_attack, seed=1, progress=False)
     whole = small()
@@ -214,6 +214,53 @@ def test_budgets_grow_over_the_first_epochs(parts, monkeypatch):
     assert budgets == [[2, 2, 2], [4, 4, 4], [4, 4, 4], [4, 4, 4]]
 
 
+def test_every_image_is_mixed_with_another_in_one_share(images):
+    x = images[:12]
+    shares = []
+    for seed in range(20):
+        mixed, others, share = training._mixed(x, torch.Generator().manual_seed(seed))
+        assert sorted(others.tolist()) == list(range(12))
+        assert torch.allclose(mixed, share * x + (1 - share) * x[others], atol=1e-6)
+        shares.append(share.item())
+    assert 0.5 <= min(shares) < 0.6 and 0.9 < max(shares) <= 1 and len(set(shares)) == 20
+
+
+def test_the_loss_of_mixed_images_is_mixed_as_they_are(parts, monkeypatch):
+    seen, mixed_of, with_attacked = {}, training._mixed, training._with_attacked
+
+    def spied(x, generator):
+        seen["mixed"] = mixed_of(x, generator)
+        return seen["mixed"]
+
+    def labelled(*arguments):
+        x, seen["y"] = with_attacked(*arguments)
+        return x, seen["y"]
+
+    monkeypatch.setattr(training, "_mixed", spied)
+    monkeypatch.setattr(training, "_with_attacked", labelled)
+    recipe = Recipe(epochs=1, batch_size=len(parts[0]), mixup=1.0, label_smoothing=0, clean_share=0.5)
+    history = fit(small(), *parts, recipe, attacks=THIRDS, progress=False)
+    (x, others, share), y = seen["mixed"], seen["y"]
+    share = share.item()
+    with torch.no_grad():
+        logits = small().train()(x)
+    both = [torch.nn.functional.cross_entropy(logits, label).item() for label in (y, y[others])]
+    assert len(x) == round(1.5 * len(parts[0])) and abs(both[0] - both[1]) > 1e-3
+    assert history.train_loss[0] == pytest.approx(share * both[0] + (1 - share) * both[1], rel=1e-4)
+
+
+def test_images_are_mixed_in_the_first_epochs(parts, monkeypatch):
+    mixed, one_epoch = [], training._epoch
+    monkeypatch.setattr(training, "_epoch", lambda *a: mixed.append(a[-1]) or one_epoch(*a))
+    found = {}
+    for share in (0.0, 0.5, 1.0):
+        found[share] = small()
+        fit(found[share], *parts, Recipe(epochs=4, batch_size=40, mixup=share), progress=False)
+    assert mixed == [False] * 4 + [True, True, False, False] + [True] * 4
+    made = [weights(model) for model in found.values()]
+    assert not torch.equal(made[0], made[1]) and not torch.equal(made[1], made[2])
+
+
 def test_an_average_keeps_less_of_itself_in_the_first_steps():
     model = small()
     state = training.TrainingState(model, torch.optim.SGD(model.parameters()), ema=0.5)
@@ -292,6 +339,7 @@ def test_an_absent_class_and_an_empty_set_are_named(parts, phantoms):
         {"batch_size": 1},
         {"clean_share": 1.5},
         {"eps_warmup": 2},
+        {"mixup": -0.1},
         {"ema": 1},
         {"precision": "float16"},
     ],

@@ -19,7 +19,11 @@ import pandas as pd
 from fortify.profiles import ProfileError, literals, load_profile
 from fortify.runs import atomic_path, find_root, write_text
 
-BESIDE = {"resnet18": "ResNet-18 in place of ResNet-50"}  # profiles whose Table 1 stands beside another's
+BESIDE = {  # profiles whose Table 1 stands beside another's
+    "lungs": "slices cropped to the lungs",
+    "resnet18": "ResNet-18 in place of ResNet-50",
+}
+NOT_BESIDE = ("06_published_protocol", "07_leakage", "09_claims")  # of the paper and of whole slices
 
 
 class PublishError(RuntimeError):
@@ -128,6 +132,8 @@ def commit(build):
     figures, tables = published_folders(root, profile)
     shown = shown_profile(root) if profile in BESIDE else profile
     sources = {p.stem: p for p in sorted((root / "notebooks").glob("[0-9]*.ipynb"))}
+    if profile in BESIDE:
+        sources = {stem: path for stem, path in sources.items() if stem not in NOT_BESIDE}
     ready = {}
     for stem, path in executed_notebooks(build, sources).items():
         source = nbformat.read(sources[stem], as_version=4)
@@ -138,7 +144,7 @@ def commit(build):
             raise PublishError(
                 f"the executed {stem} shows a path of this machine; publish from clean outputs"
             )
-    if not (build / "tables" / "claims.md").is_file():
+    if profile not in BESIDE and not (build / "tables" / "claims.md").is_file():
         raise PublishError(f"{build}/tables holds no ledger of claims; run that profile to its end first")
     written = [] if profile in BESIDE else list(ready)
     for path in written:  # only once all of them have passed
@@ -199,7 +205,9 @@ def update_readme(root, profile):
         f"![Accuracy against the attack budget, both splits]({relative / 'robustness_curves.png'})\n"
     )
     for name, words in BESIDE.items():
-        parts += _tables1(published_folders(root, name)[1], f", {words} (`{name}` profile)")
+        of_name = published_folders(root, name)[1]
+        beside = _tables1(of_name, f", {words} (`{name}` profile)")
+        parts += [*beside, _audited(of_name)] if beside else []
     text = _replaced(readme.read_text(encoding="utf-8"), "results", "\n".join(parts))
     claims = (tables / "claims.md").read_text(encoding="utf-8")
     strip = sorted(figures.glob("published_protocol_*.png"), key=lambda p: "random" not in p.name)

@@ -1,14 +1,17 @@
 """Which pixels are lung, body or frame; images without some of them; attacks that may change only some.
 
-For one question: does a model read the lungs or the scanner? The masks come from thresholds and shapes, no
-model: they are good enough to blank a region, not to measure a lung. Images are uint8 (N, H, W), 8-bit grey.
+For two questions: does a model read the lungs or the scanner, and what does one read that is shown the lungs
+alone? The masks come from thresholds and shapes, no model: they are good enough to blank a region or to crop
+to it, not to measure a lung. Images are uint8 (N, H, W), 8-bit grey.
 """
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 from scipy import ndimage
 
 from fortify.evaluation import wilson
+from fortify.images import fit_square
 
 _AIR_PERCENTILE = 25  # of the pixels below the threshold, most of which are the air around the patient
 MIN_LUNG_SHARE = 0.03  # of the image; a real slice has 4 to 40 %, the least at the apex
@@ -16,6 +19,7 @@ _MIN_LOBE_SHARE = 0.005  # of the image; smaller air inside the body is trachea,
 _CLOSING_SHARE = 0.045  # of the side, a radius: vessels and nodules up to 20 px wide at 224 px count as lung
 _MID_GREY = 128  # of 255; far from air and from most tissue
 _GAP_SHARE = 0.01  # of the side, a radius: a chest wall with a gap of up to twice that is still closed
+_CROP_MARGIN = 0.06  # of the longer side of the lungs' box, left on each side: pleura and chest wall
 _TABLE_SHARE = 0.02  # of the side, a radius: a table and its sheets are thinner than twice that
 
 
@@ -55,6 +59,29 @@ def lung_mask(images):
 def implausible(mask):
     """Which masks (N, H, W) hold less than ``MIN_LUNG_SHARE`` of the image: bool (N,). Report them."""
     return mask.mean((1, 2)) < MIN_LUNG_SHARE
+
+
+def crop_to_lungs(images, *, size):
+    """The square around the lungs of each image, and where none were found: uint8 (N, size, size), bool (N,).
+
+    It is the bounding box of :func:`lung_mask`, made square, with 6 % of its side around it. Where the lungs
+    are :func:`implausible` it is that of :func:`body_mask`, and the whole image where that is empty too. What
+    lies beyond the image is black, as where one that is not square is padded. Lungs fill about half of a
+    slice's side: give images of twice ``size``, so that crops are hardly enlarged.
+    """
+    lungs, body = lung_mask(images), body_mask(images)
+    missing = implausible(lungs)
+    crops = np.empty((len(images), size, size), dtype=np.uint8)
+    for i, image in enumerate(images):
+        mask, shown = body[i] if missing[i] else lungs[i], Image.fromarray(image)
+        if mask.any():
+            rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+            longest = max(np.ptp(rows), np.ptp(columns)) + 1
+            side = longest + 2 * round(_CROP_MARGIN * longest)
+            top, left = ((place[0] + place[-1] + 1 - side) // 2 for place in (rows, columns))
+            shown = shown.crop((left, top, left + side, top + side))
+        crops[i] = np.asarray(fit_square(shown, size=size, aspect="pad"))
+    return crops, missing
 
 
 def frame_mask(shape, width):

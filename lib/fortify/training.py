@@ -28,6 +28,8 @@ class Recipe:
     ``eps_warmup`` of the epochs. With ``ema`` the network that is validated and kept is an exponential
     moving average of the trained one: at each step it keeps that share of itself (less in the first steps).
     ``class_balance`` is the power of the inverse class frequency that weights the loss; 0 is no weighting.
+    In the first ``mixup`` of the epochs every image of a batch, attacked or clean, is mixed with another one
+    of it in a share drawn anew for each batch, the loss with it (mixup, Zhang et al. 2018; shares uniform).
     ``precision`` is of the training passes and the attacks in them: ``"float32"``, ``"bfloat16"`` (autocast;
     the weights stay float32) or ``"auto"``, bfloat16 on a GPU and float32 on a CPU. A CPU that multiplies
     bfloat16 (AVX-512 BF16, AMX) gains by it, another loses. What validates is float32 whatever it is.
@@ -42,6 +44,7 @@ class Recipe:
     eps_warmup: float = 0.0
     ema: float = 0.0
     class_balance: float = 0.0
+    mixup: float = 0.0
     precision: str = "auto"
     augmentation: Augmentation = Augmentation()
 
@@ -52,6 +55,8 @@ class Recipe:
             raise ValueError(f"clean_share is a share of the batch, 0 to 1, not {self.clean_share}")
         if not 0 <= self.eps_warmup <= 1:
             raise ValueError(f"eps_warmup is a share of the epochs, 0 to 1, not {self.eps_warmup}")
+        if not 0 <= self.mixup <= 1:
+            raise ValueError(f"mixup is a share of the epochs, 0 to 1, not {self.mixup}")
         if not 0 <= self.ema < 1:
             raise ValueError(
                 f"ema is what the average keeps of itself at a step, 0 to below 1, not {self.ema}"
@@ -121,7 +126,8 @@ def fit(
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(epoch_seed)  # for nets with dropout: a resumed epoch draws the same
             now = _at_epoch(attacks, epoch, recipe)
-            losses, correct = _epoch(state, x_train, y_train, weight, recipe, now, twin, epoch_seed)
+            mixes = epoch <= recipe.mixup * recipe.epochs
+            losses, correct = _epoch(state, x_train, y_train, weight, recipe, now, twin, epoch_seed, mixes)
         stop_if_not_finite(losses, epoch, file)
         val_accuracy = accuracy(state.judged, x_val, y_val)
         robust = np.nan
@@ -241,8 +247,11 @@ class TrainingState:
 _HISTORY = ("epoch", "lr", "train_loss", "train_accuracy", "val_accuracy", "val_robust_accuracy")
 
 
-def _epoch(state, x_train, y_train, weight, recipe, attacks, twin, seed):
-    """One pass over the training set: (losses (batches,), share of correct training examples)."""
+def _epoch(state, x_train, y_train, weight, recipe, attacks, twin, seed, mixes=False):
+    """One pass over the training set: (losses (batches,), share of correct training examples).
+
+    With ``mixes`` images are mixed: one is correct where the class of its larger share is read.
+    """
     model, device = state.model, x_train.device
     low = _autocasts(recipe, device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -254,8 +263,13 @@ def _epoch(state, x_train, y_train, weight, recipe, attacks, twin, seed):
         x = augment(x_train[index].float() / 255, recipe.augmentation, generator=generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=low):
             x, y = _with_attacked(model, x, y_train[index], recipe.clean_share, attacks, twin, generator)
+            if mixes:
+                x, others, share = _mixed(x, generator)
             logits = model(x)  # float32, whatever the autocast
         loss = F.cross_entropy(logits, y, weight, label_smoothing=recipe.label_smoothing)
+        if mixes:
+            other = F.cross_entropy(logits, y[others], weight, label_smoothing=recipe.label_smoothing)
+            loss = torch.lerp(other, loss, share)
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         state.optimizer.step()
@@ -265,6 +279,13 @@ def _epoch(state, x_train, y_train, weight, recipe, attacks, twin, seed):
         correct += (logits.detach().argmax(1) == y).sum()
         seen += len(y)
     return torch.stack(losses).float().cpu(), correct.item() / seen
+
+
+def _mixed(x, generator):
+    """(Images mixed with others of the batch, which these are, the share that is not theirs: 1/2 to 1)."""
+    share = 0.5 + 0.5 * torch.rand((), generator=generator, device=x.device)
+    others = torch.randperm(len(x), generator=generator, device=x.device)
+    return torch.lerp(x[others], x, share), others, share
 
 
 def _autocasts(recipe, device):
