@@ -43,6 +43,7 @@ PGD_ALONE = dict(fgsm_share=0.0, pgd_share=1.0, cw_share=0.0)
 # The share of the epochs over which the budget grows; at 1 it is whole in the last epoch alone.
 EARLY, EARLIER, SLOWLY = dict(eps_warmup=0.3), dict(eps_warmup=0.2), dict(eps_warmup=1.0)
 SHORT, LONGER, LONGEST = dict(epochs=1 / 2), dict(epochs=2 / 3), dict(epochs=1.0)  # of the profile's
+MIXUP = dict(mixup=0.6667)  # of the epochs
 HALF, FASTER = dict(lr=0.5), dict(lr=1.0)  # of the profile's
 NO_ATTACK = dict(fgsm_share=0.0, pgd_share=0.0, cw_share=0.0)
 # In bfloat16, as they train on a GPU: in float32 a row takes hours on two cores.
@@ -64,6 +65,9 @@ VARIANTS = {  # the rest is the profile's
     "8/255, a quarter clean, longer, faster": at(8.0, 0.25, **LONGER, **FASTER),
     "16/255, a quarter clean, longer, faster": at(16.0, 0.25, **LONGER, **FASTER),
     "16/255, a quarter clean, longest, faster": at(16.0, 0.25, **LONGEST, **FASTER, **EARLIER),
+    "16/255, a quarter clean, longest, faster, mixup": at(
+        16.0, 0.25, **LONGEST, **FASTER, **EARLIER, **MIXUP
+    ),
     "24/255, a quarter clean, longer, faster": at(24.0, 0.25, **LONGER, **FASTER),
     "4/255, none clean": at(4.0, 0.0),
     "8/255, none clean": at(8.0, 0.0),
@@ -222,8 +226,18 @@ def chosen_fold_by_fold(table):
     return own.sort_values(["val_pgd", "val_clean"]).groupby("seed").tail(1).sort_values("seed")
 
 
+def sections(root):
+    """README's section: of every profile that has been measured."""
+    parts = []
+    for path in sorted((root / "benchmarks").glob("ablation_*.csv")):
+        profile = path.stem.removeprefix("ablation_")
+        shipped = digest(parameters_of(profile)["04_adversarial_training"])
+        parts.append(section(pd.read_csv(path), profile, shipped))
+    return "\n".join(parts)
+
+
 def section(table, profile, shipped):
-    """README's section; ``shipped`` is the :func:`digest` of the profile's recipe."""
+    """README's text on a profile; ``shipped`` is the :func:`digest` of its recipe."""
     names = {"val_clean": "val. clean", "val_pgd": "val. PGD", "balanced_clean": "balanced"}
     names |= {f"pgd_{e}": f"PGD {e}/255" for e in BUDGETS_255}
     first, long = table.iloc[0], table.variant.str.extract("(longer|longest)", expand=False)
@@ -235,11 +249,14 @@ def section(table, profile, shipped):
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in shown.itertuples(index=False)]
     others = sorted(set(table.arch) - {first.arch})
     networks = f" {' and '.join(others)} in place of {first.arch}: trained in bfloat16." if others else ""
+    share = f"{100 * MIXUP['mixup']:.0f} %"
+    mixed = table.variant.str.contains("mixup").any()
+    mixed = f" *Mixup*: images are mixed in the first {share} of the epochs." if mixed else ""
     text = (
         f"The `{profile}` profile's recipe ({first.arch}, {first.side} px, {first.device}) with parts "
         "changed; accuracy in per cent, mean (range) over the seeds. A seed is other weights and another "
         f"split; the grouped one's seeds 0 to 4 are five folds. {table.epochs.min()} epochs{longer}. "
-        "*Faster*: twice the learning rate. The budget grows over the first "
+        f"*Faster*: twice the learning rate.{mixed} The budget grows over the first "
         f"{100 * EARLY['eps_warmup']:.0f} % of the epochs (*longest*: {100 * EARLIER['eps_warmup']:.0f} %), "
         f"*slowly*: to the last. PGD: {STEPS} steps; "
         f"validation: {first.val_attack}.{networks}\n"
@@ -291,7 +308,7 @@ def main():
                 write_csv(path, merged(path, [row]))
     table = pd.read_csv(path)
     write_csv(path.with_name(f"chosen_{arguments.profile}.csv"), chosen_fold_by_fold(table))
-    replace_section(root / "README.md", "ablation", section(table, arguments.profile, digest(parameters)))
+    replace_section(root / "README.md", "ablation", sections(root))
     print(summary(table).to_string(index=False))
     print(path.relative_to(root))
 

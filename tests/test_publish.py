@@ -294,6 +294,26 @@ def test_the_published_table_1_is_what_the_published_rows_say():
     assert compared == 20
 
 
+def test_what_the_readme_says_of_cropped_slices():
+    """More of unseen groups, the more so under attack, fewer of the random split; on the same splits."""
+    tables = {name: ROOT / "paper/tables" / name for name in ("laptop", "lungs")}
+    read = {}
+    for name, folder in tables.items():
+        curve = pd.read_csv(folder / "curve.csv").query(
+            "model == 'adversarial' and protocol == 'adaptive' and attack == 'pgd'"
+        )
+        read[name] = curve.set_index(["split", "eps_255"])[["k", "n"]]
+    assert read["lungs"].n.equals(read["laptop"].n)
+    more = read["lungs"].k - read["laptop"].k
+    assert 0 < more["grouped", 0] < more["grouped", 4] < more["grouped", 8]
+    assert (more.loc["random"].loc[[0, 4, 8]] < 0).all()
+    for path in (tables["laptop"] / "runs/data/splits").glob("*.csv*"):
+        assert path.read_bytes() == (tables["lungs"] / "runs/data/splits" / path.name).read_bytes()
+    seen = pd.read_csv(tables["laptop"] / "lungs_or_scanner.csv").query("model == 'adversarial'")
+    seen = seen.set_index(["view", "split"]).k
+    assert (seen["lungs blanked"] >= seen["whole image"]).all()
+
+
 def test_the_published_audits_bear_out_notebook_8s_answer():
     """No check fails of adversarial training, and of the normal model those alone that find more to break."""
     published = sorted((ROOT / "paper/tables" / BELOW).glob("audit_[rg]*.csv"))

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from workflow import BUILD, ROOT, snakemake
 
+from fortify import publish
 from fortify.evaluation import check_rows, read_rows
 
 SEED_ALONE = dict.fromkeys(("baseline", "attacks", "adversarial_training", "published_protocol"), 2)
@@ -107,6 +108,16 @@ def test_the_reference_run_is_five_seeds_on_both_splits():
     assert {rule: found[rule] for rule in (*per_run, *once)} == per_run | once
 
 
+@pytest.mark.parametrize("profile", publish.BESIDE)
+def test_what_stands_beside_is_a_table_1_with_its_audit(profile):
+    found = jobs(snakemake("audited", "--dry-run", "--forceall", config=(f"profile={profile}",)).stdout)
+    per_run = dict.fromkeys(("baseline", "attacks", "adversarial_training"), 10)
+    assert found == per_run | {"data": 1, "results": 1, "robustness_audit": 2, "audited": 1}
+    command = ("make", "--no-print-directory", "-o", ".venv/.installed", "--dry-run", profile)
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert f" audited --config profile={profile} " in made
+
+
 @pytest.mark.parametrize(
     ("changes", "seeds"),
     [
@@ -140,9 +151,9 @@ def test_what_does_not_fit_is_one_clear_error(config, message):
 
 def test_make_tables_takes_the_seeds_that_are_there(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
-    for run in ("random-s3", "random-s11", "grouped-s11"):
-        (tmp_path / "build/mine" / run).mkdir(parents=True)
-        (tmp_path / "build/mine" / run / "adversarial_predictions.csv").touch()
+    for run in ("mine/random-s3", "mine/random-s11", "mine/grouped-s11", "lungs/random-s0"):
+        (tmp_path / "build" / run).mkdir(parents=True)
+        (tmp_path / "build" / run / "adversarial_predictions.csv").touch()
     (tmp_path / "build/mine/random-s4").mkdir()  # unfinished
 
     def make(*arguments):
@@ -152,5 +163,7 @@ def test_make_tables_takes_the_seeds_that_are_there(tmp_path):
     shown = make("--dry-run", "PROFILE=mine").stdout
     assert re.findall(r"--config profile=mine '(.*?)'", shown) == ["seeds=[3,11]"] * 2
     assert "seeds=[3]" in make("--dry-run", "PROFILE=mine", "SEEDS=3").stdout
+    assert " all --allowed-rules" in shown
+    assert " results --allowed-rules" in make("--dry-run", "PROFILE=lungs").stdout  # it has no ledger
     refused = make("PROFILE=none")
     assert refused.returncode != 0 and "build/none holds no finished seed" in refused.stderr

@@ -274,6 +274,12 @@ def pdf(profile, target=None):
     inputs["ablation"] = profile if (root / f"benchmarks/ablation_{profile}.csv").exists() else "laptop"
     reference = profile == "paper" and (root / "benchmarks/grouping_cuda.csv").exists()
     inputs["grouping"] = "cuda" if reference else "cpu"  # of the same profile where it has been measured
+    beside = {
+        name: load_profile(root / "notebooks" / "profiles" / f"{name}.yaml", notebooks)
+        for name in BESIDE
+        if published_folders(root, name)[1].is_dir()
+    }
+    inputs["beside"] = json.dumps(beside)  # the profiles whose tables may stand beside this one's
     options = {"root": root, "sys_inputs": inputs, "ignore_system_fonts": True, "timestamp": 0}
     try:
         made = typst.compile(root / "paper" / "paper.typ", format="pdf", **options)
