@@ -5,12 +5,15 @@ import shutil
 import subprocess
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 from workflow import BUILD, ROOT, snakemake
 
 from fortify import publish
+from fortify.data import Slices
 from fortify.evaluation import check_rows, read_rows
+from fortify.regions import lung_mask
 
 SEED_ALONE = dict.fromkeys(("baseline", "attacks", "adversarial_training", "published_protocol"), 2)
 
@@ -58,6 +61,26 @@ def test_table_1_is_what_the_rows_say(finished):
 def test_a_second_call_does_nothing(finished):
     again = snakemake("--dry-run")
     assert "Nothing to be done" in again.stdout + again.stderr
+
+
+def test_notebook_1_crops_what_networks_are_shown_and_not_what_is_split(finished, tmp_path):
+    command = ["papermill", "--no-progress-bar", "--cwd", "notebooks", "notebooks/01_data.ipynb", "-f"]
+    command += ["notebooks/profiles/test.yaml", "-p", "run", str(tmp_path / "data"), "-p", "crop"]
+    out = str(tmp_path / "01.ipynb")
+    done, refused = (
+        subprocess.run([*command[:5], out, *command[5:], crop], cwd=ROOT, capture_output=True, text=True)
+        for crop in ("lungs", "lung")
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 'crop is "none" or "lungs", not' in refused.stderr
+    whole, shown = (Slices.load(folder / "data/slices.npz") for folder in (BUILD, tmp_path))
+    assert shown.source == f"{whole.source}, cropped to the lungs" and shown.sha256 == whole.sha256
+    assert shown.images.shape == whole.images.shape and np.array_equal(shown.groups, whole.groups)
+    assert lung_mask(shown.images).mean() > 1.5 * lung_mask(whole.images).mean()
+    splits = sorted((BUILD / "data/splits").glob("*.csv"))
+    assert len(splits) == 2
+    for path in splits:
+        assert path.read_bytes() == (tmp_path / "data/splits" / path.name).read_bytes()
 
 
 AFTER_TRAINING = {"published_protocol": 2, "leakage": 1, "robustness_audit": 2}
