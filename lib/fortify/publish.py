@@ -21,6 +21,7 @@ from fortify.runs import atomic_path, find_root, write_text
 
 BESIDE = {  # profiles whose Table 1 stands beside another's
     "lungs": "slices cropped to the lungs",
+    "paper_lungs": "ResNet-50 at 224 px, slices cropped to the lungs",
     "resnet18": "ResNet-18 in place of ResNet-50",
 }
 NOT_BESIDE = ("06_published_protocol", "07_leakage", "09_claims")  # of the paper and of whole slices
