@@ -307,6 +307,15 @@ def test_what_the_readme_says_of_cropped_slices():
     more = read["lungs"].k - read["laptop"].k
     assert 0 < more["grouped", 0] < more["grouped", 4] < more["grouped", 8]
     assert (more.loc["random"].loc[[0, 4, 8]] < 0).all()
+    clean = [
+        pd.read_csv(folder / "table1_grouped.csv").set_index(["model", "attack"]).k.loc["normal"]
+        for folder in tables.values()
+    ]
+    assert clean[1]["clean"] - clean[0]["clean"] > more["grouped", 0]
+    assert clean[1]["pgd"] <= clean[0]["pgd"]
+    kept = pd.read_csv(tables["lungs"] / "kept_epochs.csv")
+    kept = kept.query("model == 'adversarial' and split == 'grouped'")
+    assert len(kept) == 5 and (kept.epoch > kept.epochs / 2).sum() == 4
     for path in (tables["laptop"] / "runs/data/splits").glob("*.csv*"):
         assert path.read_bytes() == (tables["lungs"] / "runs/data/splits" / path.name).read_bytes()
     seen = pd.read_csv(tables["laptop"] / "lungs_or_scanner.csv").query("model == 'adversarial'")
