@@ -339,6 +339,33 @@ def test_a_recipe_has_its_digest(ablation, declared):
     assert ablation.digest(declared | {"cw_l2": 9.0}) == first  # of the test alone
 
 
+def test_cropped_and_whole_slices_are_compared_pair_by_pair():
+    cropped = importlib.import_module("cropped")
+    keys = ["split", "model", "seed", "index", "name", "eps_255", "right"]
+    rows = [("grouped", "normal", 0, i, f"{i}", 0.0, i < 4) for i in range(8)]
+    whole = pd.DataFrame(rows, columns=keys)
+    other = whole.assign(right=[False, True, True, True, True, True, True, False])[::-1]
+    (row,) = cropped.compared(whole, other, {f"{i}": i // 2 for i in range(8)}).itertuples()
+    assert (row.n, row.whole, row.cropped, row.more_percent) == (8, 4, 6, 25.0)
+    # Groups gain -1, 0, 2 and 1 of their two slices: the interval is that of their draw, not of the slices'.
+    assert -50 <= row.low_percent < 0 < 25 < row.high_percent <= 100
+    with pytest.raises(ValueError, match="run both again"):
+        cropped.compared(whole, other[:-1], {})
+
+
+def test_the_readme_compares_what_is_published():
+    """And the file is what the published predictions say."""
+    cropped = importlib.import_module("cropped")
+    table = pd.read_csv(ROOT / "benchmarks/cropped.csv")
+    shown = README.split("<!-- generated: cropped -->\n")[1].split("<!-- /generated: cropped -->")[0]
+    assert shown == cropped.section(table)
+    for row in table.itertuples():
+        for profile, k in ((cropped.WHOLE, row.whole), (cropped.CROPPED, row.cropped)):
+            curve = pd.read_csv(ROOT / "paper/tables" / profile / "curve.csv").query("attack == 'pgd'")
+            own = curve[curve.protocol.eq("adaptive") & curve.model.eq(row.model) & curve.split.eq(row.split)]
+            assert own[own.eps_255.eq(row.eps_255)][["k", "n"]].values.tolist() == [[k, row.n]]
+
+
 @pytest.fixture
 def grouping():
     return importlib.import_module("grouping")

@@ -1,0 +1,92 @@
+"""Is more read of slices cropped to the lungs? Two published profiles compared, slice by slice.
+
+    python benchmarks/cropped.py     seconds, from paper/tables alone
+
+Both test the same slices of the same splits (see `make lungs`). Writes benchmarks/cropped.csv, a row a split,
+training and budget, with the interval of a bootstrap that draws whole groups of near-duplicates, and README's
+section.
+"""
+
+import pandas as pd
+
+from fortify.evaluation import cluster_interval, read_rows
+from fortify.publish import published_folders, replace_section
+from fortify.runs import find_root, write_csv
+
+WHOLE, CROPPED = "laptop", "lungs"  # profiles
+BUDGETS_255 = (0, 4, 8)  # of PGD; 0: clean
+SLICE = ["split", "model", "seed", "index", "name"]
+
+
+def predictions(tables):
+    """Whether each test slice is read rightly: a row each of split, model, seed, slice, eps_255."""
+    names = {
+        path.name.split(".")[0]: pd.read_csv(path) for path in (tables / "runs/data/splits").glob("*.gz")
+    }
+    parts = []
+    for path in sorted((tables / "runs").glob("*/*_predictions.csv.gz")):
+        rows = read_rows(path)
+        rows = rows[rows.protocol.eq("adaptive") & rows.model.isin(["normal", "adversarial"])]
+        rows = rows[rows.attack.eq("clean") | rows.attack.eq("pgd") & rows.eps_255.isin(BUDGETS_255)]
+        parts.append(rows.assign(name=names[path.parent.name].name.to_numpy()[rows["index"]]))
+    rows = pd.concat(parts, ignore_index=True)
+    return rows.assign(right=rows.prediction.eq(rows.label))[[*SLICE, "eps_255", "right"]]
+
+
+def compared(whole, cropped, groups):
+    """One row a split, training and budget; ``groups`` is {slice's name: group}. Differences in per cent.
+
+    Raises ValueError where the two are not of the same slices.
+    """
+    keys = [*SLICE, "eps_255"]
+    both = whole.merge(cropped, on=keys, suffixes=("_whole", "_cropped"), validate="one_to_one")
+    if len(both) != len(whole) or len(both) != len(cropped):
+        raise ValueError(
+            f"{len(whole)} and {len(cropped)} rows, {len(both)} of the same slices: run both again"
+        )
+    rows = []
+    for (split, model, eps), own in both.groupby(["split", "model", "eps_255"], sort=False):
+        more = own.right_cropped.astype(int) - own.right_whole.astype(int)
+        low, high = cluster_interval(more.to_numpy(), own.name.map(groups).to_numpy())
+        row = {"split": split, "model": model, "eps_255": eps, "n": len(own), "whole": own.right_whole.sum()}
+        row |= {"cropped": own.right_cropped.sum(), "more_percent": 100 * more.mean()}
+        rows.append(row | {"low_percent": 100 * low, "high_percent": 100 * high})
+    order = ["split", "model", "eps_255"]
+    return pd.DataFrame(rows).sort_values(order, ascending=[False, False, True], ignore_index=True)
+
+
+def section(table):
+    """README's text."""
+    names = [
+        "split",
+        "training",
+        "attack",
+        "whole slices",
+        "cropped to the lungs",
+        "more, in points (95 %, by groups)",
+    ]
+    lines = ["| " + " | ".join(names) + " |", "|---|---|---|" + " ---: |" * 3]
+    for r in table.itertuples():
+        attack = f"PGD {r.eps_255:g}/255" if r.eps_255 else "clean"
+        read = [f"{100 * k / r.n:.1f} % ({k}/{r.n})" for k in (r.whole, r.cropped)]
+        more = f"{r.more_percent:+.1f} ({r.low_percent:+.1f} to {r.high_percent:+.1f})"
+        lines.append("| " + " | ".join([r.split, r.model, attack, *read, more]) + " |")
+    text = (
+        f"Profiles `{WHOLE}` and `{CROPPED}`, the same slices of the same splits, all seeds; adaptive "
+        "attacks. The interval draws whole groups of near-duplicates; it knows nothing of other trainings.\n"
+    )
+    return "\n".join(lines) + "\n\n" + text
+
+
+def main():
+    root = find_root()
+    folders = [published_folders(root, name)[1] for name in (WHOLE, CROPPED)]
+    known = pd.read_csv(folders[0] / "groups.csv").set_index("name").group
+    table = compared(*map(predictions, folders), known)
+    write_csv(root / "benchmarks/cropped.csv", table)
+    replace_section(root / "README.md", "cropped", section(table))
+    print(table.to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
