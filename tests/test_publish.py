@@ -71,9 +71,14 @@ def test_a_styled_tables_id_is_not_drawn_anew():
 
     def shown(tables):
         made = executed()
-        html = [new_output("display_data", {"text/html": table.style.to_html()}) for table in tables]
+        html = [
+            new_output("display_data", {"text/html": table.style.to_html(), "text/plain": repr(table.style)})
+            for table in tables
+        ]
         made.cells[3].outputs = html
         outputs = with_outputs(source(), made, profile="laptop").cells[2].outputs
+        plain = {output.data["text/plain"] for output in outputs}
+        assert plain == {"<pandas.io.formats.style.Styler object>"}
         return [output.data["text/html"] for output in outputs]
 
     table = pd.DataFrame({"a": [1]})

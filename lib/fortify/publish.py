@@ -60,7 +60,8 @@ def with_outputs(source, executed, *, profile):
     """A copy of the notebook ``source`` with the outputs of ``executed``, papermill's additions left out.
 
     The parameters cell keeps the source's values and shows, as its output, those that the profile changed.
-    Styled tables, whose ids pandas draws, are named by their cells: the same result is the same file.
+    Styled tables, whose ids pandas draws, are named by their cells, and objects lose their addresses in
+    memory: the same result is the same file.
     Raises PublishError when a code cell's source differs, or when a cell failed.
     """
     made = {cell.id: cell for cell in executed.cells}
@@ -82,6 +83,8 @@ def with_outputs(source, executed, *, profile):
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = count
+            if "text/plain" in output.get("data", {}):
+                output.data["text/plain"] = re.sub(r" at 0x[0-9a-f]+>", ">", output.data["text/plain"])
             html = output.get("data", {}).get("text/html", "")
             for drawn in re.findall(r'<table id="T_([0-9a-f]{5})"', html):
                 tables += 1
