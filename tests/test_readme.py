@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from fortify.publish import BESIDE, published_folders
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -42,16 +44,17 @@ def test_the_results_are_the_published_tables(split):
 def test_the_failed_checks_of_the_audit_stand_under_the_results():
     generated = README.split("<!-- generated: results -->")[1].split("<!-- /generated: results -->")[0]
     profile = re.search(r"From the `(\w+)` profile", generated).group(1)
-    tables = ROOT / "paper" / "tables" / ("" if profile == "paper" else profile)
-    checks = [
-        pd.read_csv(path).assign(split=split)
-        for split in ("random", "grouped")
-        for path in tables.glob(f"audit_{split}-s*.csv")
-    ]
-    failed = pd.concat(checks).query("verdict == 'fail'")
-    (line,) = (line for line in generated.splitlines() if line.startswith("Checks of the audit"))
-    said = set(re.findall(r"\*([^*]+)\* \((\w+) split, seed \d+, (\w+) model\)", line))
-    assert said == set(zip(failed.check, failed.split, failed.model, strict=True))
+    folders = [published_folders(ROOT, name)[1] for name in (profile, *BESIDE)]
+    lines = [line for line in generated.splitlines() if line.startswith("Checks of the audit")]
+    for tables, line in zip(filter(Path.is_dir, folders), lines, strict=True):
+        checks = [
+            pd.read_csv(path).assign(split=split)
+            for split in ("random", "grouped")
+            for path in tables.glob(f"audit_{split}-s*.csv")
+        ]
+        failed = pd.concat(checks).query("verdict == 'fail'")
+        said = set(re.findall(r"\*([^*]+)\* \((\w+) split, seed \d+, (\w+) model\)", line))
+        assert said == set(zip(failed.check, failed.split, failed.model, strict=True))
 
 
 def test_the_claims_are_the_published_ledger():
