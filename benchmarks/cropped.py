@@ -82,7 +82,7 @@ def main():
     root = find_root()
     folders = [published_folders(root, name)[1] for name in (WHOLE, CROPPED)]
     known = pd.read_csv(folders[0] / "groups.csv").set_index("name").group
-    table = compared(*map(predictions, folders), known)
+    table = compared(*map(predictions, folders), known).assign(profile=WHOLE, beside=CROPPED)
     write_csv(root / "benchmarks/cropped.csv", table)
     replace_section(root / "README.md", "cropped", section(table))
     print(table.to_string(index=False))

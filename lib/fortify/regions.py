@@ -69,11 +69,12 @@ def crop_to_lungs(images, *, size):
     lies beyond the image is black, as where one that is not square is padded. Lungs fill about half of a
     slice's side: give images of twice ``size``, so that crops are hardly enlarged.
     """
-    lungs, body = lung_mask(images), body_mask(images)
-    missing = implausible(lungs)
+    masks = lung_mask(images)
+    missing = implausible(masks)
+    masks[missing] = body_mask(images[missing])
     crops = np.empty((len(images), size, size), dtype=np.uint8)
-    for i, image in enumerate(images):
-        mask, shown = body[i] if missing[i] else lungs[i], Image.fromarray(image)
+    for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        shown = Image.fromarray(image)
         if mask.any():
             rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
             longest = max(np.ptp(rows), np.ptp(columns)) + 1
