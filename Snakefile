@@ -310,12 +310,13 @@ rule claims:
         LEAKAGE,
         expand(f"{BUILD}/tables/audit_{{run}}.csv", run=FIRST_RUNS),
         expand(f"{BUILD}/{{run}}/published_protocol.csv", run=PUBLISHED_RUNS),
-        expand(f"{BUILD}/{{run}}/{{model}}_predictions.csv", run=PUBLISHED_RUNS, model=["normal", "adversarial", "published"]),
+        expand(f"{BUILD}/{{run}}/published_predictions.csv", run=PUBLISHED_RUNS),
+        expand(f"{BUILD}/{{run}}/{{model}}_predictions.csv", run=RUNS, model=["normal", "adversarial"]),
     output:
         expand(f"{BUILD}/tables/published_matrix.{{kind}}", kind=["csv", "md", "tex"]),
         expand(
             f"{BUILD}/tables/{{table}}.csv",
-            table=["dataset", "mcnemar", "printed_arithmetic", "published_attacks"],
+            table=["dataset", "gain", "mcnemar", "printed_arithmetic", "published_attacks"],
         ),
         expand(f"{BUILD}/tables/claims.{{kind}}", kind=["csv", "md"]),
         f"{BUILD}/claims/09_claims.json",

@@ -9,7 +9,7 @@ section.
 
 import pandas as pd
 
-from fortify.evaluation import cluster_interval, read_rows
+from fortify.evaluation import gain_interval, read_rows
 from fortify.publish import published_folders, replace_section
 from fortify.runs import find_root, write_csv
 
@@ -47,7 +47,7 @@ def compared(whole, cropped, groups):
     rows = []
     for (split, model, eps), own in both.groupby(["split", "model", "eps_255"], sort=False):
         more = own.right_cropped.astype(int) - own.right_whole.astype(int)
-        low, high = cluster_interval(more.to_numpy(), own.name.map(groups).to_numpy())
+        low, high = gain_interval(more.to_numpy(), own.name.map(groups).to_numpy())
         row = {"split": split, "model": model, "eps_255": eps, "n": len(own), "whole": own.right_whole.sum()}
         row |= {"cropped": own.right_cropped.sum(), "more_percent": 100 * more.mean()}
         rows.append(row | {"low_percent": 100 * low, "high_percent": 100 * high})

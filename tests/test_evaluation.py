@@ -101,6 +101,47 @@ def test_the_cluster_interval_leaves_out_as_much_on_either_side():
     assert low < narrow[0] < correct.mean() < narrow[1] < high
 
 
+def test_the_interval_of_a_gain_draws_groups_and_knows_its_sign():
+    more = np.repeat([1, 0, 0, -1, 1], 20)
+    alone = evaluation.gain_interval(more, np.arange(100))
+    scans = evaluation.gain_interval(more, np.repeat(np.arange(5), 20))
+    assert alone[0] < 0.2 < alone[1] and scans[1] - scans[0] > 2 * (alone[1] - alone[0])
+    less = evaluation.gain_interval(-more, np.arange(100))
+    assert less == pytest.approx((-alone[1], -alone[0]), abs=1e-12)
+    # A share and a gain that have no -1 are one thing.
+    assert evaluation.gain_interval(more.clip(0), np.arange(100)) == evaluation.cluster_interval(
+        more == 1, np.arange(100)
+    )
+    apart = evaluation.wilson(0, 10)[1]
+    for same, expected in ((0, (-apart, apart)), (1, (1 - apart, 1.0)), (-1, (-1.0, apart - 1))):
+        assert evaluation.gain_interval(np.full(20, same), np.arange(20) // 2) == pytest.approx(expected)
+
+
+def test_a_gain_is_of_the_same_images_over_all_seeds():
+    other = {"clean": (0, 1, 2, 1), "pgd": (0, 1, 2, 0), "fgsm": (1, 0, 2, 1), "cw": (0, 1, 2, 0)}
+    parts = [make_rows(), make_rows(other, model="adversarial")]
+    parts += [part.assign(seed=1) for part in parts]
+    static = make_rows(other, model="adversarial", protocol="static").query("attack != 'clean'")
+    rows = evaluation.at_budget(pd.concat([*parts[::-1], static]), eps_255=1, cw_l2=1)
+    table = evaluation.paired_gain(rows, np.arange(99)).set_index(["split", "attack"])
+    assert table.index.tolist() == [("random", attack) for attack in ("clean", "pgd", "fgsm", "cw")]
+    assert table[["n", "k_first", "k_second", "gain_percent"]].values.tolist() == [
+        [8, 6, 8, 25.0],
+        [8, 4, 6, 25.0],
+        [8, 4, 4, 0.0],
+        [8, 6, 6, 0.0],
+    ]
+    assert (table.low_percent < table.gain_percent).all() and (table.gain_percent < table.high_percent).all()
+    # Clean the last of the four images alone is gained, twice.
+    assert (table.low_percent["random", "clean"], table.high_percent["random", "clean"]) == tuple(
+        100 * x for x in evaluation.gain_interval(np.tile([0, 0, 0, 1], 2), np.tile(np.arange(4), 2))
+    )
+    back = evaluation.paired_gain(rows, np.arange(99), models=("adversarial", "normal"))
+    assert back.gain_percent.tolist() == (-table.gain_percent).tolist()
+    with pytest.raises(ValueError, match="same images"):
+        evaluation.paired_gain(rows[rows.seed.eq(0) | rows.model.eq("normal")], np.arange(99))
+
+
 def test_the_interval_by_groups_is_the_cluster_interval_of_each_cell():
     rows = evaluation.at_budget(make_rows(), eps_255=1, cw_l2=1)
     groups = np.arange(99) // 3  # images 10 and 11 are of one, 12 to 14 of another

@@ -106,11 +106,19 @@ def test_a_changed_cell_is_not_published():
         with_outputs(changed, executed(), profile="laptop")
 
 
-def test_changed_prose_is_not_published_either():
+def test_a_removed_cell_is_not_published_without():
+    with pytest.raises(PublishError, match="cell c was executed and is gone"):
+        with_outputs(new_notebook(cells=source().cells[:2]), executed(), profile="laptop")
+
+
+def test_prose_is_published_as_it_reads_now():
+    """It executes nothing: a word in it takes no training anew."""
     changed = source()
     changed.cells[0].source += "!"
-    with pytest.raises(PublishError, match="cell a changed"):
-        with_outputs(changed, executed(), profile="laptop")
+    changed.cells.append(new_markdown_cell("More.", id="d"))
+    made = with_outputs(changed, executed(), profile="laptop")
+    assert [c.source for c in made.cells] == [c.source for c in changed.cells]
+    assert made.metadata.fortify.source_sha256 == source_sha256(source())
 
 
 def test_a_failed_cell_is_not_published():
@@ -159,7 +167,7 @@ def test_commit_writes_notebooks_figures_tables_and_readme(checkout):
         and "| a |" in readme
         and "| claim |" in readme
         and "(figures/laptop/published_protocol_random-s0.png)" in readme
-        and "old" not in readme
+        and ">old<" not in readme
     )
 
 
@@ -196,7 +204,8 @@ def test_another_network_stands_beside_what_is_shown(checkout, capsys):
     (checkout / "build/resnet18/tables/claims.md").unlink()
     for folder, made in (("notebooks", source()), ("build/laptop/notebooks", executed())):
         nbformat.write(made, checkout / folder / f"{publish.NOT_BESIDE[0]}.ipynb")
-    audit = "check,model,verdict\ngradients,normal,fail\n"
+    audit = "check,model,verdict,measured,note\ngradients,normal,fail,1 of 2,\n"
+    audit += "Square,normal,fail,a word,the note\n"
     (checkout / "build/resnet18/tables/audit_random-s0.csv").write_text(audit)
     (checkout / "build/resnet18/tables/table1_random.md").write_text("| b |\n")
     assert publish.main(["commit", str(checkout / "build/resnet18")]) == 1
@@ -212,7 +221,9 @@ def test_another_network_stands_beside_what_is_shown(checkout, capsys):
     assert "(figures/laptop/robustness_curves.png)" in readme and "figures/resnet18" not in readme
     assert readme.index("| a |") < readme.index("**Table 1, random split, ResNet-18 in place of ResNet-50")
     assert readme.index("ResNet-18 in place of") < readme.index("| b |")
-    assert readme.index("| b |") < readme.index("*gradients* (random split, seed 0, normal model)")
+    where = "(random split, seed 0, normal model:"
+    failed = f"*gradients* {where} 1 of 2); *Square* {where} the note)"
+    assert readme.index("| b |") < readme.index(failed)
     assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
     assert (checkout / "README.md").read_text() == readme, "the next publish of the other keeps it"
 
@@ -349,6 +360,13 @@ def test_a_number_that_is_missing_is_an_error(papers, capsys):
     assert publish.main(["pdf", PROFILE]) == 1
     assert "table1_random.csv has 0 rows" in capsys.readouterr().err
     assert (papers / "paper/paper.pdf").read_bytes() == before
+
+
+def test_a_profile_that_is_no_longer_what_was_run_is_an_error(papers):
+    profile = papers / "notebooks/profiles" / f"{PROFILE}.yaml"
+    profile.write_text(re.sub(r"(?m)^lr: .*$", "lr: 0.5", profile.read_text()))
+    with pytest.raises(PublishError, match=r"02_baseline.json is of lr = \S+, the \w+ profile has 0.5"):
+        publish.pdf(PROFILE)
 
 
 def test_a_sentence_that_is_no_longer_true_is_an_error(papers):

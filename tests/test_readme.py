@@ -1,5 +1,6 @@
 """The README: its example runs, its results are the published tables, its links lead somewhere."""
 
+import json
 import re
 from pathlib import Path
 
@@ -33,6 +34,17 @@ def test_links_lead_somewhere():
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
+def test_the_slices_that_the_readme_names_are_those_of_the_published_runs():
+    """And they are the copy, whose files are all of one size."""
+    profile = re.search(r"From the `(\w+)` profile", README).group(1)
+    folders = [published_folders(ROOT, name)[1] for name in (profile, *BESIDE)]
+    manifests = [path for folder in folders for path in folder.glob("runs/*-s*/[0-9]*.json")]
+    named = re.search(r"`data_sha256` ([0-9a-f]{8})…", README).group(1)
+    assert {json.loads(path.read_text())["data_sha256"][:8] for path in manifests} == {named}
+    sizes = pd.read_csv(folders[0] / "dataset.csv").set_index("class")
+    assert sizes.sizes.dropna().str.startswith("224 x 224 (").all() and sizes.duplicates["all"] == 43
+
+
 @pytest.mark.parametrize("split", ["random", "grouped"])
 def test_the_results_are_the_published_tables(split):
     generated = README.split("<!-- generated: results -->")[1].split("<!-- /generated: results -->")[0]
@@ -53,7 +65,7 @@ def test_the_failed_checks_of_the_audit_stand_under_the_results():
             for path in tables.glob(f"audit_{split}-s*.csv")
         ]
         failed = pd.concat(checks).query("verdict == 'fail'")
-        said = set(re.findall(r"\*([^*]+)\* \((\w+) split, seed \d+, (\w+) model\)", line))
+        said = set(re.findall(r"\*([^*]+)\* \((\w+) split, seed \d+, (\w+) model: ", line))
         assert said == set(zip(failed.check, failed.split, failed.model, strict=True))
 
 

@@ -68,7 +68,8 @@ def load_claims(path):
 def read_cell(tables, cell):
     """(number, text) of a cell such as ``table1_random.csv[model=normal, attack=pgd].k``, below ``tables``.
 
-    Without a column the row is an accuracy: the number is in per cent, the text has k/n and interval.
+    Without a column the row is an accuracy: the number is in per cent, the text has k/n and interval, that by
+    groups where the row has one.
     Raises MissingNumber when the table, the row or the number is missing, ClaimError when the cell is wrong.
     """
     parsed = _CELL.fullmatch(cell)
@@ -98,8 +99,10 @@ def read_cell(tables, cell):
     scale, suffix = (1, "_percent") if "accuracy_percent" in row else (100, "")
     if f"accuracy{suffix}" not in row:
         raise ClaimError(f"{cell}: {path.name} holds no accuracies; name a column")
-    accuracy, low, high = (scale * float(row[f"{name}{suffix}"]) for name in ("accuracy", "low", "high"))
-    return accuracy, f"{accuracy:.1f} % ({row.k}/{row.n}, {low:.1f}–{high:.1f})"
+    grouped = row.get(f"group_low{suffix}", "") != ""
+    bounds, words = (("group_low", "group_high"), "by groups ") if grouped else (("low", "high"), "")
+    accuracy, low, high = (scale * float(row[f"{name}{suffix}"]) for name in ("accuracy", *bounds))
+    return accuracy, f"{accuracy:.1f} % ({row.k}/{row.n}, {words}{low:.1f}–{high:.1f})"
 
 
 def ledger(claims, tables, *, partial=False):

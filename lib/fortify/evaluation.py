@@ -153,13 +153,61 @@ def cluster_interval(correct, groups, *, seed=0, draws=2000, confidence=0.95):
     """
     if len(correct) != len(groups) or len(groups) == 0:
         raise ValueError(f"one group an image is needed, not {len(groups)} for {len(correct)} images")
-    _, number = np.unique(groups, return_inverse=True)
     if np.all(correct) or not np.any(correct):
-        return wilson(int(np.all(correct)) * (number.max() + 1), int(number.max() + 1))
-    right, size = np.bincount(number, weights=correct), np.bincount(number)
+        count = len(np.unique(groups))
+        return wilson(int(np.all(correct)) * count, count)
+    return _by_groups(correct, groups, seed, draws, confidence)
+
+
+def paired_gain(rows_at_budget, groups, *, models=("normal", "adversarial")):
+    """How many more of the same images the second of two ``models`` reads than the first: a tidy table.
+
+    From the adaptive rows of :func:`at_budget`, one row per (split, attack): ``n``, ``k_first``, ``k_second``
+    and, in per cent of n, ``gain`` with the interval ``low``, ``high`` of a bootstrap that draws whole groups
+    of ``groups``, the group (N,) of every slice. Seeds are pooled. Raises ValueError where the two models
+    were not shown the same images.
+    """
+    rows = rows_at_budget[rows_at_budget.protocol.eq("adaptive")]
+    key = ["split", "attack", "seed", "index"]
+    first, second = (rows[rows.model.eq(model)].set_index(key).sort_index() for model in models)
+    if not first.index.equals(second.index):
+        raise ValueError(f"{' and '.join(models)} were not evaluated on the same images, attacks and seeds.")
+    both = pd.DataFrame(
+        {"first": first.prediction.eq(first.label), "second": second.prediction.eq(second.label)}
+    )
+    table = []
+    for (split, attack), own in both.groupby(["split", "attack"]):
+        n, k = len(own), own.sum()
+        more = own.second.astype(int) - own["first"].astype(int)
+        interval = gain_interval(more, np.asarray(groups)[own.index.get_level_values("index")])
+        row = {"split": split, "attack": attack, "n": n, "k_first": k["first"], "k_second": k.second}
+        row["gain_percent"] = 100 * more.mean()
+        table.append(
+            row | {f"{name}_percent": 100 * x for name, x in zip(("low", "high"), interval, strict=True)}
+        )
+    return _sorted(pd.DataFrame(table))
+
+
+def gain_interval(more, groups, *, seed=0, draws=2000, confidence=0.95):
+    """Percentile bootstrap interval (low, high) of the mean of ``more`` (N,), each -1, 0 or 1, by groups.
+
+    Of two models on the same images: 1 where the second alone is right, -1 where the first alone is. Where
+    all are the same a bootstrap has no spread: then as far either way as Wilson's interval of none in as many
+    as there are groups.
+    """
+    if len(np.unique(more)) > 1:
+        return _by_groups(more, groups, seed, draws, confidence)
+    same, apart = float(np.mean(more)), wilson(0, len(np.unique(groups)), confidence)[1]
+    return max(-1.0, same - apart), min(1.0, same + apart)
+
+
+def _by_groups(values, groups, seed, draws, confidence):
+    """Percentile bootstrap interval of the mean of ``values``, whole groups drawn with replacement."""
+    _, number = np.unique(groups, return_inverse=True)
+    total, size = np.bincount(number, weights=values), np.bincount(number)
     drawn = np.random.default_rng(seed).integers(0, len(size), (draws, len(size)))
-    shares = right[drawn].sum(1) / size[drawn].sum(1)
-    low, high = np.quantile(shares, [(1 - confidence) / 2, (1 + confidence) / 2])
+    means = total[drawn].sum(1) / size[drawn].sum(1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 

@@ -57,36 +57,14 @@ def fitting_sizes(model, *, largest=1097):
     return [n for n in range(1, largest + 1) if all(fits(text, n) for text in cells)]
 
 
-def mcnemar(first, second):
-    """McNemar's exact test of two models on the same images: (b, c, p), two-sided.
-
-    ``first`` and ``second`` are rows of one evaluation of each, of one split and seed. b counts the images
-    that only ``first`` is right on, c those of ``second``. Raises ValueError when the images differ.
-    """
-    right = [rows.set_index("index").success.eq(False).sort_index() for rows in (first, second)]
-    if not right[0].index.equals(right[1].index):
-        raise ValueError(
-            "McNemar's test compares two models on the same images; these rows hold different ones."
-        )
-    b, c = int((right[0] & ~right[1]).sum()), int((~right[0] & right[1]).sum())
-    return b, c, float(scipy.stats.binomtest(b, b + c).pvalue) if b + c else 1.0
-
-
-def mcnemar_table(rows, *, printed=CLEAN_COUNTS):
-    """McNemar's exact test of normal against adversarial training on clean slices: comparison, b, c, p.
-
-    First the overlaps of the ``printed`` counts with the smallest and the largest p, then one row for each
-    split and seed of ``rows``.
+def mcnemar_table(printed=CLEAN_COUNTS):
+    """McNemar's exact test of the ``printed`` clean counts: comparison, b, c, p, of the overlaps with the
+    smallest and the largest p.
     """
     bounds = mcnemar_bounds(*printed)
-    table = [
-        {"comparison": "printed smallest", **bounds.loc[bounds.p.idxmin()]},
-        {"comparison": "printed largest", **bounds.loc[bounds.p.idxmax()]},
-    ]
-    for (split, seed), part in rows[rows.attack.eq("clean")].groupby(["split", "seed"], sort=False):
-        b, c, p = mcnemar(part[part.model.eq("normal")], part[part.model.eq("adversarial")])
-        table.append({"comparison": f"{split}-s{seed}", "b": b, "c": c, "p": p})
-    return pd.DataFrame(table).astype({"b": int, "c": int})
+    rows = {"printed smallest": bounds.p.idxmin(), "printed largest": bounds.p.idxmax()}
+    table = bounds.loc[list(rows.values())].reset_index(drop=True)
+    return table.assign(comparison=list(rows))[["comparison", "b", "c", "p"]]
 
 
 def mcnemar_bounds(k_first, k_second, n):

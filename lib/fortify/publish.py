@@ -49,11 +49,17 @@ def executed_notebooks(build, stems):
 
 
 def source_sha256(notebook):
-    """SHA-256 over a notebook's cell sources and types: what an executed copy must have been made from."""
+    """SHA-256 over a notebook's code cells: what an executed copy must have been made from. Prose is free."""
     digest = hashlib.sha256()
-    for cell in notebook.cells:
-        digest.update(f"{cell.cell_type}\0{cell.source}\0".encode())
+    for cell in code_cells(notebook):
+        digest.update(f"{cell.id}\0{cell.source}\0".encode())
     return digest.hexdigest()
+
+
+def code_cells(notebook):
+    """Without the one that papermill injected."""
+    own = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [cell for cell in own if "injected-parameters" not in cell.metadata.get("tags", [])]
 
 
 def with_outputs(source, executed, *, profile):
@@ -61,19 +67,20 @@ def with_outputs(source, executed, *, profile):
 
     The parameters cell keeps the source's values and shows, as its output, those that the profile changed.
     Styled tables, whose ids pandas draws, are named by their cells, and objects lose their addresses in
-    memory: the same result is the same file.
+    memory: the same result is the same file. Prose is the source's, which executes nothing.
     Raises PublishError when a code cell's source differs, or when a cell failed.
     """
-    made = {cell.id: cell for cell in executed.cells}
+    made = {cell.id: cell for cell in code_cells(executed)}
     published, count = nbformat.from_dict(source), 0
-    for cell in published.cells:
+    cells = code_cells(published)
+    if gone := made.keys() - {cell.id for cell in cells}:
+        raise PublishError(f"cell {min(gone)} was executed and is gone; run the {profile} profile again")
+    for cell in cells:
         ran = made.get(cell.id)
         if ran is None or ran.source != cell.source:
             raise PublishError(
                 f"cell {cell.id} changed since it was executed; run the {profile} profile again"
             )
-        if cell.cell_type != "code":
-            continue
         if any(output.output_type == "error" for output in ran.outputs):
             raise PublishError(f"cell {cell.id} failed when it was executed")
         count, tables = count + 1, 0
@@ -203,6 +210,10 @@ def update_readme(root, profile):
     sentence = f"From the `{profile}` profile ({what.get(profile, 'see its YAML')})."
     if profile != "paper":
         sentence += " **Not** the reference run (`make paper`), which has yet to be published here."
+    sentence += (
+        " Intervals are of the networks trained here; how far other trainings lie is the sd over seeds, "
+        "which on the grouped split are folds, each with test slices of its own."
+    )
     parts.append(sentence + "\n")
     parts.append(_audited(tables))
     parts.append(
@@ -228,11 +239,12 @@ def _audited(tables):
         for path in sorted(tables.glob(f"audit_{split}-s*.csv")):
             where = f"{split} split, seed {path.stem.partition('-s')[2]}"
             for row in pd.read_csv(path).query("verdict == 'fail'").itertuples():
-                failed.append(f"*{row.check}* ({where}, {row.model} model)")
-    said = ", ".join(failed) if failed else "none"
+                found = row.measured if pd.isna(row.note) else row.note
+                failed.append(f"*{row.check}* ({where}, {row.model} model: {found})")
+    said = "; ".join(failed) if failed else "none"
     return (
-        f"Checks of the audit (notebook 08) that fail: {said}. Where a check of the attacks fails, the "
-        "accuracy under attack is an upper bound.\n"
+        f"Checks of the audit (notebook 08) that fail: {said}. There another attack leaves fewer images, or "
+        "the losses disagree: the accuracy under attack is an upper bound.\n"
     )
 
 
@@ -264,14 +276,13 @@ def pdf(profile, target=None):
     """Set paper/paper.typ from the published tables and figures of ``profile``; returns the PDF's path.
 
     The same tables give the same bytes. Raises PublishError with what typst says, as where a table lacks a
-    row or a sentence is no longer true.
+    row or a sentence is no longer true, and where the profile is no longer what the tables were made with.
     """
     import typst
 
     root = find_root()
     target = Path(target or root / "paper" / "paper.pdf")
-    notebooks = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
-    parameters = load_profile(root / "notebooks" / "profiles" / f"{profile}.yaml", notebooks)
+    parameters = published_parameters(root, profile)
     measured = [p.stem.removeprefix("speed_") for p in sorted((root / "benchmarks").glob("speed_*.csv"))]
     inputs = {"profile": profile, "parameters": json.dumps(parameters), "devices": json.dumps(measured)}
     # The recipe's parts may have been measured on the small profile alone; the caption says so.
@@ -279,9 +290,7 @@ def pdf(profile, target=None):
     reference = profile == "paper" and (root / "benchmarks/grouping_cuda.csv").exists()
     inputs["grouping"] = "cuda" if reference else "cpu"  # of the same profile where it has been measured
     beside = {
-        name: load_profile(root / "notebooks" / "profiles" / f"{name}.yaml", notebooks)
-        for name in BESIDE
-        if published_folders(root, name)[1].is_dir()
+        name: published_parameters(root, name) for name in BESIDE if published_folders(root, name)[1].is_dir()
     }
     inputs["beside"] = json.dumps(beside)  # the profiles whose tables may stand beside this one's
     options = {"root": root, "sys_inputs": inputs, "ignore_system_fonts": True, "timestamp": 0}
@@ -292,6 +301,26 @@ def pdf(profile, target=None):
     with atomic_path(target) as temporary:
         temporary.write_bytes(made)
     return target
+
+
+def published_parameters(root, profile):
+    """{notebook: parameters} of a profile, which are those that its published runs were made with.
+
+    Raises PublishError where a manifest has another value: the tables are of it, not of today's profile. A
+    parameter that is newer than a run is not in its manifest.
+    """
+    notebooks = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
+    parameters = load_profile(root / "notebooks" / "profiles" / f"{profile}.yaml", notebooks)
+    for path in sorted((published_folders(root, profile)[1] / "runs").glob("*-s*/[0-9]*.json")):
+        ran, today = json.loads(path.read_text(encoding="utf-8"))["parameters"], parameters[path.stem]
+        # The run's own, and not the profile's.
+        for name in sorted(ran.keys() & today.keys() - {"run", "split", "seed", "device"}):
+            if ran[name] != today[name]:
+                raise PublishError(
+                    f"{path.relative_to(root)} is of {name} = {ran[name]!r}, the {profile} profile has "
+                    f"{today[name]!r}; run it again and publish, or restore the profile"
+                )
+    return parameters
 
 
 def main(arguments):
