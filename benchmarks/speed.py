@@ -194,6 +194,8 @@ def training(name, attacks, model, x, y, steps):
     if name in FASTER:  # the step of `fit` itself, with an augmentation that does nothing
         still = Augmentation(flip=False, degrees=0, scale=0, translate=0)
         precision = "auto" if name == OURS else "bfloat16"
+        if x.is_cuda:  # as `fit` does first
+            model.to(memory_format=torch.channels_last)
         recipe = Recipe(batch_size=len(x), augmentation=still, label_smoothing=0, precision=precision)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
         state, greys = TrainingState(model, optimizer, schedule), (x * 255).round().byte()

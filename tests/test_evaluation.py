@@ -83,6 +83,9 @@ def test_cluster_interval_knows_what_belongs_together():
     none, every = (
         evaluation.cluster_interval(np.full(20, right), np.arange(20) // 2) for right in (False, True)
     )
+    assert evaluation.cluster_interval(np.ones(9, bool), np.arange(9), confidence=0.5) == evaluation.wilson(
+        9, 9, 0.5
+    )
     assert none == evaluation.wilson(0, 10) and every == evaluation.wilson(10, 10), (
         "no spread seen is not no spread"
     )

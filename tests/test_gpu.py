@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fortify.attacks import CW, FGSM, PGD, craft
+from fortify.audit import AuditData, Suite, audit
 from fortify.evaluation import at_budget, check_rows, evaluate
 from fortify.models import build_model, load_model, predict, save_model
 from fortify.training import Recipe, fit
@@ -43,6 +44,40 @@ def test_attacks_on_the_gpu_find_what_they_find_on_the_cpu(model, images, labels
     there = craft(build_copy(model).cuda(), images, labels, PGD(4, steps=3))
     assert (here.success == there.success).float().mean() > 0.97
     assert there.images.device.type == "cpu"
+
+
+def test_own_nets_and_tensors_of_the_gpu_are_taken(phantoms, images, labels):
+    side = phantoms.images.shape[1]
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(side * side, 3)).cuda()
+    fit(net, phantoms, phantoms, Recipe(epochs=1, batch_size=16), attacks=THIRDS, progress=False)
+    model = build_model("resnet_small", num_classes=3, seed=0).cuda()
+    x, y = images.cuda(), torch.as_tensor(labels).cuda()
+    ids = {"index": np.arange(len(images)), "model_name": "normal", "split": "random", "seed": 0}
+    rows, _ = evaluate(model, x, y, [FGSM(4), CW(binary_search_steps=1, steps=3)], **ids)
+    check_rows(rows)
+    right = predict(model, x).argmax(1) == y.cpu()
+    assert right.any(), "an untrained model names one class at least"
+    suite = Suite(eps_255=4, pgd_steps=3, restarts=2, square_queries=20, autoattack_steps=3)
+    found = audit(model, AuditData(x, y), suite, only=("T0", "T1", "T3", "T7"))
+    assert "one seed" not in found.table.set_index("id").measured["T0"], "the same attack is the same twice"
+
+
+def test_training_on_compiled_code(phantoms):
+    model = build_model("resnet_small", num_classes=3, seed=0).cuda()
+    recipe = Recipe(epochs=1, batch_size=16)
+    history = fit(model, phantoms, phantoms, recipe, attacks=THIRDS, compiled=True, progress=False)
+    assert np.isfinite(history.train_loss).all()
+
+
+def test_predictions_where_tf32_was_set_by_its_newer_name(images):
+    model = build_model("resnet_small", num_classes=3, seed=0).cuda()
+    before = torch.backends.cudnn.conv.fp32_precision
+    expected = predict(model, images)
+    try:
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+        assert torch.allclose(predict(model, images), expected, atol=1e-6)
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 def build_copy(model):

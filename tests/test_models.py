@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,16 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import resnet, resnet50
 
-from fortify.models import BasicBlock, build_model, load_model, predict, save_model
+from fortify.attacks import PGD, craft
+from fortify.models import (
+    BasicBlock,
+    build_model,
+    float32_convolutions,
+    load_model,
+    predict,
+    save_model,
+    seeded,
+)
 
 
 @pytest.mark.parametrize("arch", ["resnet_small", "resnet50", "densenet121", "squeezenet1_1", "googlenet"])
@@ -52,6 +62,72 @@ def test_seed_fixes_the_weights_and_leaves_the_global_generator():
     a, b, c = (build_model("resnet_small", num_classes=3, seed=s)[1].fc.weight for s in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_work_on_the_cpu_leaves_the_generators_of_gpus(monkeypatch):
+    def touched(seed):
+        raise AssertionError("a GPU's generator was seeded")
+
+    for name in ("manual_seed", "manual_seed_all"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    build_model("resnet_small", num_classes=3, seed=7)
+    state = torch.get_rng_state()
+    with seeded(7, "cpu"):
+        drawn = torch.rand(3)
+    assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(7)))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def _setting(name):
+    """A setting of TF32 by its name, as somebody's program may have made it."""
+    if name == "matmul":
+        torch.set_float32_matmul_precision("high")
+    elif name.startswith("allow"):
+        torch.backends.cudnn.allow_tf32 = name == "allow"
+    elif name.startswith("all "):
+        torch.backends.fp32_precision = name.removeprefix("all ")
+    elif name:
+        torch.backends.cudnn.conv.fp32_precision = name
+
+
+@pytest.mark.parametrize("name", ["", "ieee", "tf32", "all ieee", "all tf32", "allow", "allow not", "matmul"])
+def test_convolutions_are_in_float32_whatever_was_set_and_as_before_after_it(name):
+    """In a process of its own: torch's newer and older settings do not mix, and there is no way back."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_models\n"
+    code += f"test_models._setting({name!r}); test_models._check_convolutions()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def _check_convolutions():
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.deterministic
+    with float32_convolutions("cuda", deterministic=True):
+        assert (cudnn.conv.fp32_precision, cudnn.deterministic) == ("ieee", True)
+        with float32_convolutions("cuda"):
+            assert (cudnn.conv.fp32_precision, cudnn.deterministic) == ("ieee", True)
+        with pytest.raises(KeyError), float32_convolutions("cuda"):
+            raise KeyError
+        assert cudnn.deterministic
+    assert (cudnn.conv.fp32_precision, cudnn.deterministic) == before
+    with float32_convolutions("cpu"):
+        assert (cudnn.conv.fp32_precision, cudnn.deterministic) == before
+
+
+def test_predict_takes_images_in_the_weights_type(model, images):
+    expected = predict(model, images)
+    assert torch.equal(predict(model, images.double()), expected)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(images[0].numel(), 3)).double()
+    assert predict(net, images).dtype == torch.float32
+
+
+def test_a_model_without_weights_is_one_of_the_cpu(images):
+    class Brightness(torch.nn.Module):
+        def forward(self, x):
+            return torch.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], 1)
+
+    assert predict(Brightness(), images[:4]).shape == (4, 2)
+    found = craft(Brightness(), images[:4], torch.zeros(4, dtype=torch.long), PGD(4, steps=2))
+    assert found.images.shape == images[:4].shape
 
 
 def test_imagenet_weights_fill_all_but_the_head(monkeypatch):

@@ -4,6 +4,7 @@ import copy
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -109,6 +110,21 @@ def test_batchnorm_is_frozen_from_the_second_epoch(parts):
     assert not any(torch.equal(fresh[k], after[1][k]) for k in running), "the first epoch did train them"
 
 
+def test_dropout_is_drawn_from_the_seed(parts):
+    found, state = [], torch.get_rng_state()
+    for other in (1, 2):
+        net = build_model("resnet_small", num_classes=3, seed=0)
+        net[1].fc = torch.nn.Sequential(torch.nn.Dropout(0.5), net[1].fc)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(other)
+            before = torch.get_rng_state()
+            fit_published(net, *parts, PublishedRecipe(epochs=1), attacks=TONE_CURVES, progress=False)
+            assert torch.equal(torch.get_rng_state(), before)
+        found.append(net.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(*(f.values() for f in found), strict=True))
+    assert torch.equal(state, torch.get_rng_state())
+
+
 def test_the_last_epoch_is_kept_and_an_interrupted_training_goes_on(parts, tmp_path):
     attacks = PublishedAttacks(cw_steps=1)
 
@@ -176,6 +192,17 @@ def test_rows_say_what_the_model_says_of_the_changed_tensor(model, images, label
     assert (own.l2 > 1).all()
 
 
+def test_scoring_works_inside_no_grad_and_leaves_the_mode(model, images, labels, rows):
+    ids = {"index": np.arange(60), "split": "random", "seed": 0, "model_name": "normal"}
+    model.train()
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            again = score_published(model, images[:60], labels[:60], attacks=FEW, batch_size=17, **ids)
+        pd.testing.assert_frame_equal(again, rows[0])
+    assert model.training
+    model.eval()
+
+
 def test_matrix_has_every_evaluation_once_and_counts_the_rows(rows):
     protocol, correct = rows
     table = published.matrix(protocol, correct, class_names=NAMES, budgets_255=[1, 4], cw_l2=0.5)
@@ -199,7 +226,6 @@ def test_matrix_has_every_evaluation_once_and_counts_the_rows(rows):
 def test_findings_state_the_counts_of_the_matrix(rows):
     protocol, correct = rows
     every = ("normal", "published", "tone curves", "adversarial")
-    import pandas as pd
 
     def of(rows, model, wrong):
         """The rows as another model's, which misreads the first ``wrong`` images under every attack."""

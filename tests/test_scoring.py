@@ -44,6 +44,13 @@ def test_rows_are_complete_and_say_what_the_model_says(model, images, labels, pa
         assert own.l2.to_numpy() == pytest.approx((adversarial - images[part]).flatten(1).norm(dim=1).numpy())
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_evaluation_works_where_gradients_are_off(model, images, labels, part, evaluated, context):
+    with context():
+        rows, _ = evaluate(model, images[part], labels[part], ATTACKS, index=part, **IDS)
+    pd.testing.assert_frame_equal(rows, evaluated[0])
+
+
 def test_budgets_are_grey_levels_and_cw_has_none(evaluated):
     rows, _ = evaluated
     assert (rows[rows.attack == "clean"].eps_255 == 0).all()

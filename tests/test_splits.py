@@ -275,9 +275,11 @@ def test_a_split_survives_its_file(written):
     order = np.random.default_rng(0).permutation(len(slices))  # rows are matched by name, not by place
     read = splits.read_split(path, slices.subset(order), grouped=True)
     assert set(order[read["test"]]) == set(split["test"])
-    odd = dataclasses.replace(slices, names=("NA", *slices.names[1:]))  # a name, not a missing value
-    splits.write_split(path, odd, split)
-    assert np.array_equal(splits.read_split(path, odd)["test"], split["test"])
+    # Names, not a missing value and numbers.
+    for names in (("NA", *slices.names[1:]), tuple(f"{i:04}" for i in range(len(slices)))):
+        odd = dataclasses.replace(slices, names=names)
+        splits.write_split(path, odd, split)
+        assert np.array_equal(splits.read_split(path, odd)["test"], split["test"])
 
 
 @pytest.mark.parametrize(

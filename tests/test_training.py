@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fortify.training as training
-from fortify.attacks import FGSM, PGD, craft
+from fortify.attacks import CW, FGSM, PGD, craft
 from fortify.augmentation import Augmentation, augment
 from fortify.folding import Twin
 from fortify.models import build_model, predict
@@ -151,12 +151,45 @@ def test_a_checkpoint_of_other_code_is_not_read(parts, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
-def test_any_module_of_the_right_number_of_logits_is_trained(parts):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_any_module_of_the_right_number_of_logits_is_trained(parts, precision):
     side = parts[0].images.shape[1]
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(side * side, 3))
-    before = weights(net)
-    fit(net, *parts, Recipe(epochs=1, batch_size=16), attacks={FGSM(4): 1.0}, progress=False)
-    assert not torch.equal(weights(net), before)
+    before, recipe = weights(net), Recipe(epochs=1, batch_size=16, precision=precision)
+    attacks = {FGSM(4): 1 / 3, PGD(4, steps=1, loss="margin"): 1 / 3, CW(1, 2): 1 / 3}
+    history = fit(net, *parts, recipe, attacks=attacks, progress=False)
+    assert not torch.equal(weights(net), before) and np.isfinite(history.train_loss).all()
+
+
+@pytest.mark.parametrize(("capability", "low"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_a_gpu_that_does_not_convolve_in_bfloat16_trains_in_float32(monkeypatch, capability, low):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert training._autocasts(Recipe(), gpu) == low and not training._autocasts(Recipe(), cpu)
+    asked = Recipe(precision="bfloat16")
+    assert training._autocasts(asked, gpu) and training._autocasts(asked, cpu)
+    assert not training._autocasts(Recipe(precision="float32"), gpu)
+
+
+def test_the_moments_of_a_resumed_training_lie_as_its_weights(parts, tmp_path):
+    """A GPU's weights are channels last; moments that lie otherwise cost each step."""
+    states = []
+    for _ in range(2):
+        net = build_model("resnet_small", num_classes=3, seed=0).to(memory_format=torch.channels_last)
+        states.append(training.TrainingState(net, torch.optim.AdamW(net.parameters(), lr=0.01)))
+    first, again = states
+    first.model(torch.rand(4, 1, 32, 32)).sum().backward()
+    first.optimizer.step()
+    first.record(1, 0.0, 0.0, 0.0, 0.0)
+    first.save(tmp_path / "c.safetensors")
+    again.resume(tmp_path / "c.safetensors")
+    pairs = list(zip(first.model.parameters(), again.model.parameters(), strict=True))
+    assert any(weight.stride()[1] == 1 for _, weight in pairs if weight.ndim == 4)
+    for before, weight in pairs:
+        own, read = first.optimizer.state[before], again.optimizer.state[weight]
+        assert torch.equal(own["step"], read["step"])
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(own[name], read[name]) and read[name].stride() == weight.stride()
 
 
 def test_a_loss_that_is_not_finite_stops_with_epoch_batch_and_checkpoint(parts, tmp_path, monkeypatch):

@@ -104,7 +104,7 @@ def craft(model, images, labels, attack, *, seed=0, batch_size=64, progress=Fals
     several attacks on one model: its :class:`fortify.folding.Twin`'s; None makes one.
     Raises ValueError for wrong shapes, values outside [0, 1] or labels outside the model's classes.
     """
-    images, labels = checked(images, labels)
+    images, labels = checked(images, labels, device=None)
     if isinstance(attack, PGD) and attack.restarts > 1:
         options = {"batch_size": batch_size, "progress": progress, "twin": twin}
         return _with_restarts(model, images, labels, attack, seed, **options)
@@ -121,7 +121,8 @@ def craft(model, images, labels, attack, *, seed=0, batch_size=64, progress=Fals
         twin = Twin(model, first, logits=logits).net if twin is None else twin
         for start in progress_bar(range(0, len(images), batch_size), desc=attack.name, show=progress):
             part = slice(start, start + batch_size)
-            x, y = images[part].to(device), labels[part].to(device)
+            # Copies: tensors made in inference mode take no part in gradients.
+            x, y = (whole[part].to(device, copy=True) for whole in (images, labels))
             start_noise = None if noise is None else noise[part].to(device)
             x_adv = craft_batch(model, x, y, attack, noise=start_noise, twin=twin)
             with torch.no_grad():
@@ -249,7 +250,7 @@ def _walk(net, parts):
     for step in range(rows[0][0].steps):
         n = sum(len(xs) for a, xs, *_ in rows if a.steps > step)
         x0, z = x[:n], adversarial[:n].detach().requires_grad_()
-        logits = net(z)
+        logits = net(z).float()
         loss = torch.nn.functional.cross_entropy(logits, y[:n], reduction="none")
         if any(a.loss == "margin" for a in pgds):
             loss = torch.where(by_margin[:n], margin(logits, y[:n]), loss)
@@ -296,10 +297,11 @@ def _with_restarts(model, images, labels, attack, seed, **options):
     return Adversarial(best, success)
 
 
-def checked(images, labels):
+def checked(images, labels, *, device="cpu"):
     """``images`` as float32 (N, 1, H, W) in [0, 1], ``labels`` as int64 (N,); ValueError if they are not.
 
-    Labels are checked against a model's classes where there is one: :func:`check_labels`.
+    They are returned on ``device``, with None on their own. Labels are checked against a model's classes
+    where there is one: :func:`check_labels`.
     """
     images, labels = torch.as_tensor(images), torch.as_tensor(labels)
     if images.ndim != 4 or images.shape[1] != 1 or not images.is_floating_point():
@@ -316,7 +318,7 @@ def checked(images, labels):
     if not (low >= 0 and high <= 1):  # also when either is NaN
         hint = "divide by 255?" if high > 2 else "clamp them, or look for NaN"
         raise ValueError(f"images must lie in [0, 1]; these reach {low:.9g} to {high:.9g}: {hint}")
-    return images.detach().float(), labels.detach().long()
+    return images.detach().to(device, torch.float32), labels.detach().to(device, torch.int64)
 
 
 def check_labels(labels, classes):

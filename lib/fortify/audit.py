@@ -7,7 +7,6 @@ the figure is not to be trusted, or that the model only looks robust.
 from dataclasses import dataclass, field
 
 import pandas as pd
-import torch
 
 from fortify import attacks as fortify_attacks
 from fortify.audit_checks import CHECKS, worst_over_attacks
@@ -15,6 +14,7 @@ from fortify.audit_context import FAIL, NOT_RUN, Context, Suite
 from fortify.audit_context import AuditData as AuditData  # for those who call audit
 from fortify.audit_context import Check as Check
 from fortify.evaluation import wilson
+from fortify.models import device_of, float32_convolutions, seeded
 from fortify.tables import to_markdown
 
 
@@ -69,8 +69,9 @@ def audit(model, data, attacks=None, *, craft=fortify_attacks.craft, others=(), 
         raise ValueError(f"unknown checks {unknown}; use some of {', '.join(CHECKS)}")
     # T0 judges every attack that the others ran, so it comes last.
     order = sorted(wanted, key=lambda name: (name == "T0", _number(name)))
-    with torch.random.fork_rng():  # a model or an attack under audit may draw from the global generator
-        torch.manual_seed(seed)
+    device = device_of(model)
+    # A model or an attack under audit may draw from the global generators. T0 asks for the same bits twice.
+    with seeded(seed, device), float32_convolutions(device, deterministic=True):
         ctx = Context(model, data, suite, craft=craft, others=others, seed=seed)
         results = {name: CHECKS[name](ctx) for name in order}
     return Audit(tuple(results[name] for name in CHECKS if name in results), _accuracies(ctx))

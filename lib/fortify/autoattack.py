@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fortify.attacks import frozen
-from fortify.models import device_of, float32_convolutions, predict
+from fortify.attacks import checked, frozen
+from fortify.models import device_of, float32_convolutions, predict, seeded
 
 WHITE_BOX = ("apgd-ce", "apgd-dlr", "fab-t")
 
@@ -47,11 +47,12 @@ def autoattack(model, images, labels, part, *, eps_255, steps=100, queries=5000,
     AutoAttack = require_autoattack()
     if part not in (*WHITE_BOX, "square"):
         raise ValueError(f"unknown part {part!r}; use one of {', '.join((*WHITE_BOX, 'square'))}")
+    images, labels = checked(images, labels)
     device, eps = device_of(model), eps_255 / 255
     classes = predict(model, images[:1]).shape[1]
     if part == "apgd-dlr" and classes < 3:
         raise ValueError(f"the DLR loss needs three classes, the model has {classes}; use the other parts")
-    with frozen(model), float32_convolutions(device), torch.random.fork_rng(), _heard() as warnings:
+    with frozen(model), float32_convolutions(device), seeded(seed, device), _heard() as warnings:
         adversary = AutoAttack(
             model, norm="Linf", eps=eps, version="custom", attacks=[part], device=device, seed=seed
         )

@@ -155,7 +155,7 @@ def cluster_interval(correct, groups, *, seed=0, draws=2000, confidence=0.95):
         raise ValueError(f"one group an image is needed, not {len(groups)} for {len(correct)} images")
     if np.all(correct) or not np.any(correct):
         count = len(np.unique(groups))
-        return wilson(int(np.all(correct)) * count, count)
+        return wilson(int(np.all(correct)) * count, count, confidence)
     return _by_groups(correct, groups, seed, draws, confidence)
 
 
@@ -408,8 +408,9 @@ def score_static(model, images, labels, crafted, *, index, eps_255, model_name, 
     """
     import torch
 
-    from fortify.attacks import perturbation_norms
+    from fortify.attacks import checked, perturbation_norms
 
+    images, labels = checked(images, labels)
     rows = []
     for attack in ATTACKS:
         if attack not in crafted:

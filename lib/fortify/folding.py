@@ -29,6 +29,7 @@ class Twin:
     and its time for each of the few sizes of batch that it meets (:class:`Padded`).
     """
 
+    @torch.inference_mode(False)  # its tensors are for gradients, wherever it is made
     def __init__(self, model, example, *, logits=None, autocast=False, compiled=False):
         self.net, self._plain, self._folded, self._stems = model, [], [], []
         # Copied are the modules; the tensors are new and empty until _fold fills them.
@@ -100,7 +101,8 @@ class Padded(nn.Module):
     """``net``, in eval mode, compiled; black images fill every batch up to a multiple of ``to``.
 
     Compiled code is of one shape. Batches of a training differ by an image, and so do an attack's parts of
-    them: without the filling every size would be compiled, and after eight of them none any more.
+    them: without the filling every size would be compiled, and after eight of them none any more. The eight
+    are of the whole process: after as many sizes of batch and image new ones run as they are.
     """
 
     def __init__(self, net, *, to=8):

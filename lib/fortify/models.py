@@ -1,6 +1,7 @@
 """Classifiers that take grey images in [0, 1]: torchvision nets with normalisation as their first layer."""
 
 import contextlib
+import itertools
 import json
 from pathlib import Path
 
@@ -102,9 +103,7 @@ def build_model(arch, *, num_classes, weights=None, seed=None):
     """
     if weights not in (None, "imagenet"):
         raise ValueError(f'weights must be None or "imagenet", not {weights!r}')
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):  # weights are drawn on the CPU
-        if seed is not None:
-            torch.manual_seed(seed)
+    with seeded(seed, "cpu") if seed is not None else contextlib.nullcontext():  # weights are drawn there
         if arch == "resnet_small":
             if weights:
                 raise ValueError("resnet_small has no ImageNet weights; use weights=None")
@@ -141,14 +140,17 @@ def _torchvision_net(arch, num_classes, weights):
 def predict(model, images, *, batch_size=256):
     """Class probabilities (N, num_classes), float32 on the CPU, of images (N, 1, H, W) float in [0, 1].
 
-    In eval mode and float32 whatever the model's state, which is as before on return.
+    In eval mode whatever the model's state, which is as before on return; images are taken in the weights'
+    type, and a GPU's convolutions are of that too (:func:`float32_convolutions`).
     Raises ValueError for another shape or type; greys of 0..255 are taken for very bright ones.
     """
     if images.ndim != 4 or not images.is_floating_point():
         kind = f"{tuple(images.shape)} {images.dtype}"
         raise ValueError(f"images must be float (N, 1, H, W) in [0, 1], not {kind}; see data.to_tensor")
-    with eval_mode(model), torch.no_grad(), float32_convolutions(device_of(model)):
-        return torch.cat([model(x.to(device_of(model))).softmax(1).cpu() for x in images.split(batch_size)])
+    device, dtype = device_of(model), next((p.dtype for p in model.parameters()), torch.float32)
+    with eval_mode(model), torch.no_grad(), float32_convolutions(device):
+        parts = [model(x.to(device, dtype)).float().softmax(1).cpu() for x in images.split(batch_size)]
+    return torch.cat(parts)
 
 
 @contextlib.contextmanager
@@ -163,19 +165,47 @@ def eval_mode(model):
             module.training = mode
 
 
-def float32_convolutions(device):
-    """A context in which cuDNN convolves in float32, not in TF32 with its ten-bit mantissa, its default."""
+@contextlib.contextmanager
+def float32_convolutions(device, *, deterministic=False):
+    """A context in which cuDNN convolves in float32, not in TF32 with its ten-bit mantissa, its default.
+
+    ``deterministic`` has it choose among those algorithms that give the same bits each time. On a CPU
+    nothing changes. Matrix products are as :func:`torch.set_float32_matmul_precision` has them, by default
+    float32.
+    """
     if torch.device(device).type != "cuda":
-        return contextlib.nullcontext()
+        yield
+        return
     cudnn = torch.backends.cudnn
-    return cudnn.flags(
-        enabled=True, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
-    )
+    # Not cudnn.flags(allow_tf32=False): torch refuses it once somebody has set a fp32_precision.
+    before = cudnn.conv.fp32_precision, cudnn.deterministic
+    cudnn.conv.fp32_precision, cudnn.deterministic = "ieee", before[1] or deterministic
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision, cudnn.deterministic = before
+
+
+@contextlib.contextmanager
+def seeded(seed, device):
+    """The global generators of the CPU and of ``device`` seeded inside the block, after it as before.
+
+    :func:`torch.manual_seed` would seed those of every GPU, also where no work is done there.
+    """
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def device_of(model):
-    """The device of the model's first parameter."""
-    return next(model.parameters()).device
+    """The device of the model's first parameter or buffer; the CPU where it has none."""
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
+    return tensor.device
 
 
 def save_model(path, model, *, info=None):

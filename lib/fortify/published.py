@@ -15,10 +15,10 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from fortify.attacks import FGSM, PGD, check_labels, checked, margin
+from fortify.attacks import FGSM, PGD, check_labels, checked, frozen, margin
 from fortify.evaluation import COLUMNS, accuracy_table, at_budget
 from fortify.folding import Twin
-from fortify.models import device_of, float32_convolutions
+from fortify.models import device_of, float32_convolutions, seeded
 from fortify.runs import progress_bar
 from fortify.training import TrainingState, accuracy, fingerprint, on_device, stop_if_not_finite
 
@@ -161,10 +161,11 @@ def fit_published(model, train, val, recipe, *, attacks, seed=0, checkpoints=Non
         epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
         order = torch.randperm(len(y_train), generator=torch.Generator().manual_seed(epoch_seed)).to(device)
         losses, correct = [], 0
-        for index in _batches(order, recipe.batch_size):
-            loss, right = _step(state, x_train[index].float() / 255, y_train[index], attacks)
-            losses.append(loss)
-            correct += right
+        with seeded(epoch_seed, device):  # for nets with dropout
+            for index in _batches(order, recipe.batch_size):
+                loss, right = _step(state, x_train[index].float() / 255, y_train[index], attacks)
+                losses.append(loss)
+                correct += right
         losses = torch.stack(losses).cpu()
         stop_if_not_finite(losses, epoch, file)
         state.record(
@@ -211,19 +212,17 @@ def score_published(model, images, labels, *, index, model_name, split, seed, at
     images, labels = checked(images, labels)
     check_labels(labels, classes=model.num_classes)
     x, y = images.to(device), labels.to(device)
-    model.eval()
     parts = []
-    with float32_convolutions(device):
+    with frozen(model), float32_convolutions(device):
         with torch.no_grad():
             z = model[0](x)
         # The few images that move: first, and together.
         twin = Twin(model[1:], z[:1]).net
         cw = published_cw(model, z, y, attacks, net=twin, batch_size=batch_size)
-    for start in range(0, len(images), batch_size):
-        part = slice(start, start + batch_size)
-        with float32_convolutions(device):
+        for start in range(0, len(images), batch_size):
+            part = slice(start, start + batch_size)
             rows = _score_batch(model, x[part], z[part], y[part], attacks, cw[part])
-        parts.append(rows.assign(index=np.tile(np.asarray(index)[part], len(_COLUMNS))))
+            parts.append(rows.assign(index=np.tile(np.asarray(index)[part], len(_COLUMNS))))
     about = {"model": model_name, "split": split, "seed": seed, "protocol": "adaptive", "eps_255": np.nan}
     table = pd.concat(parts).assign(**about)[list(COLUMNS)]
     rank = table.attack.map({name: i for i, name in enumerate(_COLUMNS)})
@@ -365,10 +364,12 @@ def panels(model, image, label, *, attacks, correct):
     y = torch.tensor([int(label)], device=device)
     z, z_correct = model[0](image.to(device)), model[0](correct.to(device))
     made = {"original": z, "clamp alone": clamp(z), "tanh alone": tanh(z)}
-    made |= {"published PGD": published_fgsm(model, z, y, attacks.pgd_alpha), "correct PGD": z_correct}
+    with float32_convolutions(device):
+        published_pgd = published_fgsm(model, z, y, attacks.pgd_alpha)
+    made |= {"published PGD": published_pgd, "correct PGD": z_correct}
     shown = {}
     for name, changed in made.items():
-        with torch.no_grad():
+        with torch.no_grad(), float32_convolutions(device):
             probability, prediction = model[1:](changed).softmax(1).max(1)
         greys = to_grey(model, changed)[0].permute(1, 2, 0).cpu().numpy()
         shown[name] = greys, prediction.item(), probability.item()

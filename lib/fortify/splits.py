@@ -186,7 +186,7 @@ def read_split(path, slices, *, grouped=False):
     Raises ValueError, naming file and slice, when a name is repeated, missing or unknown, a label differs, a
     part is unknown or empty or, with ``grouped``, a group of the file or of ``slices`` lies in two parts.
     """
-    table = pd.read_csv(path, keep_default_na=False)
+    table = pd.read_csv(path, keep_default_na=False, dtype={"name": str})
     remedy = f"{path} does not belong to these slices or was edited: run again the notebook that wrote it."
     absent = [column for column in ("name", "label", "group", "part") if column not in table]
     if absent:

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from fortify.attacks import check_labels, craft, craft_parts, frozen
 from fortify.augmentation import Augmentation, augment
 from fortify.folding import Twin
-from fortify.models import device_of, predict, read_safetensors, write_safetensors
+from fortify.models import device_of, predict, read_safetensors, seeded, write_safetensors
 from fortify.runs import lib_sha256, progress_bar
 
 
@@ -30,9 +30,10 @@ class Recipe:
     ``class_balance`` is the power of the inverse class frequency that weights the loss; 0 is no weighting.
     In the first ``mixup`` of the epochs every image of a batch, attacked or clean, is mixed with another one
     of it in a share drawn anew for each batch, the loss with it (mixup, Zhang et al. 2018; shares uniform).
-    ``precision`` is of the training passes and the attacks in them: ``"float32"``, ``"bfloat16"`` (autocast;
-    the weights stay float32) or ``"auto"``, bfloat16 on a GPU and float32 on a CPU. A CPU that multiplies
-    bfloat16 (AVX-512 BF16, AMX) gains by it, another loses. What validates is float32 whatever it is.
+    ``precision`` is of the training passes and the attacks in them: ``"float32"`` (on a GPU torch's default,
+    whose convolutions round to TF32), ``"bfloat16"`` (autocast; the weights stay float32) or ``"auto"``,
+    bfloat16 on a GPU that convolves in it and else float32. A CPU that multiplies bfloat16 (AVX-512 BF16,
+    AMX) gains by it, another loses. What validates is float32 whatever it is.
     """
 
     epochs: int = 60
@@ -123,8 +124,7 @@ def fit(
     remaining = range(state.epoch + 1, recipe.epochs + 1)
     for epoch in progress_bar(remaining, desc="training", show=progress):
         epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(epoch_seed)  # for nets with dropout: a resumed epoch draws the same
+        with seeded(epoch_seed, device):  # for nets with dropout: a resumed epoch draws the same
             now = _at_epoch(attacks, epoch, recipe)
             mixes = epoch <= recipe.mixup * recipe.epochs
             losses, correct = _epoch(state, x_train, y_train, weight, recipe, now, twin, epoch_seed, mixes)
@@ -239,6 +239,9 @@ class TrainingState:
             self.judged.load_state_dict(of["judged"])
         self.best = {k: v.to(device) for k, v in of["best"].items()}
         self.optimizer.load_state_dict({"state": moments, "param_groups": metadata["groups"]})
+        for weight, own in self.optimizer.state.items():  # laid out as the weights, for one step over all
+            same = {k: v for k, v in own.items() if v.shape == weight.shape}
+            own |= {k: torch.empty_like(weight).copy_(v) for k, v in same.items()}
         if self.schedule:
             self.schedule.load_state_dict(metadata["schedule"])
         self.epoch, self.averaged, self.history = (metadata[k] for k in ("epoch", "averaged", "history"))
@@ -265,7 +268,7 @@ def _epoch(state, x_train, y_train, weight, recipe, attacks, twin, seed, mixes=F
             x, y = _with_attacked(model, x, y_train[index], recipe.clean_share, attacks, twin, generator)
             if mixes:
                 x, others, share = _mixed(x, generator)
-            logits = model(x)  # float32, whatever the autocast
+            logits = model(x).float()  # those of a net of one's own may be bfloat16
         loss = F.cross_entropy(logits, y, weight, label_smoothing=recipe.label_smoothing)
         if mixes:
             other = F.cross_entropy(logits, y[others], weight, label_smoothing=recipe.label_smoothing)
@@ -290,7 +293,10 @@ def _mixed(x, generator):
 
 def _autocasts(recipe, device):
     """Whether the recipe trains in bfloat16 on that device."""
-    return recipe.precision == "bfloat16" or (recipe.precision == "auto" and device.type == "cuda")
+    if recipe.precision == "auto":
+        # GPUs before compute capability 8 have no convolutions in bfloat16, and autocast does not say so.
+        return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    return recipe.precision == "bfloat16"
 
 
 def _at_epoch(attacks, epoch, recipe):
