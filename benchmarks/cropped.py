@@ -1,19 +1,23 @@
 """Is more read of slices cropped to the lungs? Two published profiles compared, slice by slice.
 
-    python benchmarks/cropped.py     seconds, from paper/tables alone
+    python benchmarks/cropped.py             seconds, from paper/tables alone
+    python benchmarks/cropped.py --profile paper
 
-Both test the same slices of the same splits (see `make lungs`). Writes benchmarks/cropped.csv, a row a split,
-training and budget, with the interval of a bootstrap that draws whole groups of near-duplicates, and README's
-section.
+Compares the profile that the committed notebooks are of, or the one that is named, with the one on crops that
+stands beside it; both test the same slices of the same splits (see `make lungs`). Writes
+benchmarks/cropped.csv, a row a split, training and budget, with the interval of a bootstrap that draws whole
+groups of near-duplicates, and README's section.
 """
+
+import argparse
 
 import pandas as pd
 
 from fortify.evaluation import gain_interval, read_rows
-from fortify.publish import published_folders, replace_section
+from fortify.publish import published_folders, replace_section, shown_profile
 from fortify.runs import find_root, write_csv
 
-WHOLE, CROPPED = "laptop", "lungs"  # profiles
+PAIRS = {"laptop": "lungs", "paper": "paper_lungs"}  # profiles: of whole slices, the same on crops
 BUDGETS_255 = (0, 4, 8)  # of PGD; 0: clean
 SLICE = ["split", "model", "seed", "index", "name"]
 
@@ -72,17 +76,26 @@ def section(table):
         more = f"{r.more_percent:+.1f} ({r.low_percent:+.1f} to {r.high_percent:+.1f})"
         lines.append("| " + " | ".join([r.split, r.model, attack, *read, more]) + " |")
     text = (
-        f"Profiles `{WHOLE}` and `{CROPPED}`, the same slices of the same splits, all seeds; adaptive "
-        "attacks. The interval draws whole groups of near-duplicates; it knows nothing of other trainings.\n"
+        f"Profiles `{table.profile[0]}` and `{table.beside[0]}`, the same slices of the same splits, all seeds; "
+        "adaptive attacks. The interval draws whole groups of near-duplicates; it knows nothing of other trainings.\n"
     )
     return "\n".join(lines) + "\n\n" + text
 
 
 def main():
     root = find_root()
-    folders = [published_folders(root, name)[1] for name in (WHOLE, CROPPED)]
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--profile", choices=PAIRS, default=shown_profile(root))
+    profile = options.parse_args().profile
+    folders = [published_folders(root, name)[1] for name in (profile, PAIRS[profile])]
+    if unpublished := [str(f.relative_to(root)) for f in folders if not (f / "runs").is_dir()]:
+        options.error(
+            f"{' and '.join(unpublished)} holds no runs; `make publish` of that profile puts them there"
+        )
     known = pd.read_csv(folders[0] / "groups.csv").set_index("name").group
-    table = compared(*map(predictions, folders), known).assign(profile=WHOLE, beside=CROPPED)
+    table = compared(*map(predictions, folders), known).assign(profile=profile, beside=PAIRS[profile])
     write_csv(root / "benchmarks/cropped.csv", table)
     replace_section(root / "README.md", "cropped", section(table))
     print(table.to_string(index=False))

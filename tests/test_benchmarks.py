@@ -17,6 +17,7 @@ from fortify.augmentation import Augmentation
 from fortify.folding import Padded, Twin
 from fortify.models import build_model
 from fortify.profiles import declared_parameters
+from fortify.publish import published_folders
 from fortify.splits import near_duplicate_groups
 from fortify.training import Recipe, _at_epoch
 
@@ -367,8 +368,9 @@ def test_the_readme_compares_what_is_published():
     shown = README.split("<!-- generated: cropped -->\n")[1].split("<!-- /generated: cropped -->")[0]
     assert shown == cropped.section(table)
     for row in table.itertuples():
-        for profile, k in ((cropped.WHOLE, row.whole), (cropped.CROPPED, row.cropped)):
-            curve = pd.read_csv(ROOT / "paper/tables" / profile / "curve.csv").query("attack == 'pgd'")
+        assert row.beside == cropped.PAIRS[row.profile]
+        for profile, k in ((row.profile, row.whole), (row.beside, row.cropped)):
+            curve = pd.read_csv(published_folders(ROOT, profile)[1] / "curve.csv").query("attack == 'pgd'")
             own = curve[curve.protocol.eq("adaptive") & curve.model.eq(row.model) & curve.split.eq(row.split)]
             assert own[own.eps_255.eq(row.eps_255)][["k", "n"]].values.tolist() == [[k, row.n]]
 
