@@ -76,8 +76,9 @@ def section(table):
         more = f"{r.more_percent:+.1f} ({r.low_percent:+.1f} to {r.high_percent:+.1f})"
         lines.append("| " + " | ".join([r.split, r.model, attack, *read, more]) + " |")
     text = (
-        f"Profiles `{table.profile[0]}` and `{table.beside[0]}`, the same slices of the same splits, all seeds; "
-        "adaptive attacks. The interval draws whole groups of near-duplicates; it knows nothing of other trainings.\n"
+        f"Profiles `{table.profile[0]}` and `{table.beside[0]}`, the same slices of the same splits, all "
+        "seeds; adaptive attacks. The interval draws whole groups of near-duplicates; it knows nothing of "
+        "other trainings.\n"
     )
     return "\n".join(lines) + "\n\n" + text
 
