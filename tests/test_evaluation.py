@@ -128,7 +128,7 @@ def test_a_gain_is_of_the_same_images_over_all_seeds():
     rows = evaluation.at_budget(pd.concat([*parts[::-1], static]), eps_255=1, cw_l2=1)
     table = evaluation.paired_gain(rows, np.arange(99)).set_index(["split", "attack"])
     assert table.index.tolist() == [("random", attack) for attack in ("clean", "pgd", "fgsm", "cw")]
-    assert table[["n", "k_first", "k_second", "gain_percent"]].values.tolist() == [
+    assert table[["n", "k_normal", "k_adversarial", "gain_percent"]].values.tolist() == [
         [8, 6, 8, 25.0],
         [8, 4, 6, 25.0],
         [8, 4, 4, 0.0],
@@ -141,6 +141,8 @@ def test_a_gain_is_of_the_same_images_over_all_seeds():
     )
     back = evaluation.paired_gain(rows, np.arange(99), models=("adversarial", "normal"))
     assert back.gain_percent.tolist() == (-table.gain_percent).tolist()
+    with pytest.raises(ValueError, match="same images"):
+        evaluation.paired_gain(rows, np.arange(99), models=("a", "b"))
     with pytest.raises(ValueError, match="same images"):
         evaluation.paired_gain(rows[rows.seed.eq(0) | rows.model.eq("normal")], np.arange(99))
 

@@ -12,7 +12,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from fortify import publish
-from fortify.evaluation import accuracy_table, at_budget, read_rows
+from fortify.evaluation import accuracy_table, at_budget, paired_gain, read_rows
 from fortify.publish import PublishError, source_sha256, with_outputs
 
 ROOT = Path(__file__).parents[1]
@@ -308,6 +308,9 @@ def test_the_published_table_1_is_what_the_published_rows_say():
             assert (own.k, own.n) == (row.k, row.n), (split, row.model, row.attack)
             compared += 1
     assert compared == 20
+    groups = pd.read_csv(next((tables / "runs/data/splits").glob("*.csv.gz"))).group
+    gain = paired_gain(at_budget(rows, eps_255=budget["eps_255"], cw_l2=budget["cw_l2"]), groups)
+    pd.testing.assert_frame_equal(gain.round(1), pd.read_csv(tables / "gain.csv"), check_dtype=False)
 
 
 def test_what_the_readme_says_of_cropped_slices():

@@ -162,29 +162,25 @@ def cluster_interval(correct, groups, *, seed=0, draws=2000, confidence=0.95):
 def paired_gain(rows_at_budget, groups, *, models=("normal", "adversarial")):
     """How many more of the same images the second of two ``models`` reads than the first: a tidy table.
 
-    From the adaptive rows of :func:`at_budget`, one row per (split, attack): ``n``, ``k_first``, ``k_second``
-    and, in per cent of n, ``gain`` with the interval ``low``, ``high`` of a bootstrap that draws whole groups
-    of ``groups``, the group (N,) of every slice. Seeds are pooled. Raises ValueError where the two models
-    were not shown the same images.
+    From the adaptive rows of :func:`at_budget`, one row per (split, attack): ``n``, ``k_<model>`` of both and
+    ``gain_percent``, with the interval ``low_percent``, ``high_percent`` of a bootstrap that draws whole
+    groups (:func:`gain_interval`) of ``groups``, the group (N,) of every slice. Seeds are pooled.
+    Raises ValueError where the two models were not shown the same images.
     """
     rows = rows_at_budget[rows_at_budget.protocol.eq("adaptive")]
     key = ["split", "attack", "seed", "index"]
     first, second = (rows[rows.model.eq(model)].set_index(key).sort_index() for model in models)
-    if not first.index.equals(second.index):
+    if first.empty or not first.index.equals(second.index):
         raise ValueError(f"{' and '.join(models)} were not evaluated on the same images, attacks and seeds.")
-    both = pd.DataFrame(
-        {"first": first.prediction.eq(first.label), "second": second.prediction.eq(second.label)}
-    )
+    right = [rows.prediction.eq(rows.label).astype(int) for rows in (first, second)]
+    both = pd.concat(right, axis=1, keys=models)
     table = []
     for (split, attack), own in both.groupby(["split", "attack"]):
-        n, k = len(own), own.sum()
-        more = own.second.astype(int) - own["first"].astype(int)
+        more = own[models[1]] - own[models[0]]
         interval = gain_interval(more, np.asarray(groups)[own.index.get_level_values("index")])
-        row = {"split": split, "attack": attack, "n": n, "k_first": k["first"], "k_second": k.second}
-        row["gain_percent"] = 100 * more.mean()
-        table.append(
-            row | {f"{name}_percent": 100 * x for name, x in zip(("low", "high"), interval, strict=True)}
-        )
+        row = {"split": split, "attack": attack, "n": len(own), **own.sum().add_prefix("k_")}
+        shares = zip(("gain", "low", "high"), (more.mean(), *interval), strict=True)
+        table.append(row | {f"{name}_percent": 100 * share for name, share in shares})
     return _sorted(pd.DataFrame(table))
 
 
