@@ -177,7 +177,7 @@ def float32_convolutions(device, *, deterministic=False):
         yield
         return
     cudnn = torch.backends.cudnn
-    # Not cudnn.flags(allow_tf32=False): torch refuses it once somebody has set a fp32_precision.
+    # Not cudnn.flags(allow_tf32=False): torch refuses it where a fp32_precision has been set, as in here.
     before = cudnn.conv.fp32_precision, cudnn.deterministic
     cudnn.conv.fp32_precision, cudnn.deterministic = "ieee", before[1] or deterministic
     try:
