@@ -88,8 +88,13 @@ def main():
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--profile", choices=PAIRS, default=shown_profile(root))
-    profile = options.parse_args().profile
+    options.add_argument("--profile", choices=PAIRS)
+    profile = options.parse_args().profile or shown_profile(root)
+    if profile not in PAIRS:
+        options.error(
+            f"the committed notebooks are of {profile}, of which there is none on crops; "
+            f"name one of {', '.join(PAIRS)}"
+        )
     folders = [published_folders(root, name)[1] for name in (profile, PAIRS[profile])]
     if unpublished := [str(f.relative_to(root)) for f in folders if not (f / "runs").is_dir()]:
         options.error(

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -59,7 +60,8 @@ def test_the_basic_block_is_torchvisions(before, width, stride):
 
 def test_seed_fixes_the_weights_and_leaves_the_global_generator():
     state = torch.get_rng_state()
-    a, b, c = (build_model("resnet_small", num_classes=3, seed=s)[1].fc.weight for s in (0, 0, 1))
+    seeds = (0, np.int64(0), 1)
+    a, b, c = (build_model("resnet_small", num_classes=3, seed=s)[1].fc.weight for s in seeds)
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert torch.equal(state, torch.get_rng_state())
 
@@ -88,7 +90,7 @@ def _setting(name):
         torch.backends.cudnn.conv.fp32_precision = name
 
 
-@pytest.mark.parametrize("name", ["", "ieee", "all tf32", "allow not"])
+@pytest.mark.parametrize("name", ["", "ieee", "all tf32", "all ieee", "allow not"])
 def test_convolutions_are_in_float32_whatever_was_set_and_as_before_after_it(name):
     """In a process of its own: torch's newer and older settings do not mix, and there is no way back."""
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_models\n"
@@ -98,19 +100,28 @@ def test_convolutions_are_in_float32_whatever_was_set_and_as_before_after_it(nam
 
 def _check_convolutions():
     cudnn = torch.backends.cudnn
-    before = cudnn.conv.fp32_precision, cudnn.deterministic
+
+    def settings():
+        return cudnn.conv.fp32_precision, cudnn.deterministic
+
+    before = settings()
+    with float32_convolutions("cuda"):
+        assert settings()[0] != "tf32" and not cudnn.deterministic
     with float32_convolutions("cuda", deterministic=True):
-        assert (cudnn.conv.fp32_precision, cudnn.deterministic) == ("ieee", True)
+        inside = settings()
+        assert inside[0] != "tf32" and cudnn.deterministic
         with float32_convolutions("cuda"):
-            assert (cudnn.conv.fp32_precision, cudnn.deterministic) == ("ieee", True)
+            assert settings() == inside
             # A convolution asks for these settings on a CPU too: mixed ones would be an error here.
             nn.Conv2d(3, 4, 3)(torch.rand(1, 3, 8, 8)).sum().backward()
         with pytest.raises(KeyError), float32_convolutions("cuda"):
             raise KeyError
-        assert cudnn.deterministic
-    assert (cudnn.conv.fp32_precision, cudnn.deterministic) == before
+        assert settings() == inside
+        if before == ("tf32", False) and torch.backends.fp32_precision == "none":
+            assert not cudnn.allow_tf32, "what a model or the compiler may ask for"
+    assert settings() == before
     with float32_convolutions("cpu"):
-        assert (cudnn.conv.fp32_precision, cudnn.deterministic) == before
+        assert settings() == before
 
 
 def test_predict_takes_images_in_the_weights_type(model, images):

@@ -111,6 +111,13 @@ def test_a_removed_cell_is_not_published_without():
         with_outputs(new_notebook(cells=source().cells[:2]), executed(), profile="laptop")
 
 
+def test_a_cell_that_moved_is_not_published():
+    moved = source()
+    moved.cells[1:] = moved.cells[:0:-1]
+    with pytest.raises(PublishError, match="cell c moved"):
+        with_outputs(moved, executed(), profile="laptop")
+
+
 def test_prose_is_published_as_it_reads_now():
     """It executes nothing: a word in it takes no training anew."""
     changed = source()
@@ -221,6 +228,7 @@ def test_another_network_stands_beside_what_is_shown(checkout, capsys):
     assert "(figures/laptop/robustness_curves.png)" in readme and "figures/resnet18" not in readme
     assert readme.index("| a |") < readme.index("**Table 1, random split, ResNet-18 in place of ResNet-50")
     assert readme.index("ResNet-18 in place of") < readme.index("| b |")
+    assert "fail: none.\n" in readme and readme.count("is an upper bound.\n") == 1  # of the two profiles'
     where = "(random split, seed 0, normal model:"
     failed = f"*gradients* {where} 1 of 2); *Square* {where} the note)"
     assert readme.index("| b |") < readme.index(failed)
@@ -370,6 +378,15 @@ def test_a_profile_that_is_no_longer_what_was_run_is_an_error(papers):
     profile.write_text(re.sub(r"(?m)^lr: .*$", "lr: 0.5", profile.read_text()))
     with pytest.raises(PublishError, match=r"02_baseline.json is of lr = \S+, the \w+ profile has 0.5"):
         publish.pdf(PROFILE)
+
+
+def test_the_paper_counts_the_seeds_that_are_published(papers):
+    """A run that is published with a part of its seeds is said to be of these."""
+    for folder in (papers / "paper/tables" / BELOW / "runs").glob("*-s[1-9]"):
+        shutil.rmtree(folder)
+    parameters = publish.published_parameters(papers, PROFILE)
+    assert parameters["01_data"]["seeds"] == [0] == parameters["09_claims"]["published_seeds"]
+    assert publish.pdf(PROFILE).read_bytes() != (ROOT / "paper/paper.pdf").read_bytes()
 
 
 def test_a_sentence_that_is_no_longer_true_is_an_error(papers):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from fortify.attacks import checked, frozen
-from fortify.models import device_of, float32_convolutions, predict, seeded
+from fortify.models import device_of, float32_convolutions, predict
 
 WHITE_BOX = ("apgd-ce", "apgd-dlr", "fab-t")
 
@@ -52,7 +52,8 @@ def autoattack(model, images, labels, part, *, eps_255, steps=100, queries=5000,
     classes = predict(model, images[:1]).shape[1]
     if part == "apgd-dlr" and classes < 3:
         raise ValueError(f"the DLR loss needs three classes, the model has {classes}; use the other parts")
-    with frozen(model), float32_convolutions(device), seeded(seed, device), _heard() as warnings:
+    # It seeds the generators of all GPUs.
+    with frozen(model), float32_convolutions(device), torch.random.fork_rng(), _heard() as warnings:
         adversary = AutoAttack(
             model, norm="Linf", eps=eps, version="custom", attacks=[part], device=device, seed=seed
         )

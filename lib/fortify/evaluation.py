@@ -163,8 +163,9 @@ def paired_gain(rows_at_budget, groups, *, models=("normal", "adversarial")):
     """How many more of the same images the second of two ``models`` reads than the first: a tidy table.
 
     From the adaptive rows of :func:`at_budget`, one row per (split, attack): ``n``, ``k_<model>`` of both and
-    ``gain_percent``, with the interval ``low_percent``, ``high_percent`` of a bootstrap that draws whole
-    groups (:func:`gain_interval`) of ``groups``, the group (N,) of every slice. Seeds are pooled.
+    their difference in points, ``gain_percent``, with the interval ``low_percent``, ``high_percent`` of a
+    bootstrap that draws whole groups (:func:`gain_interval`) of ``groups``, the group (N,) of every slice.
+    Seeds are pooled.
     Raises ValueError where the two models were not shown the same images.
     """
     rows = rows_at_budget[rows_at_budget.protocol.eq("adaptive")]

@@ -177,13 +177,19 @@ def float32_convolutions(device, *, deterministic=False):
         yield
         return
     cudnn = torch.backends.cudnn
-    # Not cudnn.flags(allow_tf32=False): torch refuses it where a fp32_precision has been set, as in here.
-    before = cudnn.conv.fp32_precision, cudnn.deterministic
-    cudnn.conv.fp32_precision, cudnn.deterministic = "ieee", before[1] or deterministic
+    # Where TF32 was allowed by a name newer than allow_tf32, that has no effect and cannot be read in here.
+    newer = "tf32" in (torch.backends.fp32_precision, cudnn.fp32_precision)
+    setting = (cudnn.conv, "fp32_precision", "ieee") if newer else (cudnn, "allow_tf32", False)
+    changes = [(cudnn, "deterministic", cudnn.deterministic or deterministic)]
+    changes += [setting] if cudnn.conv.fp32_precision == "tf32" else []
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     try:
+        for change in changes:
+            setattr(*change)
         yield
     finally:
-        cudnn.conv.fp32_precision, cudnn.deterministic = before
+        for change in before:
+            setattr(*change)
 
 
 @contextlib.contextmanager
@@ -192,7 +198,7 @@ def seeded(seed, device):
 
     :func:`torch.manual_seed` would seed those of every GPU, also where no work is done there.
     """
-    device = torch.device(device)
+    device, seed = torch.device(device), int(seed)
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
         torch.default_generator.manual_seed(seed)

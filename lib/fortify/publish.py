@@ -68,13 +68,17 @@ def with_outputs(source, executed, *, profile):
     The parameters cell keeps the source's values and shows, as its output, those that the profile changed.
     Styled tables, whose ids pandas draws, are named by their cells, and objects lose their addresses in
     memory: the same result is the same file. Prose is the source's, which executes nothing.
-    Raises PublishError when a code cell's source differs, or when a cell failed.
+    Raises PublishError when a code cell's source differs, when one is gone or moved, or when a cell failed.
     """
     made = {cell.id: cell for cell in code_cells(executed)}
     published, count = nbformat.from_dict(source), 0
     cells = code_cells(published)
     if gone := made.keys() - {cell.id for cell in cells}:
         raise PublishError(f"cell {min(gone)} was executed and is gone; run the {profile} profile again")
+    if moved := [
+        cell.id for cell, name in zip(cells, made, strict=False) if cell.id != name and cell.id in made
+    ]:
+        raise PublishError(f"cell {moved[0]} moved since it was executed; run the {profile} profile again")
     for cell in cells:
         ran = made.get(cell.id)
         if ran is None or ran.source != cell.source:
@@ -204,15 +208,15 @@ def update_readme(root, profile):
 
     parts = _tables1(tables)
     what = {
-        "paper": "the reference run: ResNet-50 at 224 px, five seeds, one GPU",
-        "laptop": "a small ResNet at 112 px, five seeds, on a CPU",
+        "paper": "the reference run: ResNet-50 at 224 px, on a GPU",
+        "laptop": "a small ResNet at 112 px, on a CPU",
     }
     sentence = f"From the `{profile}` profile ({what.get(profile, 'see its YAML')})."
     if profile != "paper":
         sentence += " **Not** the reference run (`make paper`), which has yet to be published here."
     sentence += (
-        " Intervals are of the networks trained here; how far other trainings lie is the sd over seeds, "
-        "which on the grouped split are folds, each with test slices of its own."
+        " Intervals are of the networks trained here. The sd over seeds says how far apart runs are: each "
+        "seed is another training on another split (grouped: another fold)."
     )
     parts.append(sentence + "\n")
     parts.append(_audited(tables))
@@ -241,11 +245,9 @@ def _audited(tables):
             for row in pd.read_csv(path).query("verdict == 'fail'").itertuples():
                 found = row.measured if pd.isna(row.note) else row.note
                 failed.append(f"*{row.check}* ({where}, {row.model} model: {found})")
-    said = "; ".join(failed) if failed else "none"
-    return (
-        f"Checks of the audit (notebook 08) that fail: {said}. There another attack leaves fewer images, or "
-        "the losses disagree: the accuracy under attack is an upper bound.\n"
-    )
+    said = f"Checks of the audit (notebook 08) that fail: {'; '.join(failed) if failed else 'none'}."
+    bound = " Where a check of the attacks fails, the accuracy under attack is an upper bound."
+    return said + bound * bool(failed) + "\n"
 
 
 def _tables1(folder, suffix=""):
@@ -304,13 +306,14 @@ def pdf(profile, target=None):
 
 
 def published_parameters(root, profile):
-    """{notebook: parameters} of a profile, which are those that its published runs were made with.
+    """{notebook: parameters} of a profile as its published runs had them; seeds are those that are there.
 
-    Raises PublishError where a manifest has another value: the tables are of it, not of today's profile. A
-    parameter that is newer than a run is not in its manifest.
+    Raises PublishError where the manifest of a run (of notebooks 02 to 04, 06 and 08) has another value: the
+    tables are of it, not of today's profile. A parameter that is newer than a run is not in its manifest.
     """
     notebooks = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
     parameters = load_profile(root / "notebooks" / "profiles" / f"{profile}.yaml", notebooks)
+    seeds = {}  # of each notebook
     for path in sorted((published_folders(root, profile)[1] / "runs").glob("*-s*/[0-9]*.json")):
         ran, today = json.loads(path.read_text(encoding="utf-8"))["parameters"], parameters[path.stem]
         # The run's own, and not the profile's.
@@ -320,6 +323,10 @@ def published_parameters(root, profile):
                     f"{path.relative_to(root)} is of {name} = {ran[name]!r}, the {profile} profile has "
                     f"{today[name]!r}; run it again and publish, or restore the profile"
                 )
+        seeds.setdefault(path.stem, set()).add(ran["seed"])
+    if seeds:
+        parameters["01_data"]["seeds"] = sorted(seeds["02_baseline"])
+        parameters["09_claims"]["published_seeds"] = sorted(seeds.get("06_published_protocol", ()))
     return parameters
 
 
