@@ -82,7 +82,9 @@ def test_work_on_the_cpu_leaves_the_generators_of_gpus(monkeypatch):
 
 def _setting(name):
     """A setting of TF32 by its name, as somebody's program may have made it."""
-    if name == "allow not":
+    if name == "rnn":
+        torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    elif name == "allow not":
         torch.backends.cudnn.allow_tf32 = False
     elif name.startswith("all "):
         torch.backends.fp32_precision = name.removeprefix("all ")
@@ -90,7 +92,7 @@ def _setting(name):
         torch.backends.cudnn.conv.fp32_precision = name
 
 
-@pytest.mark.parametrize("name", ["", "ieee", "all tf32", "all ieee", "allow not"])
+@pytest.mark.parametrize("name", ["", "ieee", "all tf32", "all ieee", "allow not", "rnn"])
 def test_convolutions_are_in_float32_whatever_was_set_and_as_before_after_it(name):
     """In a process of its own: torch's newer and older settings do not mix, and there is no way back."""
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_models\n"
@@ -117,7 +119,7 @@ def _check_convolutions():
         with pytest.raises(KeyError), float32_convolutions("cuda"):
             raise KeyError
         assert settings() == inside
-        if before == ("tf32", False) and torch.backends.fp32_precision == "none":
+        if before == ("tf32", False) and cudnn.rnn.fp32_precision == "none":
             assert not cudnn.allow_tf32, "what a model or the compiler may ask for"
     assert settings() == before
     with float32_convolutions("cpu"):

@@ -177,8 +177,9 @@ def float32_convolutions(device, *, deterministic=False):
         yield
         return
     cudnn = torch.backends.cudnn
-    # Where TF32 was allowed by a name newer than allow_tf32, that has no effect and cannot be read in here.
+    # Where TF32 was set by a name newer than allow_tf32, this has no effect, or torch refuses to read it.
     newer = "tf32" in (torch.backends.fp32_precision, cudnn.fp32_precision)
+    newer |= cudnn.rnn.fp32_precision != cudnn.conv.fp32_precision
     setting = (cudnn.conv, "fp32_precision", "ieee") if newer else (cudnn, "allow_tf32", False)
     changes = [(cudnn, "deterministic", cudnn.deterministic or deterministic)]
     changes += [setting] if cudnn.conv.fp32_precision == "tf32" else []
