@@ -59,6 +59,13 @@ def compared(whole, cropped, groups):
     return pd.DataFrame(rows).sort_values(order, ascending=[False, False, True], ignore_index=True)
 
 
+def measured(root, profile):
+    """:func:`compared` of a profile and the one on crops, from their published rows."""
+    folders = [published_folders(root, name)[1] for name in (profile, PAIRS[profile])]
+    known = pd.read_csv(folders[0] / "groups.csv").set_index("name").group
+    return compared(*map(predictions, folders), known).assign(profile=profile, beside=PAIRS[profile])
+
+
 def section(table):
     """README's text."""
     names = [
@@ -100,8 +107,7 @@ def main():
         options.error(
             f"{' and '.join(unpublished)} holds no runs; `make publish` of that profile puts them there"
         )
-    known = pd.read_csv(folders[0] / "groups.csv").set_index("name").group
-    table = compared(*map(predictions, folders), known).assign(profile=profile, beside=PAIRS[profile])
+    table = measured(root, profile)
     write_csv(root / "benchmarks/cropped.csv", table)
     replace_section(root / "README.md", "cropped", section(table))
     print(table.to_string(index=False))

@@ -367,6 +367,8 @@ def test_the_readme_compares_what_is_published():
     table = pd.read_csv(ROOT / "benchmarks/cropped.csv")
     shown = README.split("<!-- generated: cropped -->\n")[1].split("<!-- /generated: cropped -->")[0]
     assert shown == cropped.section(table)
+    again = cropped.measured(ROOT, table.profile[0])
+    pd.testing.assert_frame_equal(again, table, check_dtype=False, rtol=1e-6)
     for row in table.itertuples():
         assert row.beside == cropped.PAIRS[row.profile]
         for profile, k in ((row.profile, row.whole), (row.beside, row.cropped)):

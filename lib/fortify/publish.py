@@ -246,8 +246,9 @@ def _audited(tables):
                 found = row.measured if pd.isna(row.note) else row.note
                 failed.append(f"*{row.check}* ({where}, {row.model} model: {found})")
     said = f"Checks of the audit (notebook 08) that fail: {'; '.join(failed) if failed else 'none'}."
-    bound = " Where a check of the attacks fails, the accuracy under attack is an upper bound."
-    return said + bound * bool(failed) + "\n"
+    if failed:
+        said += " Where a check of the attacks fails, the accuracy under attack is an upper bound."
+    return said + "\n"
 
 
 def _tables1(folder, suffix=""):
