@@ -780,7 +780,7 @@ def test_an_archive_that_unpacks_to_far_more_is_refused(tmp_path, monkeypatch, p
     unpacking(monkeypatch, archive, tmp_path / "unpacked")
     monkeypatch.setattr(download, "MAX_FILE", 5_000_000)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # Debian 12's Python 3.11.2 has no tarfile filters: kagglehub unpacks no tar there. (Kaggle sends zip.)
+    # Debian 12's Python 3.11.2 has no tarfile filters: kagglehub unpacks no tar there.
     unpacks = pack is zip_of or hasattr(tarfile, "data_filter")
     with pytest.raises(DataError, match="failed .*" + ("File too large" if unpacks else "argument 'filter'")):
         download.download(tmp_path / "target")
