@@ -54,7 +54,7 @@ test: $(ENV)
 	rm -rf build/nbmake && TQDM_DISABLE=1 python -m pytest --nbmake notebooks -p no:cacheprovider
 
 data: $(ENV)
-	python -m fortify.download
+	python -m fortify.workflow.download
 
 laptop paper $(BESIDE): $(ENV)
 	$(WORKFLOW)
@@ -69,14 +69,14 @@ tables: $(ENV)
 	@cat build/$(PROFILE)/tables/table1.txt
 
 publish: $(ENV)
-	python -m fortify.publish commit build/$(PROFILE)
-	python -m fortify.publish pdf
+	python -m fortify.workflow.publish commit build/$(PROFILE)
+	python -m fortify.workflow.publish pdf
 
 pdf: $(ENV)
-	python -m fortify.publish pdf
+	python -m fortify.workflow.publish pdf
 
 html: $(ENV)
-	python -m fortify.site
+	python -m fortify.workflow.site
 
 lab: $(ENV)
 	jupyter lab notebooks

@@ -12,8 +12,8 @@ from pathlib import Path
 import yaml
 
 from fortify.data import find_data, hash_files
-from fortify.profiles import ProfileError, load_profile
-from fortify.runs import wait_for_lock
+from fortify.workflow.profiles import ProfileError, load_profile
+from fortify.workflow.locks import wait_for_lock
 from snakemake.exceptions import WorkflowError
 
 # Executed notebooks hold no progress bars, and their kernel is this environment's.
@@ -67,7 +67,7 @@ def values(notebook, run):
 
 def papermill(notebook):
     # --cwd makes it run where JupyterLab would; the executed copy is a log so that a failed one is kept.
-    return f"python -m fortify.runs build/.notebook-lock papermill notebooks/{notebook}.ipynb" + (
+    return f"python -m fortify.workflow.locks build/.notebook-lock papermill notebooks/{notebook}.ipynb" + (
         " {log.notebook} --kernel python3 --cwd notebooks --no-progress-bar -y {params.values:q}"
         " >{log.text} 2>&1 || {{ tail -n 25 {log.text} >&2; exit 1; }}"
     )
@@ -341,7 +341,7 @@ rule html:
     params:
         build=BUILD,
     shell:
-        "python -m fortify.site {params.build} >/dev/null"
+        "python -m fortify.workflow.site {params.build} >/dev/null"
 
 
 rule all:

@@ -25,13 +25,14 @@ import torch
 from fortify.attacks import FGSM, PGD, craft
 from fortify.augmentation import Augmentation
 from fortify.data import load_iq_oth_nccd, to_tensor
+from fortify.files import find_root, write_csv
 from fortify.models import build_model, predict
-from fortify.profiles import load_profile
-from fortify.publish import replace_section
 from fortify.regions import crop_to_lungs
-from fortify.runs import describe_device, find_root, pick_device, write_csv
+from fortify.runtime import describe_device, pick_device
 from fortify.splits import grouped_split, near_duplicate_groups, random_split
 from fortify.training import Recipe, fit
+from fortify.workflow.profiles import load_profile
+from fortify.workflow.publish import replace_section
 
 TURNS = dict(train_degrees=7.0, train_zoom=0.08, train_translate=0.06)
 LITTLE = dict(train_degrees=3.0, train_zoom=0.03, train_translate=0.02, train_gamma=0.1, train_gain=0.05)

@@ -13,9 +13,10 @@ import argparse
 
 import pandas as pd
 
-from fortify.evaluation import gain_interval, read_rows
-from fortify.publish import published_folders, replace_section, shown_profile
-from fortify.runs import find_root, write_csv
+from fortify.evaluation import read_rows
+from fortify.files import find_root, write_csv
+from fortify.intervals import gain_interval
+from fortify.workflow.publish import published_folders, replace_section, shown_profile
 
 PAIRS = {"laptop": "lungs", "paper": "paper_lungs"}  # profiles: of whole slices, the same on crops
 BUDGETS_255 = (0, 4, 8)  # of PGD; 0: clean

@@ -17,9 +17,10 @@ import pandas as pd
 from fortify.attacks import CW, FGSM, PGD, craft, perturbation_norms
 from fortify.augmentation import Augmentation
 from fortify.data import load_iq_oth_nccd, to_tensor
+from fortify.files import find_root, write_csv
 from fortify.models import build_model, predict
 from fortify.phantom import phantom_slices
-from fortify.runs import find_root, pick_device, write_csv
+from fortify.runtime import pick_device
 from fortify.splits import grouped_split, near_duplicate_groups
 from fortify.training import Recipe, fit
 

@@ -16,7 +16,7 @@ import results
 import torch
 from ablation import BUDGETS_255, STEPS, described, measure, merged, profiled
 
-from fortify.runs import find_root, write_csv
+from fortify.files import find_root, write_csv
 from fortify.splits import FOLDS, near_duplicate_groups
 
 SHAPES = {"cpu": "laptop", "cuda": "paper"}  # device: profile

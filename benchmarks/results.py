@@ -5,8 +5,8 @@ import importlib
 
 import pandas as pd
 
-from fortify.publish import replace_section
-from fortify.runs import write_csv
+from fortify.files import write_csv
+from fortify.workflow.publish import replace_section
 
 # Benchmark: README's section.
 SECTIONS = {"speed": "speed", "scaling": "cost", "spread": "spread", "grouping": "grouping"}

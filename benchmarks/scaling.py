@@ -17,8 +17,9 @@ import torch
 
 from fortify.attacks import PGD, craft
 from fortify.data import Slices
+from fortify.files import find_root
 from fortify.models import build_model
-from fortify.runs import describe_device, find_root
+from fortify.runtime import describe_device
 from fortify.training import Recipe, fit
 
 SHAPES = {  # device: arch, side, batch, crafting's PGD steps; then what is varied, one at a time

@@ -39,14 +39,16 @@ import torch
 from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
-from fortify.attacks import CW, FGSM, PGD, craft, craft_batch, craft_parts, frozen, perturbation_norms
+from fortify.attacks import CW, FGSM, PGD, craft, craft_batch, craft_parts, perturbation_norms
 from fortify.augmentation import Augmentation
-from fortify.evaluation import evaluate
+from fortify.checkpoint import TrainingState
 from fortify.figures import DOUBLE, save, styled
-from fortify.folding import Twin
+from fortify.files import find_root
+from fortify.fused import Twin
 from fortify.models import build_model
-from fortify.runs import describe_device, find_root
-from fortify.training import Recipe, TrainingState, _autocasts, _epoch
+from fortify.runtime import describe_device, frozen
+from fortify.scoring import evaluate
+from fortify.training import Recipe, _autocasts, _epoch
 
 SHAPES = {  # device: arch, side in px, batch, PGD steps
     "cpu": ("resnet18", 64, 32, 5),

@@ -17,8 +17,8 @@ from ablation import STEPS, described, profiled, sides, trained
 
 from fortify.attacks import PGD, craft
 from fortify.data import to_tensor
+from fortify.files import find_root
 from fortify.models import predict
-from fortify.runs import find_root
 
 SHAPES = {"cpu": "laptop", "cuda": "paper"}  # device: profile
 

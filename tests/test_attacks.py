@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fortify import attacks
-from fortify.attacks import CW, FGSM, PGD, craft, craft_batch, frozen, margin, perturbation_norms
+from fortify.attacks import CW, FGSM, PGD, craft, craft_batch, margin, perturbation_norms
 from fortify.models import predict
+from fortify.runtime import frozen
 
 ONE_ULP = 255 * 2**-23  # grey levels: rounding of x + eps near white
 LINF = [FGSM(4), PGD(4, steps=3), PGD(4, steps=3, loss="margin"), PGD(4, steps=2, restarts=3)]

@@ -8,10 +8,21 @@ import pytest
 import torch
 
 from fortify.attacks import CW, FGSM, PGD, Adversarial, craft
-from fortify.audit import AuditData, Suite, accuracies_side_by_side, audit, remarks, side_by_side
-from fortify.audit_checks import CHECKS, FalseGradient, dlr
-from fortify.audit_context import FAIL, NOT_RUN, PASS
-from fortify.audit_zoo import (
+from fortify.audit import (
+    FAIL,
+    NOT_RUN,
+    PASS,
+    AuditData,
+    Suite,
+    accuracies_side_by_side,
+    audit,
+    remarks,
+    side_by_side,
+)
+from fortify.audit.autoattack import autoattack
+from fortify.audit.checks import CHECKS, FalseGradient, dlr
+from fortify.audit.figures import audit_matrix
+from fortify.audit.mutants import (
     BROKEN_ATTACKS,
     FAKE_DEFENCES,
     ZOO_CHECKS,
@@ -26,9 +37,7 @@ from fortify.audit_zoo import (
     zoo_check,
     zoo_suite,
 )
-from fortify.autoattack import autoattack
-from fortify.evaluation import wilson
-from fortify.figures_beyond import audit_matrix
+from fortify.intervals import wilson
 from fortify.models import build_model, predict
 
 SUITE = Suite(

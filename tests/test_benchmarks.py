@@ -14,12 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fortify.attacks import FGSM, PGD
 from fortify.augmentation import Augmentation
-from fortify.folding import Padded, Twin
+from fortify.fused import Padded, Twin
 from fortify.models import build_model
-from fortify.profiles import declared_parameters
-from fortify.publish import published_folders
 from fortify.splits import near_duplicate_groups
 from fortify.training import Recipe, _at_epoch
+from fortify.workflow.profiles import declared_parameters
+from fortify.workflow.publish import published_folders
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = "16/255, a quarter clean, longest, faster"  # of benchmarks/ablation.py

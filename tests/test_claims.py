@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from fortify.claims import ClaimError, MissingNumber, layout, ledger, load_claims, read_cell
+from fortify.examined.claims import ClaimError, MissingNumber, layout, ledger, load_claims, read_cell
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "paper" / "claims.yaml"

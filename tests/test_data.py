@@ -1,4 +1,4 @@
-"""What fortify.data and fortify.download promise, on small real image files."""
+"""What fortify.data and fortify.workflow.download promise, on small real image files."""
 
 import io
 import os
@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from fortify import data, download
+from fortify import data
 from fortify.data import IQ_OTH_NCCD, DataError, Slices, load_folder
+from fortify.workflow import download
 
 
 def scan(seed=0, *, width=40, height=40):
@@ -798,7 +799,7 @@ def test_the_command_fails_in_one_line(tmp_path):
     (tmp_path / "data").mkdir()
     write(tmp_path / "data" / "Bengin cases" / "mine.png")
     environment = os.environ | {"FORTIFY_DATA": str(tmp_path / "data")}
-    command = [sys.executable, "-m", "fortify.download"]
+    command = [sys.executable, "-m", "fortify.workflow.download"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
@@ -806,7 +807,7 @@ def test_the_command_fails_in_one_line(tmp_path):
 
 def test_the_command_says_where_the_data_are(whole):
     environment = os.environ | {"FORTIFY_DATA": str(whole)}
-    command = [sys.executable, "-m", "fortify.download"]
+    command = [sys.executable, "-m", "fortify.workflow.download"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, f"IQ-OTH/NCCD is complete in {whole}\n")
 
@@ -851,7 +852,8 @@ def test_to_tensor_is_grey_over_255():
 
 def test_importing_data_does_not_import_torch():
     code = (
-        "import sys, fortify.data, fortify.download; sys.exit(bool({'torch', 'kagglehub'} & {*sys.modules}))"
+        "import sys, fortify.data, fortify.workflow.download;"
+        "sys.exit(bool({'torch', 'kagglehub'} & {*sys.modules}))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 

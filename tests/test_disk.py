@@ -23,6 +23,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from fortify import runs
+from fortify import files
 from fortify.data import Slices
 from fortify.figures import save
 from fortify.models import build_model, save_model
@@ -47,10 +48,10 @@ model = build_model("resnet_small", num_classes=3, seed=0)
 state = TrainingState(model, torch.optim.SGD(model.parameters()))
 noise = np.random.default_rng(0).random
 writers = {
-    "a.json": lambda n: runs.write_json(folder / "a.json", list(range(n))),
-    "a.csv": lambda n: runs.write_csv(folder / "a.csv", pd.DataFrame({"x": noise(n)})),
-    "a.txt": lambda n: runs.write_text(folder / "a.txt", "line\\n" * n),
-    "a.npz": lambda n: runs.write_arrays(folder / "a.npz", x=noise(n)),
+    "a.json": lambda n: files.write_json(folder / "a.json", list(range(n))),
+    "a.csv": lambda n: files.write_csv(folder / "a.csv", pd.DataFrame({"x": noise(n)})),
+    "a.txt": lambda n: files.write_text(folder / "a.txt", "line\\n" * n),
+    "a.npz": lambda n: files.write_arrays(folder / "a.npz", x=noise(n)),
     "slices.npz": lambda n: slices(n // 100 + 1).save(folder / "slices.npz"),
     "figure.png": lambda n: save(figure(n // 100 + 2), folder, "figure"),
     "model.safetensors": lambda n: save_model(folder / "model.safetensors", model if n > 10 else tiny),

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from scipy.stats import binomtest
 
-from fortify import evaluation
-from fortify.runs import write_csv
+from fortify import evaluation, intervals
+from fortify.files import write_csv
 
 LABELS = (0, 1, 2, 1)
 NAMES = ("benign", "malignant", "normal")
@@ -72,52 +72,52 @@ def test_hand_computed_accuracies():
 
 def test_cluster_interval_knows_what_belongs_together():
     correct = np.repeat([True, False], 50)
-    alone = evaluation.cluster_interval(correct, np.arange(100))
-    assert alone == pytest.approx(evaluation.wilson(50, 100), abs=0.03)
-    scans = evaluation.cluster_interval(correct, np.repeat(np.arange(10), 10))
+    alone = intervals.cluster_interval(correct, np.arange(100))
+    assert alone == pytest.approx(intervals.wilson(50, 100), abs=0.03)
+    scans = intervals.cluster_interval(correct, np.repeat(np.arange(10), 10))
     assert scans[1] - scans[0] > 2 * (alone[1] - alone[0]), "ten slices of a scan are not ten scans"
-    assert evaluation.cluster_interval(correct, np.zeros(100)) == (0.5, 0.5)
+    assert intervals.cluster_interval(correct, np.zeros(100)) == (0.5, 0.5)
     for right, groups in ((np.ones(3, bool), 100), (np.zeros(0, bool), 0)):
         with pytest.raises(ValueError, match="one group an image"):
-            evaluation.cluster_interval(right, np.arange(groups))
+            intervals.cluster_interval(right, np.arange(groups))
     none, every = (
-        evaluation.cluster_interval(np.full(20, right), np.arange(20) // 2) for right in (False, True)
+        intervals.cluster_interval(np.full(20, right), np.arange(20) // 2) for right in (False, True)
     )
-    assert evaluation.cluster_interval(np.ones(9, bool), np.arange(9), confidence=0.5) == evaluation.wilson(
+    assert intervals.cluster_interval(np.ones(9, bool), np.arange(9), confidence=0.5) == intervals.wilson(
         9, 9, 0.5
     )
-    assert none == evaluation.wilson(0, 10) and every == evaluation.wilson(10, 10), (
+    assert none == intervals.wilson(0, 10) and every == intervals.wilson(10, 10), (
         "no spread seen is not no spread"
     )
-    assert evaluation.cluster_interval(correct, np.arange(100), seed=3) == evaluation.cluster_interval(
+    assert intervals.cluster_interval(correct, np.arange(100), seed=3) == intervals.cluster_interval(
         correct, np.arange(100), seed=3
     )
 
 
 def test_the_cluster_interval_leaves_out_as_much_on_either_side():
     correct, groups = np.arange(60) % 3 == 0, np.arange(60) // 4
-    low, high = evaluation.cluster_interval(correct, groups)
-    assert evaluation.cluster_interval(~correct, groups) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+    low, high = intervals.cluster_interval(correct, groups)
+    assert intervals.cluster_interval(~correct, groups) == pytest.approx((1 - high, 1 - low), abs=1e-12)
     as_published = {"seed": 0, "draws": 2000, "confidence": 0.95}
-    assert evaluation.cluster_interval(correct, groups, **as_published) == (low, high)
-    narrow = evaluation.cluster_interval(correct, groups, confidence=0.5)
+    assert intervals.cluster_interval(correct, groups, **as_published) == (low, high)
+    narrow = intervals.cluster_interval(correct, groups, confidence=0.5)
     assert low < narrow[0] < correct.mean() < narrow[1] < high
 
 
 def test_the_interval_of_a_gain_draws_groups_and_knows_its_sign():
     more = np.repeat([1, 0, 0, -1, 1], 20)
-    alone = evaluation.gain_interval(more, np.arange(100))
-    scans = evaluation.gain_interval(more, np.repeat(np.arange(5), 20))
+    alone = intervals.gain_interval(more, np.arange(100))
+    scans = intervals.gain_interval(more, np.repeat(np.arange(5), 20))
     assert alone[0] < 0.2 < alone[1] and scans[1] - scans[0] > 2 * (alone[1] - alone[0])
-    less = evaluation.gain_interval(-more, np.arange(100))
+    less = intervals.gain_interval(-more, np.arange(100))
     assert less == pytest.approx((-alone[1], -alone[0]), abs=1e-12)
     # A share and a gain that have no -1 are one thing.
-    assert evaluation.gain_interval(more.clip(0), np.arange(100)) == evaluation.cluster_interval(
+    assert intervals.gain_interval(more.clip(0), np.arange(100)) == intervals.cluster_interval(
         more == 1, np.arange(100)
     )
-    apart = evaluation.wilson(0, 10)[1]
+    apart = intervals.wilson(0, 10)[1]
     for same, expected in ((0, (-apart, apart)), (1, (1 - apart, 1.0)), (-1, (-1.0, apart - 1))):
-        assert evaluation.gain_interval(np.full(20, same), np.arange(20) // 2) == pytest.approx(expected)
+        assert intervals.gain_interval(np.full(20, same), np.arange(20) // 2) == pytest.approx(expected)
 
 
 def test_a_gain_is_of_the_same_images_over_all_seeds():
@@ -137,7 +137,7 @@ def test_a_gain_is_of_the_same_images_over_all_seeds():
     assert (table.low_percent < table.gain_percent).all() and (table.gain_percent < table.high_percent).all()
     # Clean the last of the four images alone is gained, twice.
     assert (table.low_percent["random", "clean"], table.high_percent["random", "clean"]) == tuple(
-        100 * x for x in evaluation.gain_interval(np.tile([0, 0, 0, 1], 2), np.tile(np.arange(4), 2))
+        100 * x for x in intervals.gain_interval(np.tile([0, 0, 0, 1], 2), np.tile(np.arange(4), 2))
     )
     back = evaluation.paired_gain(rows, np.arange(99), models=("adversarial", "normal"))
     assert back.gain_percent.tolist() == (-table.gain_percent).tolist()
@@ -158,7 +158,7 @@ def test_the_interval_by_groups_is_the_cluster_interval_of_each_cell():
     for key, part in rows.groupby(["split", "model", "protocol", "attack"]):
         found = table[(table[["split", "model", "protocol", "attack"]] == list(key)).all(axis=1)]
         right = part.prediction.eq(part.label).to_numpy()
-        expected = evaluation.cluster_interval(right, groups[part["index"]])
+        expected = intervals.cluster_interval(right, groups[part["index"]])
         assert tuple(found[ours].iloc[0]) == expected
     assert (table.group_low <= table.accuracy).all() and (table.accuracy <= table.group_high).all()
 
@@ -188,8 +188,8 @@ def test_wilson_is_the_published_interval():
         (1, 29): (0.0061, 0.1718),
     }
     for (k, n), interval in published.items():
-        assert evaluation.wilson(k, n) == pytest.approx(interval, abs=5e-5)
-    assert evaluation.wilson(5, 10, confidence=0.5)[0] > evaluation.wilson(5, 10)[0]
+        assert intervals.wilson(k, n) == pytest.approx(interval, abs=5e-5)
+    assert intervals.wilson(5, 10, confidence=0.5)[0] > intervals.wilson(5, 10)[0]
 
 
 @pytest.mark.parametrize("confidence", [0.5, 0.95, 0.99])
@@ -197,22 +197,22 @@ def test_wilson_is_scipys(confidence):
     for n in (1, 2, 7, 164, 1640):
         for k in {0, 1, n // 3, n - 1, n}:
             theirs = binomtest(k, n).proportion_ci(confidence_level=confidence, method="wilson")
-            assert evaluation.wilson(k, n, confidence) == pytest.approx((theirs.low, theirs.high), abs=1e-14)
+            assert intervals.wilson(k, n, confidence) == pytest.approx((theirs.low, theirs.high), abs=1e-14)
 
 
 @pytest.mark.parametrize(("k", "n"), [(5, 4), (-1, 4), (0, 0), (1.5, 4), (1, 4.5), (float("nan"), 4)])
 def test_wilson_refuses_what_is_no_count(k, n):
     with pytest.raises(ValueError, match="whole numbers with 0 <= k <= n"):
-        evaluation.wilson(k, n)
+        intervals.wilson(k, n)
 
 
 def test_intervals_count_an_image_once():
     table = summary(pd.concat([make_rows(), make_rows(seed=1)])).loc["random", "normal", "adaptive"]
     assert table.n.tolist() == [8, 8, 8, 8, 24, 8]
-    assert (table.loc["combined", "low"], table.loc["combined", "high"]) == evaluation.wilson(
+    assert (table.loc["combined", "low"], table.loc["combined", "high"]) == intervals.wilson(
         2, 4
     )  # 14/24 of 4
-    assert (table.loc["clean", "low"], table.loc["clean", "high"]) == evaluation.wilson(3, 4)
+    assert (table.loc["clean", "low"], table.loc["clean", "high"]) == intervals.wilson(3, 4)
 
 
 def test_spread_over_seeds_is_the_sample_standard_deviation():
@@ -292,7 +292,7 @@ def test_the_curve_starts_at_the_clean_accuracy():
     table = evaluation.curve(pd.concat([stronger, make_rows()])).set_index(["attack", "eps_255"])
     assert list(table.index) == list(itertools.product(("pgd", "fgsm"), (0, 1, 4)))
     assert table.k.tolist() == [3, 2, 0, 3, 2, 1]
-    assert (table.low["pgd", 1], table.high["pgd", 1]) == evaluation.wilson(2, 4)
+    assert (table.low["pgd", 1], table.high["pgd", 1]) == intervals.wilson(2, 4)
     small = evaluation.curve(make_rows(eps=0.25)).set_index(["attack", "eps_255"])
     assert list(small.index) == list(itertools.product(("pgd", "fgsm"), (0, 0.25)))
 

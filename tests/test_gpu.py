@@ -6,8 +6,9 @@ import torch
 
 from fortify.attacks import CW, FGSM, PGD, craft
 from fortify.audit import AuditData, Suite, audit
-from fortify.evaluation import at_budget, check_rows, evaluate
+from fortify.evaluation import at_budget, check_rows
 from fortify.models import build_model, load_model, predict, save_model
+from fortify.scoring import evaluate
 from fortify.training import Recipe, fit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -8,10 +8,10 @@ from fortify.attacks import CW, FGSM, PGD, craft, perturbation_norms
 from fortify.audit import AuditData
 from fortify.augmentation import Augmentation, augment
 from fortify.data import Slices, to_tensor
-from fortify.evaluation import evaluate, score, score_static
+from fortify.examined.protocol import score_published
+from fortify.leakage import craft_within, lungs_or_scanner
 from fortify.models import predict
-from fortify.published import score_published
-from fortify.regions import craft_within, lungs_or_scanner
+from fortify.scoring import evaluate, score, score_static
 from fortify.splits import grouped_split, near_duplicate_groups, random_split
 from fortify.training import Recipe, accuracy, class_weights, fit
 

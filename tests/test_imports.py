@@ -12,11 +12,14 @@ HEAVY = ("torch", "torchvision", "foolbox", "matplotlib", "sklearn", "scipy.stat
     ("statement", "needs"),
     [
         ("import fortify", ()),
-        ("import fortify.runs, fortify.profiles", ()),
+        (
+            "import fortify.runs, fortify.files, fortify.runtime, fortify.workflow.profiles",
+            (),
+        ),
         ("import fortify.evaluation, fortify.tables", ("pandas",)),  # no model is needed
         ("import fortify.data", ("pandas",)),
         ("import fortify.models, fortify.training", ("torch", "pandas", "foolbox")),
-        ("import fortify.attacks, fortify.folding", ("torch", "foolbox")),
+        ("import fortify.attacks, fortify.fused", ("torch", "foolbox")),
         ("import fortify.splits", ("pandas",)),  # reading one; making one needs more
     ],
 )

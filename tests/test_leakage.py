@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from fortify import figures_beyond, leakage, regions, splits
+from fortify import leakage, regions, splits
 from fortify.data import Slices, load_iq_oth_nccd
-from fortify.evaluation import wilson
+from fortify.intervals import wilson
+from fortify.leakage import figures as leakage_figures
 from fortify.phantom import phantom_slices
 
 
@@ -303,7 +304,7 @@ def test_the_room_knows_no_model():
 
 
 def test_the_meter_figure_shows_every_seed_and_the_baseline(meter):
-    fig = figures_beyond.leak_meter_dots(meter)
+    fig = leakage_figures.leak_meter_dots(meter)
     (ax,) = fig.axes
     assert [t.get_text() for t in ax.get_yticklabels()] == list(leakage.CLASSIFIERS)
     drawn = np.concatenate([line.get_xdata() for line in ax.lines if line.get_alpha() == 0.25])
@@ -317,13 +318,13 @@ def test_the_region_figures_show_the_table_and_the_masks(phantoms):
         for model, a in (("normal", 0.4), ("adversarial", 0.6))
         for view in ("whole", "attack")
     ]
-    fig = figures_beyond.region_dots(pd.DataFrame(rows), majority={"random": 0.5})
+    fig = leakage_figures.region_dots(pd.DataFrame(rows), majority={"random": 0.5})
     (ax,) = fig.axes
     points = {round(float(x)) for line in ax.lines if line.get_marker() in "os" for x in line.get_xdata()}
     assert points == {40, 60}
     images = phantoms.images[:2]
-    shown = regions.views(images, frame_width=2)
-    fig = figures_beyond.region_examples(shown, regions.lung_mask(images), labels=["a", "b"])
+    shown = leakage.views(images, frame_width=2)
+    fig = leakage_figures.region_examples(shown, regions.lung_mask(images), labels=["a", "b"])
     drawn = [np.asarray(ax.images[0].get_array()) for ax in fig.axes]
     for column, image in enumerate(shown.values()):
         assert np.array_equal(drawn[column], image[0]) and np.array_equal(

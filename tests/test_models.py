@@ -13,15 +13,8 @@ from torch import nn
 from torchvision.models import resnet, resnet50
 
 from fortify.attacks import PGD, craft
-from fortify.models import (
-    BasicBlock,
-    build_model,
-    float32_convolutions,
-    load_model,
-    predict,
-    save_model,
-    seeded,
-)
+from fortify.models import BasicBlock, build_model, load_model, predict, save_model
+from fortify.runtime import float32_convolutions, seeded
 
 
 @pytest.mark.parametrize("arch", ["resnet_small", "resnet50", "densenet121", "squeezenet1_1", "googlenet"])

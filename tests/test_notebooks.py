@@ -9,8 +9,8 @@ import nbformat
 import pytest
 import yaml
 
-from fortify.profiles import declared_parameters
-from fortify.publish import source_sha256
+from fortify.workflow.profiles import declared_parameters
+from fortify.workflow.publish import source_sha256
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -3,7 +3,7 @@
 import pytest
 from scipy.stats import binomtest
 
-from fortify import printed
+from fortify.examined import printed
 
 
 def test_clean_columns_are_counts_of_160_and_the_attacked_ones_are_not():

@@ -6,7 +6,7 @@ import nbformat
 import pytest
 import yaml
 
-from fortify.profiles import ProfileError, declared_parameters, load_profile
+from fortify.workflow.profiles import ProfileError, declared_parameters, load_profile
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from fortify.attacks import CW, FGSM, PGD, craft, perturbation_norms
 from fortify.augmentation import Augmentation, augment
 from fortify.data import Slices, to_tensor
-from fortify.evaluation import accuracy_table, at_budget, check_rows, confusion, score, wilson
+from fortify.evaluation import accuracy_table, at_budget, check_rows, confusion
+from fortify.intervals import wilson
 from fortify.models import predict
+from fortify.scoring import score
 from fortify.splits import PARTS, grouped_split, random_split, read_split, write_split
 from fortify.tables import layout1, table1, to_latex, to_markdown
 

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from fortify import publish
 from fortify.evaluation import accuracy_table, at_budget, paired_gain, read_rows
-from fortify.publish import PublishError, source_sha256, with_outputs
+from fortify.workflow import publish
+from fortify.workflow.publish import PublishError, source_sha256, with_outputs
 
 ROOT = Path(__file__).parents[1]
 PROFILE = nbformat.read(ROOT / "notebooks/05_results.ipynb", as_version=4).metadata.fortify.profile

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fortify import regions
+from fortify import leakage, regions
 from fortify.attacks import CW, FGSM, PGD, craft, perturbation_norms
 from fortify.data import load_iq_oth_nccd, to_tensor
 from fortify.models import predict
@@ -149,7 +149,7 @@ def test_blanking_keeps_the_rest_and_tells_nothing_of_what_it_hides(phantoms):
 
 def test_views_hide_what_their_names_say(phantoms):
     images = phantoms.images[:8]
-    shown = regions.views(images, frame_width=3)
+    shown = leakage.views(images, frame_width=3)
     lungs, body = regions.lung_mask(images), regions.body_mask(images)
     assert np.array_equal(shown["whole image"], images)
     regions_of = {"lungs blanked": lungs, "lungs at grey 128": lungs, "body blanked": body}
@@ -167,7 +167,7 @@ def test_views_hide_what_their_names_say(phantoms):
 def test_an_attack_stays_inside_its_mask_and_its_budget(model, phantoms, images, labels, attack):
     x, y = images[:20], labels[:20]
     mask = regions.body_mask(phantoms.images[:20])
-    crafted = regions.craft_within(model, x, y, attack, mask, batch_size=8)
+    crafted = leakage.craft_within(model, x, y, attack, mask, batch_size=8)
     allowed = torch.from_numpy(mask).unsqueeze(1)
     assert torch.equal(crafted.images[~allowed], x[~allowed])
     assert crafted.images.min() >= 0 and crafted.images.max() <= 1
@@ -180,9 +180,9 @@ def test_an_attack_stays_inside_its_mask_and_its_budget(model, phantoms, images,
 def test_an_attack_on_everything_is_the_attack_and_on_nothing_is_none(model, images, labels):
     x, y = images[:12], labels[:12]
     attack = PGD(4, steps=3)
-    everywhere = regions.craft_within(model, x, y, attack, np.ones((32, 32), bool), seed=5)
+    everywhere = leakage.craft_within(model, x, y, attack, np.ones((32, 32), bool), seed=5)
     assert torch.equal(everywhere.images, craft(model, x, y, attack, seed=5).images)
-    nowhere = regions.craft_within(model, x, y, attack, np.zeros((32, 32), bool))
+    nowhere = leakage.craft_within(model, x, y, attack, np.zeros((32, 32), bool))
     assert torch.equal(nowhere.images, x)
 
 
@@ -192,7 +192,7 @@ def test_a_restricted_attack_breaks_no_more_than_a_free_one_and_leaves_the_model
     body = regions.body_mask(phantoms.images)
     attack = PGD(4, steps=10)
     free = craft(model, x, y, attack).success.sum()
-    inside = regions.craft_within(model, x, y, attack, body).success.sum()
+    inside = leakage.craft_within(model, x, y, attack, body).success.sum()
     clean = (predict(model, x).argmax(1) != y).sum()
     assert clean < inside <= free + 1
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -200,8 +200,8 @@ def test_a_restricted_attack_breaks_no_more_than_a_free_one_and_leaves_the_model
 
 def test_the_table_counts_what_the_model_says(model, phantoms):
     images, labels = phantoms.images[:30], phantoms.labels[:30]
-    table = regions.lungs_or_scanner(model, images, labels, attack=PGD(4, steps=2), frame_width=2)
-    assert table["view"].tolist()[:6] == list(regions.views(images, frame_width=2))
+    table = leakage.lungs_or_scanner(model, images, labels, attack=PGD(4, steps=2), frame_width=2)
+    assert table["view"].tolist()[:6] == list(leakage.views(images, frame_width=2))
     assert table.attacked.tolist() == [False] * 6 + [True] * 4
     right = predict(model, to_tensor(images)).argmax(1).numpy() == labels
     assert table.k[0] == right.sum() and table.area[0] == 0
@@ -215,6 +215,6 @@ def test_wrong_arrays_are_refused(model, images, labels):
     with pytest.raises(ValueError, match="uint8"):
         regions.lung_mask(images.numpy()[:, 0])
     with pytest.raises(ValueError):
-        regions.craft_within(model, images[:2], labels[:2], FGSM(1), np.ones((5, 5), bool))
+        leakage.craft_within(model, images[:2], labels[:2], FGSM(1), np.ones((5, 5), bool))
     with pytest.raises(ValueError, match="attacks of one start"):
-        regions.craft_within(model, images[:2], labels[:2], PGD(1, restarts=2), np.ones((32, 32), bool))
+        leakage.craft_within(model, images[:2], labels[:2], PGD(1, restarts=2), np.ones((32, 32), bool))

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from fortify import runs
+from fortify import files, runs, runtime
 
 
 @pytest.fixture
@@ -32,14 +32,14 @@ def finished(folder, name="normal.safetensors", age=0):
 
 
 def test_root_is_found_from_a_subfolder(checkout):
-    assert runs.find_root() == checkout
+    assert files.find_root() == checkout
 
 
 def test_outside_a_checkout_the_error_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FORTIFY_ROOT", raising=False)
     with pytest.raises(FileNotFoundError, match="FORTIFY_ROOT"):
-        runs.find_root()
+        files.find_root()
 
 
 def test_a_named_run_reads_and_writes_its_own_folder(checkout):
@@ -96,7 +96,7 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("cuda", "cuda:1", torch.device("cuda")):
         with pytest.raises(ValueError, match='no GPU here; use "auto" or "cpu"'):
-            runs.pick_device(name)
+            runtime.pick_device(name)
 
 
 def test_by_hand_prefers_what_was_made_by_hand_of_the_same_split(checkout):
@@ -152,8 +152,8 @@ def test_siblings_are_the_finished_runs_of_the_profile(checkout):
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_no_litter(tmp_path):
     path = tmp_path / "table.csv"
-    runs.write_text(path, "old")
-    with pytest.raises(RuntimeError), runs.atomic_path(path) as temporary:
+    files.write_text(path, "old")
+    with pytest.raises(RuntimeError), files.atomic_path(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old"
@@ -162,9 +162,9 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_litter(tmp_path):
 
 def test_a_killed_write_never_shows_half_a_file(tmp_path):
     path = tmp_path / "table.csv"
-    runs.write_text(path, "old")
+    files.write_text(path, "old")
     code = (
-        "import os, signal; from fortify.runs import atomic_path\n"
+        "import os, signal; from fortify.files import atomic_path\n"
         f"with atomic_path({str(path)!r}) as t:\n"
         " t.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -174,15 +174,15 @@ def test_a_killed_write_never_shows_half_a_file(tmp_path):
 
 def test_written_tables_have_the_same_bytes_and_numbers(tmp_path):
     table = pd.DataFrame({"a": [1, 2], "b": [0.1, 1 / 3], "c": ["x", "y"]})
-    runs.write_csv(tmp_path / "1.csv", table)
-    runs.write_csv(tmp_path / "2.csv", table)
+    files.write_csv(tmp_path / "1.csv", table)
+    files.write_csv(tmp_path / "2.csv", table)
     assert (tmp_path / "1.csv").read_bytes() == (tmp_path / "2.csv").read_bytes()
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "1.csv"), table, rtol=1e-8)
 
 
 def test_arrays_round_trip(tmp_path):
     x = np.random.default_rng(0).random((3, 1, 4, 4), dtype=np.float32)
-    runs.write_arrays(tmp_path / "a.npz", fgsm=x)
+    files.write_arrays(tmp_path / "a.npz", fgsm=x)
     with np.load(tmp_path / "a.npz") as file:
         assert np.array_equal(file["fgsm"], x) and file.files == ["fgsm"]
 
@@ -194,7 +194,7 @@ def test_parameters_are_the_plain_literals(tmp_path):
 
 def test_manifest_says_what_made_a_result(tmp_path):
     made = runs.manifest(parameters={"seed": 0}, data_sha256="abc", device="cpu")
-    runs.write_json(tmp_path / "m.json", made)
+    files.write_json(tmp_path / "m.json", made)
     read = json.loads((tmp_path / "m.json").read_text())
     assert read["parameters"] == {"seed": 0} and read["data_sha256"] == "abc"
     assert read["versions"]["torch"] and len(read["code"]["lib_sha256"]) == 64
@@ -222,7 +222,7 @@ def test_a_notebook_that_goes_on_alone_is_waited_for(tmp_path):
     at_work = [
         sys.executable,
         "-m",
-        "fortify.runs",
+        "fortify.workflow.locks",
         str(lock),
         sys.executable,
         "-c",
@@ -231,7 +231,8 @@ def test_a_notebook_that_goes_on_alone_is_waited_for(tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     notebooks = [subprocess.Popen(at_work, **pipes) for _ in range(2)]
     assert [notebook.stdout.readline() for notebook in notebooks] == ["1\n", "1\n"]
-    wait = "from fortify.runs import wait_for_lock; wait_for_lock({!r}, what='a notebook'); print('mine')"
+    wait = "from fortify.workflow.locks import wait_for_lock\n"
+    wait += "held = wait_for_lock({!r}, what='a notebook'); print('mine')"
     workflow = subprocess.Popen(
         [sys.executable, "-c", wait.format(str(lock))],
         stdout=subprocess.PIPE,

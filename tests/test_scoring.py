@@ -5,12 +5,14 @@ import pandas as pd
 import pytest
 import torch
 
-from fortify import attacks, folding
+from fortify import attacks
+from fortify import fused as folding
 from fortify.attacks import CW, FGSM, PGD, craft
-from fortify.evaluation import COLUMNS, at_budget, check_rows, evaluate, score, score_static
+from fortify.evaluation import COLUMNS, at_budget, check_rows
 from fortify.figures import pick_example
-from fortify.folding import Twin
+from fortify.fused import Twin
 from fortify.models import build_model, predict
+from fortify.scoring import evaluate, score, score_static
 
 IDS = {"model_name": "normal", "split": "random", "seed": 0}
 ATTACKS = [FGSM(4), PGD(4, steps=3), CW(binary_search_steps=2, steps=15, stepsize=0.05)]

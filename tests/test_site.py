@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from fortify import site
+from fortify.workflow import site
 
 ROOT = Path(__file__).parents[1]
 PNG = base64.b64encode(b"not a picture, but these bytes").decode()

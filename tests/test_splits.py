@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fortify import data, leakage, phantom, runs, splits
+from fortify import data, files, leakage, phantom, splits
 
 
 @pytest.fixture(scope="module")
@@ -471,7 +471,7 @@ def test_the_published_splits_are_made_again():
         pytest.skip(f"no real data: {error}")
     groups = splits.near_duplicate_groups(slices)
     for (kind, seed), made in leakage.draw_splits(slices, seeds=range(5), groups=groups).items():
-        file = runs.find_root() / f"paper/tables/laptop/runs/data/splits/{kind}-s{seed}.csv.gz"
+        file = files.find_root() / f"paper/tables/laptop/runs/data/splits/{kind}-s{seed}.csv.gz"
         published = pd.read_csv(file, keep_default_na=False)
         assert published.group.tolist() == groups.tolist() and published.name.tolist() == list(slices.names)
         for part, index in made.items():

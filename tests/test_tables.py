@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fortify import evaluation, tables
+from fortify import evaluation, intervals, tables
 
 # The paper's Table 1, typed a second time: normal and adversarial training on clean, PGD, FGSM, CW, combined.
 PAPER = {"normal": "93.12 43.08 45.9 40.9 43.29", "adversarial": "95.0 93.2 95.0 92.8 93.6"}
@@ -22,7 +22,7 @@ def accuracy(*, splits=("random",), seeds=1, protocols=("adaptive",)):
             for model, counts in CORRECT.items():
                 for attack, k in zip(ATTACKS, counts, strict=True):
                     n = 480 if attack == "combined" else 160
-                    low, high = evaluation.wilson(round(k * 160 / n), 160)
+                    low, high = intervals.wilson(round(k * 160 / n), 160)
                     sd = np.nan if seeds == 1 else 0.0123
                     rows.append((split, model, protocol, attack, k, n, k / n, low, high, 160, seeds, sd))
     names = "split model protocol attack k n accuracy low high images seeds sd"
@@ -46,7 +46,7 @@ def test_table1_holds_ours_in_percent_beside_the_printed_value():
     assert [str(v) for v in table.printed] == " ".join(PAPER.values()).split()
     clean = table.iloc[0]
     assert (clean.low_percent, clean.high_percent) == pytest.approx(
-        [100 * v for v in evaluation.wilson(149, 160)], rel=1e-12
+        [100 * v for v in intervals.wilson(149, 160)], rel=1e-12
     )
 
 

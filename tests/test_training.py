@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import fortify.training as training
+from fortify import checkpoint
 from fortify.attacks import CW, FGSM, PGD, craft
 from fortify.augmentation import Augmentation, augment
-from fortify.folding import Twin
+from fortify.fused import Twin
 from fortify.models import build_model, predict
 from fortify.training import Recipe, class_weights, fit
 
@@ -113,14 +114,14 @@ def test_an_interrupted_training_ends_in_the_same_weights(parts, tmp_path, monke
     whole = small()
     expected = fit(whole, *parts, recipe, **arguments)
 
-    save = training.TrainingState.save
+    save = checkpoint.TrainingState.save
 
     def killed_after_two(state, file):
         save(state, file)
         if state.epoch == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training.TrainingState, "save", killed_after_two)
+    monkeypatch.setattr(checkpoint.TrainingState, "save", killed_after_two)
     with pytest.raises(KeyboardInterrupt):
         fit(small(), *parts, recipe, checkpoints=tmp_path, **arguments)
     monkeypatch.undo()
@@ -146,7 +147,7 @@ def test_a_checkpoint_of_another_recipe_is_not_read(parts, tmp_path):
 
 def test_a_checkpoint_of_other_code_is_not_read(parts, tmp_path, monkeypatch):
     for code in ("this code", "this code", "other code"):
-        monkeypatch.setattr(training, "lib_sha256", lambda code=code: code)
+        monkeypatch.setattr(checkpoint, "lib_sha256", lambda code=code: code)
         fit(small(), *parts, Recipe(epochs=1, batch_size=16), checkpoints=tmp_path, progress=False)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
@@ -176,7 +177,7 @@ def test_the_moments_of_a_resumed_training_lie_as_its_weights(parts, tmp_path):
     states = []
     for _ in range(2):
         net = build_model("resnet_small", num_classes=3, seed=0).to(memory_format=torch.channels_last)
-        states.append(training.TrainingState(net, torch.optim.AdamW(net.parameters(), lr=0.01)))
+        states.append(checkpoint.TrainingState(net, torch.optim.AdamW(net.parameters(), lr=0.01)))
     first, again = states
     first.model(torch.rand(4, 1, 32, 32)).sum().backward()
     first.optimizer.step()
@@ -296,7 +297,7 @@ def test_images_are_mixed_in_the_first_epochs(parts, monkeypatch):
 
 def test_an_average_keeps_less_of_itself_in_the_first_steps():
     model = small()
-    state = training.TrainingState(model, torch.optim.SGD(model.parameters()), ema=0.5)
+    state = checkpoint.TrainingState(model, torch.optim.SGD(model.parameters()), ema=0.5)
     first = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         for tensor in model.state_dict().values():

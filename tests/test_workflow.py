@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 from workflow import BUILD, ROOT, snakemake
 
-from fortify import publish
 from fortify.data import Slices
 from fortify.evaluation import check_rows, read_rows
 from fortify.regions import lung_mask
+from fortify.workflow import publish
 
 SEED_ALONE = dict.fromkeys(("baseline", "attacks", "adversarial_training", "published_protocol"), 2)
 

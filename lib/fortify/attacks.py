@@ -5,11 +5,12 @@ change its dataclass or its branch in :func:`craft_batch`. To add one, add a dat
 branch, that name to :data:`fortify.evaluation.ATTACKS`, and the attack to the lists of notebooks 3 and 4.
 """
 
-import contextlib
 import numbers
 import os
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+from fortify.runtime import frozen
 
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox imports GitPython, which wants a git binary
 
@@ -17,9 +18,8 @@ import eagerpy as ep
 import foolbox as fb
 import torch
 
-from fortify.folding import Twin
-from fortify.models import device_of, eval_mode, float32_convolutions
-from fortify.runs import progress_bar
+from fortify.fused import Twin
+from fortify.runtime import device_of, float32_convolutions, progress_bar
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def craft(model, images, labels, attack, *, seed=0, batch_size=64, progress=Fals
     The random start is drawn for the whole set from ``seed``, so results do not depend on
     ``batch_size`` beyond the rounding of the convolutions. The model's mode, its parameters' gradients
     and the global random state are as before on return. ``twin`` is the net to walk on, for a caller with
-    several attacks on one model: its :class:`fortify.folding.Twin`'s; None makes one.
+    several attacks on one model: its :class:`fortify.fused.Twin`'s; None makes one.
     Raises ValueError for wrong shapes, values outside [0, 1] or labels outside the model's classes.
     """
     images, labels = checked(images, labels, device=None)
@@ -130,24 +130,6 @@ def craft(model, images, labels, attack, *, seed=0, batch_size=64, progress=Fals
             adversarial.append(x_adv.cpu())
             success.append((prediction != y).cpu())
     return Adversarial(torch.cat(adversarial), torch.cat(success))
-
-
-@contextlib.contextmanager
-def frozen(model):
-    """Eval mode and no gradients for the weights inside the block; the previous state after it.
-
-    Foolbox does neither: in train mode an attack would update BatchNorm statistics, and its backward
-    pass would add into the parameters' ``.grad`` and pay for it.
-    """
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        with eval_mode(model), torch.inference_mode(False), torch.enable_grad():
-            yield model
-    finally:
-        for parameter, want in wanted.items():
-            parameter.requires_grad_(want)
 
 
 def perturbation_norms(clean, adversarial):
@@ -191,7 +173,7 @@ def craft_batch(model, x, y, attack, *, noise=None, twin=None):
 
     ``x`` (B, 1, H, W) in [0, 1], ``y`` (B,); ``noise`` in [-1, 1] times eps is PGD's start (None, or a PGD
     without random start: at x). One start, whatever ``attack.restarts``: those are :func:`craft`'s.
-    ``twin`` is a faster net of the same function to walk on (:class:`fortify.folding.Twin`).
+    ``twin`` is a faster net of the same function to walk on (:class:`fortify.fused.Twin`).
     Returns the adversarial batch (B, 1, H, W).
     """
     fmodel = fb.PyTorchModel(model if twin is None else twin, bounds=(0, 1), device=x.device)

@@ -2,7 +2,7 @@
 
 :func:`load_iq_oth_nccd` is for the paper's dataset, :func:`load_folder` for any other folder of images
 with one subfolder a class. Both refuse files that would silently change a result. Fetching the files is
-:mod:`fortify.download`.
+:mod:`fortify.workflow.download`.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 
-from fortify import runs
+from fortify import files
 from fortify.images import MAX_SIDE, DataError, fit_square, read_grey
 
 MID_GREYS = slice(10, 120)  # two thirds of the pixels of the real slices have such a grey, in any one 39 %
@@ -114,7 +114,7 @@ class Slices:
         """Write all fields to the ``.npz`` file ``path``, atomically and without pickles."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         arrays = {name: np.asarray(value) for name, value in values.items() if value is not None}
-        with runs.atomic_path(path) as temporary, open(temporary, "wb") as file:
+        with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, format=np.asarray(_FORMAT), **arrays)
 
     @classmethod
@@ -142,7 +142,7 @@ def data_folder():
     """Where the dataset is expected: ``FORTIFY_DATA``, else ``data/iq-oth-nccd`` in the checkout."""
     if os.environ.get("FORTIFY_DATA"):
         return Path(os.environ["FORTIFY_DATA"]).expanduser().resolve()
-    return runs.find_root() / "data" / "iq-oth-nccd"
+    return files.find_root() / "data" / "iq-oth-nccd"
 
 
 def find_data():

@@ -4,11 +4,12 @@ A *rows* table has the columns ``COLUMNS`` and one row per (model, split, seed, 
 image). Every number of the paper is derived from such tables; that takes no model.
 """
 
-import math
-from statistics import NormalDist
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+
+from fortify.intervals import cluster_interval, gain_interval, wilson
 
 _DTYPES = {
     "model": "str",  # how it was trained: "normal" or "adversarial"
@@ -26,11 +27,29 @@ _DTYPES = {
     "l2": "float64",  # norm of the change, image in [0, 1]; 0 for a failed CW, which keeps the clean image
 }
 COLUMNS = tuple(_DTYPES)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a trained model looks in every figure, and whether Table 1 has a row for it."""
+
+    colour: str  # the colours differ for the colour-blind and in grey
+    marker: str
+    table1: bool = False
+
+
+# Every way of training that tables and figures know, in their order. To add a row to Table 1, add one here.
+TRAININGS = {
+    "normal": Training("#e08214", "s", table1=True),
+    "published": Training("#6b6b6b", "^"),
+    "tone curves": Training("#a569bd", "D"),
+    "adversarial": Training("#0b4f8a", "o", table1=True),
+}
 ATTACKS = ("pgd", "fgsm", "cw")  # the columns of Table 1, in the paper's order; all but CW have Linf budgets
 
 _MODEL = ["model", "split", "seed"]
 _GROUP = ["split", "model", "protocol", "attack"]
-_ORDER = ("normal", "published", "tone curves", "adversarial", "random", "grouped", "adaptive", "static")
+_ORDER = (*TRAININGS, "random", "grouped", "adaptive", "static")
 _RANK = {name: i for i, name in enumerate((*_ORDER, "clean", *ATTACKS, "combined", "worst"))}
 
 
@@ -128,37 +147,6 @@ def at_budget(rows, *, eps_255, cw_l2):
     return _sorted(rows[[*_MODEL, "protocol", "attack", "index", "label", "prediction"]])
 
 
-def wilson(k, n, confidence=0.95):
-    """Wilson score interval (low, high) of a proportion, ``k`` of ``n``, as fractions.
-
-    Wilson (1927). ValueError unless 0 <= k <= n, both whole, and n > 0.
-    """
-    if not (0 <= k <= n and n > 0 and k == int(k) and n == int(n)):
-        raise ValueError(f"k of n must be whole numbers with 0 <= k <= n and n > 0, not {k} of {n}")
-    # Not scipy.stats.binomtest, which gives the same in a second and a half of import.
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    centre = k + z**2 / 2
-    spread = z * math.sqrt(k * (n - k) / n + z**2 / 4)
-    low = 0.0 if k == 0 else (centre - spread) / (n + z**2)
-    high = 1.0 if k == n else (centre + spread) / (n + z**2)
-    return float(low), float(high)
-
-
-def cluster_interval(correct, groups, *, seed=0, draws=2000, confidence=0.95):
-    """Percentile bootstrap interval (low, high) of a share, whole groups drawn with replacement.
-
-    ``correct`` (N,) bool, ``groups`` (N,); fractions. For slices of one scan are not independent. Where all
-    are right, or all wrong, a bootstrap has no spread: then Wilson's interval, as of one image a group. With
-    a single group that is mixed it is the share itself: there is nothing to learn of the spread.
-    """
-    if len(correct) != len(groups) or len(groups) == 0:
-        raise ValueError(f"one group an image is needed, not {len(groups)} for {len(correct)} images")
-    if np.all(correct) or not np.any(correct):
-        count = len(np.unique(groups))
-        return wilson(int(np.all(correct)) * count, count, confidence)
-    return _by_groups(correct, groups, seed, draws, confidence)
-
-
 def paired_gain(rows_at_budget, groups, *, models=("normal", "adversarial")):
     """How many more of the same images the second of two ``models`` reads than the first: a tidy table.
 
@@ -183,29 +171,6 @@ def paired_gain(rows_at_budget, groups, *, models=("normal", "adversarial")):
         shares = zip(("gain", "low", "high"), (more.mean(), *interval), strict=True)
         table.append(row | {f"{name}_percent": 100 * share for name, share in shares})
     return _sorted(pd.DataFrame(table))
-
-
-def gain_interval(more, groups, *, seed=0, draws=2000, confidence=0.95):
-    """Percentile bootstrap interval (low, high) of the mean of ``more`` (N,), each -1, 0 or 1, by groups.
-
-    Of two models on the same images: 1 where the second alone is right, -1 where the first alone is. Where
-    all are the same a bootstrap has no spread: then as far either way as Wilson's interval of none in as many
-    as there are groups.
-    """
-    if len(np.unique(more)) > 1:
-        return _by_groups(more, groups, seed, draws, confidence)
-    same, apart = float(np.mean(more)), wilson(0, len(np.unique(groups)), confidence)[1]
-    return max(-1.0, same - apart), min(1.0, same + apart)
-
-
-def _by_groups(values, groups, seed, draws, confidence):
-    """Percentile bootstrap interval of the mean of ``values``, whole groups drawn with replacement."""
-    _, number = np.unique(groups, return_inverse=True)
-    total, size = np.bincount(number, weights=values), np.bincount(number)
-    drawn = np.random.default_rng(seed).integers(0, len(size), (draws, len(size)))
-    means = total[drawn].sum(1) / size[drawn].sum(1)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
 
 
 def accuracy_table(rows_at_budget, *, class_names, groups=None, pooled=None):
@@ -309,133 +274,3 @@ def robustness_scores(rows):
         line |= {"cw_median_l2": own.l2.where(own.success, np.inf).median(), "cw_k": int(own.success.sum())}
         table.append(line | {"cw_n": len(own), "cw_success": own.success.mean()})
     return _sorted(pd.DataFrame(table))
-
-
-def score(
-    model,
-    clean,
-    labels,
-    *,
-    index,
-    attack,
-    eps_255,
-    model_name,
-    split,
-    seed,
-    adversarial=None,
-    protocol="adaptive",
-):
-    """Rows (see ``COLUMNS``) of one attack on one model: what it predicts on ``adversarial``.
-
-    ``clean`` and ``adversarial`` (N, 1, H, W) float in [0, 1]; None scores the clean images themselves.
-    ``labels`` and ``index`` (N,) integers, ``index`` being the images' positions in the slices.
-    The prediction is float32 and in eval mode, whatever crafted the images.
-    Raises ValueError for other shapes, values outside [0, 1] and labels outside the model's classes.
-    """
-    # Here and below, so that tables can be made from rows without loading torch.
-    from fortify.attacks import check_labels, checked, perturbation_norms
-    from fortify.models import predict
-
-    clean, labels = checked(clean, labels)
-    adversarial = clean if adversarial is None else checked(adversarial, labels)[0]
-    linf_255, l2 = perturbation_norms(clean, adversarial)
-    if len(index) != len(labels):
-        raise ValueError(f"{len(index)} indices for {len(labels)} images")
-    probabilities = predict(model, adversarial)
-    check_labels(labels, classes=probabilities.shape[1])
-    probability, prediction = probabilities.max(1)
-    rows = {
-        "model": model_name,
-        "split": split,
-        "seed": seed,
-        "attack": attack,
-        "protocol": protocol,
-        "eps_255": float(eps_255),
-        "index": np.asarray(index),
-        "label": labels.numpy(),
-        "prediction": prediction.numpy(),
-        "probability": probability.numpy(),
-        "success": (prediction != labels).numpy(),
-        "linf_255": linf_255.numpy(),
-        "l2": l2.numpy(),
-    }
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(_DTYPES)
-
-
-def evaluate(model, images, labels, attacks, *, index, model_name, split, seed, keep=None, batch_size=64):
-    """Craft every attack on ``model`` itself (adaptive) and score it: (rows, kept).
-
-    ``images`` (N, 1, H, W) float in [0, 1], ``labels`` (N,); ``attacks`` from :mod:`fortify.attacks`.
-    ``rows`` holds the clean predictions too. ``keep`` maps names to attacks of the list whose images
-    are wanted: ``kept`` is then {name: float32 array (N, 1, H, W)}. ValueError for a budget of 0.
-    """
-    import torch
-
-    from fortify.attacks import checked, craft
-    from fortify.folding import Twin
-    from fortify.models import device_of
-
-    images, labels = checked(images, labels)
-    if any(getattr(attack, "eps_255", 1) == 0 for attack in attacks):
-        raise ValueError("an attack with eps_255=0 is no attack: the clean rows are there anyway")
-    ids = {"index": index, "model_name": model_name, "split": split, "seed": seed}
-    rows, kept = [score(model, images, labels, attack="clean", eps_255=0, **ids)], {}
-    options = {"seed": seed, "batch_size": batch_size, "progress": True}
-    options["twin"] = Twin(model, images[:1].to(device_of(model))).net  # one for all the attacks
-    for attack in attacks:
-        crafted = craft(model, images, labels, attack, **options)
-        eps_255 = getattr(attack, "eps_255", np.nan)  # CW has no budget
-        adversarial, about = crafted.images, {"attack": attack.name, "eps_255": eps_255}
-        scored = score(model, images, labels, adversarial=adversarial, **about, **ids)
-        if np.isnan(eps_255):
-            # CW stops on the boundary, where another batch size can round it back: that is a failed CW.
-            undone = torch.tensor((~scored.success & scored.l2.gt(0)).to_numpy()).view(-1, 1, 1, 1)
-            adversarial = torch.where(undone, images, adversarial)
-            scored = score(model, images, labels, adversarial=adversarial, **about, **ids)
-        rows.append(scored)
-        kept |= {name: adversarial.numpy() for name, wanted in (keep or {}).items() if wanted == attack}
-    return pd.concat(rows, ignore_index=True), kept
-
-
-def score_static(model, images, labels, crafted, *, index, eps_255, model_name, split, seed):
-    """Rows of attacks that were crafted on another model (protocol ``static``).
-
-    ``crafted`` maps fgsm, pgd and cw to float32 arrays (N, 1, H, W) made from the same ``images``, FGSM and
-    PGD at ``eps_255``. Raises ValueError when they were made from other images or at another budget.
-    """
-    import torch
-
-    from fortify.attacks import checked, perturbation_norms
-
-    images, labels = checked(images, labels)
-    rows = []
-    for attack in ATTACKS:
-        if attack not in crafted:
-            raise ValueError(f"there are no static {attack} images: notebook 03 must keep them")
-        adversarial = torch.from_numpy(crafted[attack])
-        if adversarial.shape != images.shape:
-            raise ValueError(
-                f"static {attack} images are {tuple(adversarial.shape)}, the test images "
-                f"{tuple(images.shape)}: they come from another split or size; run notebook 03 again."
-            )
-        budget = np.nan if attack == "cw" else eps_255
-        largest = perturbation_norms(images, adversarial)[0].max().item()
-        if attack != "cw" and abs(largest - eps_255) > 0.01:
-            raise ValueError(
-                f"static {attack} images differ from the test images by up to {largest:.4g} grey levels, not "
-                f"eps_255={eps_255:g}: run notebook 03 with the same eps_255 and split first."
-            )
-        ids = {"index": index, "model_name": model_name, "split": split, "seed": seed}
-        rows.append(
-            score(
-                model,
-                images,
-                labels,
-                attack=attack,
-                eps_255=budget,
-                adversarial=adversarial,
-                protocol="static",
-                **ids,
-            )
-        )
-    return pd.concat(rows, ignore_index=True)

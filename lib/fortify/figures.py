@@ -15,13 +15,11 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.ticker import FixedLocator, NullLocator
 from scipy.ndimage import uniform_filter
 
-from fortify.evaluation import ATTACKS
-from fortify.runs import atomic_path
+from fortify.evaluation import ATTACKS, TRAININGS
+from fortify.files import atomic_path
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
 SINGLE, DOUBLE = 3.4, 7.0  # inches: one column of the page, and two
-COLOURS = {"normal": "#e08214", "adversarial": "#0b4f8a"}  # apart for the colour-blind and in grey
-MARKERS = {"normal": "s", "adversarial": "o"}
 NAMES = {"clean": "clean"} | {attack: attack.upper() for attack in ATTACKS}
 WRONG = "#b91c1c"
 
@@ -78,7 +76,7 @@ def fig1_system():
     fig = Figure(figsize=(DOUBLE, 3.0), layout=None)
     ax = fig.add_axes((0, 0, 1, 1), xlim=(0, DOUBLE), ylim=(0, 3.0))  # so that coordinates are inches
     ax.axis("off")
-    colours = COLOURS | {"data": "0.35"}
+    colours = {name: look.colour for name, look in TRAININGS.items()} | {"data": "0.35"}
 
     def box(x, y, width, title, *lines, lane="data"):
         face, corner = mpl.colors.to_rgba(colours[lane], 0.08), "round,pad=0,rounding_size=0.06"
@@ -253,7 +251,7 @@ def confusion_matrices(matrices, *, split, class_names, protocol="adaptive"):
 
     ``matrices`` is what :func:`fortify.evaluation.confusion` returns.
     """
-    models = [m for m in COLOURS if (split, m, protocol, "clean") in matrices]
+    models = [m for m in TRAININGS if (split, m, protocol, "clean") in matrices]
     attacks = [a for a in ("clean", *ATTACKS) if (split, models[0], protocol, a) in matrices]
     fig, axes = image_grid(len(models), len(attacks), DOUBLE, top=0.3, aspect=0.9)
     for row, model in zip(axes, models, strict=True):
@@ -290,10 +288,16 @@ def robustness_curves(curve, *, protocol="adaptive", majority=None):
     axes = fig.subplots(1, len(splits), sharey=True, squeeze=False)[0]
     for ax, split in zip(axes, splits, strict=True):
         for (model, attack), line in curve[curve.split.eq(split)].groupby(["model", "attack"], sort=False):
-            colour, dashes = COLOURS[model], "-" if attack == "pgd" else (0, (3, 1.5))
+            colour, dashes = TRAININGS[model].colour, "-" if attack == "pgd" else (0, (3, 1.5))
             ax.fill_between(line.eps_255, 100 * line.low, 100 * line.high, color=colour, alpha=0.13, lw=0)
             face = colour if attack == "pgd" else "white"
-            marks = {"color": colour, "ls": dashes, "marker": MARKERS[model], "mfc": face, "clip_on": False}
+            marks = {
+                "color": colour,
+                "ls": dashes,
+                "marker": TRAININGS[model].marker,
+                "mfc": face,
+                "clip_on": False,
+            }
             ax.plot(line.eps_255, 100 * line.accuracy, label=f"{model}, {NAMES[attack]}", **marks)
         if majority is not None:
             ax.axhline(100 * majority[split], color="0.4", lw=0.8, ls=":", label="largest class")
@@ -325,8 +329,8 @@ def training_curves(history):
     rate.plot(history.epoch, history.lr, color="black", marker="d", **marks)
     for column, label, *look in (
         ("train_accuracy", "training", "black", "-", "d"),
-        ("val_accuracy", "validation, clean", COLOURS["adversarial"], "--", "o"),
-        ("val_robust_accuracy", "validation, attacked", COLOURS["normal"], ":", "s"),
+        ("val_accuracy", "validation, clean", TRAININGS["adversarial"].colour, "--", "o"),
+        ("val_robust_accuracy", "validation, attacked", TRAININGS["normal"].colour, ":", "s"),
     ):
         if history[column].notna().any():
             look = dict(zip(("color", "ls", "marker"), look, strict=True))

@@ -1,20 +1,15 @@
 """Classifiers that take grey images in [0, 1]: torchvision nets with normalisation as their first layer."""
 
 import contextlib
-import itertools
-import json
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from fortify.runs import atomic_path
+from fortify.files import read_safetensors, write_safetensors
+from fortify.runtime import device_of, eval_mode, float32_convolutions, seeded
 
 # ImageNet statistics, kept for from-scratch training too so that pretrained weights are a drop-in.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_METADATA = "fortify"  # our entry in the metadata of a safetensors file
 
 
 class GreyNormalise(nn.Module):
@@ -153,68 +148,6 @@ def predict(model, images, *, batch_size=256):
     return torch.cat(parts)
 
 
-@contextlib.contextmanager
-def eval_mode(model):
-    """The model in eval mode inside the block; after it each of its modules is in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextlib.contextmanager
-def float32_convolutions(device, *, deterministic=False):
-    """A context in which cuDNN convolves in float32, not in TF32 with its ten-bit mantissa, its default.
-
-    ``deterministic`` has it choose among those algorithms that give the same bits each time. On a CPU
-    nothing changes. Matrix products are as :func:`torch.set_float32_matmul_precision` has them, by default
-    float32.
-    """
-    if torch.device(device).type != "cuda":
-        yield
-        return
-    cudnn = torch.backends.cudnn
-    # Where TF32 was set by a name newer than allow_tf32, this has no effect, or torch refuses to read it.
-    newer = "tf32" in (torch.backends.fp32_precision, cudnn.fp32_precision)
-    newer |= cudnn.rnn.fp32_precision != cudnn.conv.fp32_precision
-    setting = (cudnn.conv, "fp32_precision", "ieee") if newer else (cudnn, "allow_tf32", False)
-    changes = [(cudnn, "deterministic", cudnn.deterministic or deterministic)]
-    changes += [setting] if cudnn.conv.fp32_precision == "tf32" else []
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
-    try:
-        for change in changes:
-            setattr(*change)
-        yield
-    finally:
-        for change in before:
-            setattr(*change)
-
-
-@contextlib.contextmanager
-def seeded(seed, device):
-    """The global generators of the CPU and of ``device`` seeded inside the block, after it as before.
-
-    :func:`torch.manual_seed` would seed those of every GPU, also where no work is done there.
-    """
-    device, seed = torch.device(device), int(seed)
-    on_gpu = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if on_gpu else []):
-        torch.default_generator.manual_seed(seed)
-        if on_gpu:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
-
-
-def device_of(model):
-    """The device of the model's first parameter or buffer; the CPU where it has none."""
-    tensor = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
-    return tensor.device
-
-
 def save_model(path, model, *, info=None):
     """Write weights, architecture and ``info`` (a JSON-able dict) as safetensors, atomically."""
     metadata = {"arch": model.arch, "num_classes": model.num_classes, "info": info or {}}
@@ -236,28 +169,3 @@ def load_model(path, *, device="cpu"):
         raise ValueError(f"{path} does not hold the weights of {metadata['arch']}: {error}") from error
     model.info = metadata["info"]
     return model.to(device).eval()
-
-
-def write_safetensors(path, tensors, metadata):
-    """Write {name: tensor} with JSON-able ``metadata``, atomically; the same content is the same bytes."""
-    # One memory layout on disk, whatever channels_last made of the model; copies, because safetensors refuses
-    # tensors that share memory. One entry, because it writes several in an order that changes by process.
-    whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    with atomic_path(path) as temporary:
-        save_file(whole, temporary, metadata={_METADATA: json.dumps(metadata)})
-
-
-def read_safetensors(path):
-    """(tensors, metadata) as :func:`write_safetensors` took them; ValueError for a damaged file.
-
-    ``metadata`` is {} for a file that something else wrote. Nothing is unpickled.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {k: file.get_tensor(k) for k in file.keys()}
-            return tensors, json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); delete it and rerun") from error

@@ -6,18 +6,15 @@ to it, not to measure a lung. Images are uint8 (N, H, W), 8-bit grey.
 """
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 from scipy import ndimage
 
-from fortify.evaluation import wilson
 from fortify.images import fit_square
 
 _AIR_PERCENTILE = 25  # of the pixels below the threshold, most of which are the air around the patient
 MIN_LUNG_SHARE = 0.03  # of the image; a real slice has 4 to 40 %, the least at the apex
 _MIN_LOBE_SHARE = 0.005  # of the image; smaller air inside the body is trachea, bowel or noise
 _CLOSING_SHARE = 0.045  # of the side, a radius: vessels and nodules up to 20 px wide at 224 px count as lung
-_MID_GREY = 128  # of 255; far from air and from most tissue
 _GAP_SHARE = 0.01  # of the side, a radius: a chest wall with a gap of up to twice that is still closed
 _CROP_MARGIN = 0.06  # of the longer side of the lungs' box, left on each side: pleura and chest wall
 _TABLE_SHARE = 0.02  # of the side, a radius: a table and its sheets are thinner than twice that
@@ -108,110 +105,6 @@ def blank(images, mask, *, value=None):
             raise ValueError("a mask covers a whole image: nothing is kept to take a grey from; pass a value")
         image[hidden] = np.percentile(image[~hidden], 50, method="lower") if value is None else value
     return blanked
-
-
-def views(images, *, frame_width):
-    """What a model is shown to ask where it looks: {name: uint8 (N, H, W)}, the whole images first.
-
-    Without the lungs, in two greys, for what a model makes of a hole depends on its grey; as a control with a
-    hole of the same shape half an image up or down; without the body, so that air, table and outline are
-    left; and the frame of ``frame_width`` pixels alone. See :func:`blank`.
-    """
-    lungs, (height, width) = lung_mask(images), images.shape[1:]
-    return {
-        "whole image": images,
-        "lungs blanked": blank(images, lungs),
-        f"lungs at grey {_MID_GREY}": blank(images, lungs, value=_MID_GREY),
-        "same hole elsewhere": blank(images, np.roll(lungs, height // 2, axis=1)),
-        "body blanked": blank(images, body_mask(images)),
-        "only the frame": blank(images, ~frame_mask((height, width), frame_width)),
-    }
-
-
-def lungs_or_scanner(model, images, labels, *, attack, frame_width, seed=0, batch_size=64):
-    """How a model reads the :func:`views`, and attacks that may change one region: a DataFrame.
-
-    ``images`` uint8 (N, H, W), ``labels`` int64 (N,). One row per view or region: ``view``, ``attacked``, the
-    mean ``area`` (share of the image) whose grey the blanking changed or an attack could change, k, n,
-    accuracy, low, high (95 % Wilson interval) and balanced_accuracy, which is 1 / classes for a model that
-    always says the same.
-    """
-    from fortify.data import to_tensor
-    from fortify.models import predict
-
-    lungs, body, clean = lung_mask(images), body_mask(images), to_tensor(images)
-    regions = {
-        "anywhere": np.ones_like(lungs),
-        "in the lungs": lungs,
-        "in the rest of the body": body & ~lungs,
-    }
-    regions |= {"outside the body": ~(body | lungs)}
-    rows = []
-    for name, shown in views(images, frame_width=frame_width).items():
-        prediction = predict(model, to_tensor(shown), batch_size=batch_size).argmax(1).numpy()
-        rows.append(_line(name, False, (shown != images).mean(), labels, prediction))
-    for name, mask in regions.items():
-        crafted = craft_within(model, clean, labels, attack, mask, seed=seed, batch_size=batch_size)
-        prediction = predict(model, crafted.images, batch_size=batch_size).argmax(1).numpy()
-        rows.append(_line(f"attack {name}", True, mask.mean(), labels, prediction))
-    return pd.DataFrame(rows)
-
-
-def _line(view, attacked, area, labels, prediction):
-    k, n = int((prediction == labels).sum()), len(labels)
-    low, high = wilson(k, n)
-    line = {"view": view, "attacked": attacked, "area": area, "k": k, "n": n, "accuracy": k / n}
-    recalls = [(prediction[labels == label] == label).mean() for label in np.unique(labels)]
-    return line | {"low": low, "high": high, "balanced_accuracy": np.mean(recalls)}
-
-
-def craft_within(model, images, labels, attack, mask, *, seed=0, batch_size=64):
-    """Attack ``images`` where ``mask`` allows it: an :class:`fortify.attacks.Adversarial`, in order.
-
-    ``images`` (N, 1, H, W) float in [0, 1], ``labels`` (N,) and ``attack`` as in
-    :func:`fortify.attacks.craft`; ``mask`` bool (N, H, W) or (H, W), True where a pixel may change. The
-    attack runs on f(x0 + mask (x - x0)), so its gradient outside is zero, and the pixels outside are x0's bit
-    for bit. PGD's random start is drawn for each batch from ``seed`` and the batch's place.
-    Raises ValueError for a mask of another shape, for an attack with restarts (it would bring images back in
-    another order than their masks) and as ``craft`` does.
-    """
-    if getattr(attack, "restarts", 1) > 1:
-        raise ValueError("craft_within takes attacks of one start: use restarts=1, and several seeds")
-    import torch  # here and below, so that masks can be made without loading torch
-
-    from fortify.attacks import Adversarial, checked, craft
-    from fortify.models import device_of, predict
-
-    images, labels = checked(images, labels)
-    if np.shape(mask) not in (tuple(images.shape[2:]), (len(images), *images.shape[2:])):
-        raise ValueError(f"a mask of {np.shape(mask)} fits no images of {tuple(images.shape)}")
-    mask = torch.as_tensor(np.array(np.broadcast_to(mask, (len(images), *images.shape[2:])))).unsqueeze(1)
-    adversarial = []
-    for start in range(0, len(images), batch_size):
-        part = slice(start, start + batch_size)
-        x, allowed = images[part], mask[part]
-        masked = _masked(model, x.to(device_of(model)), allowed.to(device_of(model)))
-        crafted = craft(masked, x, labels[part], attack, seed=seed + start, batch_size=batch_size)
-        adversarial.append(torch.where(allowed, crafted.images, x))
-    adversarial = torch.cat(adversarial)
-    success = predict(model, adversarial, batch_size=batch_size).argmax(1) != labels
-    return Adversarial(adversarial, success)
-
-
-def _masked(model, x0, allowed):
-    """The model of x with the pixels that must not change put back to those of ``x0``."""
-    import torch
-
-    class Masked(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, x):
-            n = len(x)  # `craft` first asks for the number of classes with one image
-            return self.model(torch.where(allowed[:n], x, x0[:n]))
-
-    return Masked().train(model.training)
 
 
 def _body(image):

@@ -5,20 +5,17 @@ what the notebooks before it left there, and writes its own files through :func:
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import platform
 import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import numpy as np
+from fortify.files import find_root
+from fortify.runtime import describe_device
 
 BY_HAND = "build/by-hand"  # where a notebook run outside the workflow writes
 _MEANINGLESS = ("test", "nbmake")  # profiles whose figures mean nothing: never read by hand
@@ -34,100 +31,6 @@ _WRITERS = (  # the first prefix that fits
 )
 _STAMPED = ("fortify", "torch", "torchvision", "foolbox", "pyautoattack")
 _STAMPED += ("numpy", "pandas", "scikit-learn", "scipy")
-
-
-def find_root(start=None):
-    """The checkout that holds ``start`` (default: the working directory), as an absolute Path.
-
-    ``FORTIFY_ROOT`` overrides the search. Raises FileNotFoundError outside a checkout.
-    """
-    if os.environ.get("FORTIFY_ROOT"):
-        return Path(os.environ["FORTIFY_ROOT"]).resolve()
-    start = Path(start or Path.cwd()).resolve()
-    for folder in (start, *start.parents):
-        if (folder / "lib" / "fortify").is_dir() and (folder / "notebooks").is_dir():
-            return folder
-    raise FileNotFoundError(
-        f"{start} is not inside a checkout of this project. Run from the checkout, "
-        "or set FORTIFY_ROOT to its folder."
-    )
-
-
-@contextlib.contextmanager
-def atomic_path(path):
-    """Yield a temporary path beside ``path``; move it there only if the block ends without an error.
-
-    Readers see the old file or the new one, never half of one, whatever kills the writer. Raises OSError
-    that names ``path`` where the disk is full or the folder may not be written to.
-    """
-    path, temporary = Path(path), None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except OSError as error:
-        why = f"cannot be written ({error.strerror or error}); what was there is as it was"
-        raise OSError(error.errno, why, str(path)) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    """Write ``value`` as indented JSON with sorted keys, atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def write_csv(path, table):
-    """Write a DataFrame as CSV without its index, floats to nine significant digits, atomically."""
-    with atomic_path(path) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.9g", lineterminator="\n")
-
-
-def write_text(path, text):
-    """Write UTF-8 text, atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_arrays(path, **arrays):
-    """Write numpy arrays as one uncompressed ``.npz``, atomically. Read it with ``np.load(path)``."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
-
-
-def wait_for_lock(path, *, what, shared=False):
-    """Hold the lock file ``path`` until the returned file is closed or the process ends, however it ends.
-
-    While another process holds it this waits, and says so on stderr: ``what`` is at work. Any number of
-    processes hold it together if it is ``shared`` to each.
-    """
-    path, kind = Path(path), fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a")
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"waiting for {what} to end (it holds {path})", file=sys.stderr, flush=True)
-        fcntl.flock(file, kind)
-    return file
-
-
-def run_locked(path, command):
-    """Become ``command`` (a list), which holds the lock file ``path``, shared, to its end: does not return.
-
-    So a notebook that goes on after its workflow was killed is waited for by the next, not raced.
-    """
-    lock = wait_for_lock(path, what="a workflow", shared=True)
-    os.set_inheritable(lock.fileno(), True)
-    os.execvp(command[0], command)
 
 
 @dataclass(frozen=True)
@@ -262,29 +165,6 @@ def _remedy(name):
     return "Run the notebooks before this one first, or `make demo` for all of them."
 
 
-def pick_device(name="auto"):
-    """``"auto"`` is CUDA where it is available, else the CPU; any other name is taken as given.
-
-    ValueError for CUDA where there is none.
-    """
-    import torch
-
-    if str(name).startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f'device is {name!r}, but torch finds no GPU here; use "auto" or "cpu"')
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def progress_bar(iterable, *, desc, show=True):
-    """``iterable`` behind a tqdm bar that shows in a terminal or an open notebook and nowhere else.
-
-    ``TQDM_DISABLE=1`` hides it there too: the workflow sets it, so that executed notebooks hold no bars.
-    """
-    from tqdm.auto import tqdm
-
-    seen = ("ipykernel" in sys.modules or sys.stderr.isatty()) and not os.environ.get("TQDM_DISABLE")
-    return tqdm(iterable, desc=desc, leave=False, disable=not (show and seen))
-
-
 def notebook_parameters(namespace):
     """The plain literals of a notebook's namespace, as a dict: call it right after the parameters cell.
 
@@ -330,23 +210,11 @@ def manifest(*, parameters, data_sha256, device):
     }
 
 
-def describe_device(device):
-    """A device as a reader wants it: the GPU's name, or the processor's kind and torch's thread count."""
-    if str(device) == "cpu" and "torch" not in sys.modules:  # nothing was computed with it
-        return f"CPU ({platform.machine()})"
-    import torch
-
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
-
-
 def lib_sha256():
     """Of the modules of ``lib/fortify``, names and contents."""
-    digest = hashlib.sha256()
-    for module in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(module.name.encode() + b"\0" + module.read_bytes())
+    digest, package = hashlib.sha256(), Path(__file__).parent
+    for module in sorted(package.rglob("*.py")):
+        digest.update(module.relative_to(package).as_posix().encode() + b"\0" + module.read_bytes())
     return digest.hexdigest()
 
 
@@ -365,7 +233,3 @@ def code_state():
     except (OSError, subprocess.CalledProcessError):
         return state  # an installed copy, or no git: the hash of the sources still names the code
     return state
-
-
-if __name__ == "__main__":
-    run_locked(sys.argv[1], sys.argv[2:])

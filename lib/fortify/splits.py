@@ -12,7 +12,7 @@ import pandas as pd
 import scipy  # loads its parts when they are first used: reading a split waits for none
 from PIL import Image
 
-from fortify import runs
+from fortify import files
 
 PARTS = ("train", "val", "test")
 FOLDS = 5  # of the cross-validation by groups
@@ -177,7 +177,7 @@ def split_table(slices, split):
 
 def write_split(path, slices, split):
     """Write :func:`split_table` as CSV, atomically."""
-    runs.write_csv(path, split_table(slices, split))
+    files.write_csv(path, split_table(slices, split))
 
 
 def read_split(path, slices, *, grouped=False):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from fortify.evaluation import ATTACKS
-from fortify.runs import write_csv, write_text
+from fortify.files import write_csv, write_text
 
 COLUMNS = ("clean", *ATTACKS, "combined")  # of Table 1, in its order
 TITLES = {"clean": "Clean", **{attack: attack.upper() for attack in ATTACKS}, "combined": "Combined"}
@@ -97,7 +97,7 @@ def accuracy_layout(accuracy):
 
 
 def matrix_layout(table, *, split):
-    """A display table of :func:`fortify.published.matrix`: a line per evaluation, a column per training.
+    """A display table of :func:`fortify.examined.matrix.matrix`: a line an evaluation, a column a training.
 
     Each cell is the accuracy in %, its 95 % interval and k/n.
     """

@@ -1,22 +1,18 @@
 """One training loop: without attacks it is normal training, with them adversarial training."""
 
-import copy
-import hashlib
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from torch.nn import functional as F
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from fortify.attacks import check_labels, craft, craft_parts, frozen
+from fortify.attacks import check_labels, craft, craft_parts
 from fortify.augmentation import Augmentation, augment
-from fortify.folding import Twin
-from fortify.models import device_of, predict, read_safetensors, seeded, write_safetensors
-from fortify.runs import lib_sha256, progress_bar
+from fortify.checkpoint import TrainingState, fingerprint, stop_if_not_finite
+from fortify.fused import Twin
+from fortify.models import predict
+from fortify.runtime import device_of, frozen, progress_bar, seeded
 
 
 @dataclass(frozen=True)
@@ -84,14 +80,14 @@ def fit(
     ``train`` and ``val`` are :class:`fortify.data.Slices`. ``attacks`` maps an attack to the share of
     every batch it attacks, for example ``{FGSM(4): 1/3, PGD(4, steps=4): 1/3, PGD(4, steps=4,
     loss="margin"): 1/3}``: as in the paper, they are crafted on the current model, in eval mode with
-    frozen weights (on its :class:`fortify.folding.Twin`), and joined with the clean images into one
+    frozen weights (on its :class:`fortify.fused.Twin`), and joined with the clean images into one
     forward. None is normal training. PGD takes one start here: ``restarts`` above 1 is a ValueError.
 
     The epoch with the highest validation accuracy is kept, under ``val_attack`` if one is given
     (ties: the higher clean accuracy, then the later epoch).
     ``checkpoints`` is a folder: every epoch is written there and an interrupted call with the same
     arguments goes on from the last one; on a CPU it ends in the same weights as an uninterrupted one.
-    ``compiled`` has the attacks walk on compiled code, for a GPU: see :class:`fortify.folding.Twin`.
+    ``compiled`` has the attacks walk on compiled code, for a GPU: see :class:`fortify.fused.Twin`.
 
     Returns the history, a DataFrame with one row an epoch: epoch, lr, train_loss, train_accuracy,
     val_accuracy, val_robust_accuracy (NaN without ``val_attack``), selected.
@@ -155,99 +151,6 @@ def class_weights(labels, num_classes, *, power=1.0):
         raise ValueError(f"no training image of class {counts.argmin()}: every class must be present")
     weights = counts.astype(float) ** -power
     return weights * counts.sum() / (weights * counts).sum()
-
-
-class TrainingState:
-    """What an interrupted training needs to go on: weights, best weights, optimiser, schedule, history.
-
-    ``keep`` says which epoch ends up in ``best``: the ``"best"`` on validation, or the ``"last"``.
-    ``judged`` is what is validated and kept: ``model``, or with ``ema`` its moving average.
-    """
-
-    def __init__(self, model, optimizer, schedule=None, *, keep="best", ema=0.0):
-        self.model, self.epoch, self.history, self.best = model, 0, [], _copy(model)
-        self.optimizer, self.schedule, self.keep = optimizer, schedule, keep
-        self.ema, self.averaged = ema, 0
-        self.judged = copy.deepcopy(model).eval().requires_grad_(False) if ema else model
-
-    @torch.no_grad()
-    def average(self):
-        """After a step: let ``judged`` follow ``model``, its BatchNorm statistics included."""
-        if not self.ema:
-            return
-        self.averaged += 1
-        # A tenth of the new weights at first, so that the initial ones are soon forgotten.
-        keep = min(self.ema, self.averaged / (self.averaged + 9))
-        floats = [], []
-        both = zip(self.judged.state_dict().values(), self.model.state_dict().values(), strict=True)
-        for ours, theirs in both:
-            if ours.is_floating_point():
-                floats[0].append(ours)
-                floats[1].append(theirs)
-            else:  # BatchNorm's count of batches
-                ours.copy_(theirs)
-        get_ema_multi_avg_fn(keep)(*floats, None)
-
-    def record(self, epoch, loss, accuracy, val_accuracy, robust):
-        self.epoch = epoch
-        lr = self.optimizer.param_groups[0]["lr"]
-        row = (epoch, lr, loss, accuracy, val_accuracy, robust)
-        self.history.append(dict(zip(_HISTORY, row, strict=True)))
-        if self._selected() == len(self.history) - 1:
-            self.best = _copy(self.judged)
-
-    def table(self):
-        table = pd.DataFrame(self.history, columns=_HISTORY)
-        return table.assign(selected=table.index == self._selected())
-
-    def _selected(self):
-        """Position of the epoch to keep: best robust validation accuracy, then clean, then the later one."""
-        if self.keep == "last":
-            return len(self.history) - 1
-        columns = ("val_robust_accuracy", "val_accuracy", "epoch")
-        keys = [tuple(np.nan_to_num(row[c], nan=0.0) for c in columns) for row in self.history]
-        return keys.index(max(keys))
-
-    def save(self, file):
-        tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"best/{k}": v for k, v in self.best.items()}
-        tensors |= {f"judged/{k}": v for k, v in self.judged.state_dict().items() if self.ema}
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{k}": v for k, v in moments.items()}
-        groups = self.optimizer.state_dict()["param_groups"]
-        schedule = self.schedule.state_dict() if self.schedule else {}
-        schedule = {k: v for k, v in schedule.items() if not callable(v)}
-        metadata = {"epoch": self.epoch, "averaged": self.averaged, "history": self.history}
-        metadata |= {"groups": groups, "schedule": schedule}
-        write_safetensors(file, tensors, metadata)
-
-    def resume(self, file):
-        if not file.exists():
-            return
-        tensors, metadata = read_safetensors(file)
-        if "history" not in metadata:
-            raise ValueError(f"{file} is no checkpoint of a training; delete it and rerun")
-        device, of, moments = device_of(self.model), {}, {}
-        for name, tensor in tensors.items():
-            kind, key = name.split("/", 1)
-            of.setdefault(kind, {})[key] = tensor
-        for name, tensor in of["optimizer"].items():
-            index, moment = name.split("/")
-            moments.setdefault(int(index), {})[moment] = tensor
-        self.model.load_state_dict(of["model"])
-        if self.ema:
-            self.judged.load_state_dict(of["judged"])
-        self.best = {k: v.to(device) for k, v in of["best"].items()}
-        self.optimizer.load_state_dict({"state": moments, "param_groups": metadata["groups"]})
-        for weight, own in self.optimizer.state.items():  # laid out as the weights, for one step over all
-            same = {k: v for k, v in own.items() if v.shape == weight.shape}
-            own |= {k: torch.empty_like(weight).copy_(v) for k, v in same.items()}
-        if self.schedule:
-            self.schedule.load_state_dict(metadata["schedule"])
-        self.epoch, self.averaged, self.history = (metadata[k] for k in ("epoch", "averaged", "history"))
-
-
-_HISTORY = ("epoch", "lr", "train_loss", "train_accuracy", "val_accuracy", "val_robust_accuracy")
 
 
 def _epoch(state, x_train, y_train, weight, recipe, attacks, twin, seed, mixes=False):
@@ -341,35 +244,6 @@ def on_device(slices, device):
     """The whole set of slices on a device: uint8 (N, 1, H, W) greys and int64 (N,) labels."""
     images = torch.from_numpy(np.ascontiguousarray(slices.images)).unsqueeze(1)
     return images.to(device), torch.from_numpy(np.asarray(slices.labels)).long().to(device)
-
-
-def _copy(model):
-    return {k: v.detach().clone() for k, v in model.state_dict().items()}
-
-
-def fingerprint(model, train, val, *settings):
-    """Names a checkpoint after everything that decides the result, so that no other training reads it.
-
-    ``settings`` are JSON-able: recipe, attacks, seed. This package's code is part of it.
-    """
-    digest = hashlib.sha256(lib_sha256().encode())
-    for part in (train, val):
-        digest.update(np.ascontiguousarray(part.images).tobytes() + np.asarray(part.labels).tobytes())
-    for name, tensor in model.state_dict().items():  # the initial weights: architecture, seed, pretraining
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    digest.update(json.dumps(settings, sort_keys=True).encode())
-    return digest.hexdigest()[:16]
-
-
-def stop_if_not_finite(losses, epoch, file):
-    """FloatingPointError when a loss (batches,) is not finite; names epoch, batch and last checkpoint."""
-    bad = (~torch.isfinite(losses)).nonzero()
-    if len(bad):
-        kept = f"The last good checkpoint is {file}." if file and file.exists() else "There is no checkpoint."
-        raise FloatingPointError(
-            f"the training loss is {losses[bad[0]].item()} at epoch {epoch}, batch {bad[0].item() + 1} of "
-            f"{len(losses)}. {kept} Lower lr, or look for constant or corrupted training images."
-        )
 
 
 def _check(recipe, attacks, train, val):

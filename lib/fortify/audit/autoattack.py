@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fortify.attacks import checked, frozen
-from fortify.models import device_of, float32_convolutions, predict
+from fortify.attacks import checked
+from fortify.models import predict
+from fortify.runtime import device_of, float32_convolutions, frozen
 
 WHITE_BOX = ("apgd-ce", "apgd-dlr", "fab-t")
 

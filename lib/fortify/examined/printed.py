@@ -5,7 +5,7 @@ from fractions import Fraction
 import pandas as pd
 import scipy
 
-from fortify.evaluation import wilson
+from fortify.intervals import wilson
 from fortify.tables import PRINTED
 
 TEST_SIZE, VALIDATION_SIZE = 160, 165  # of the authors' folders, printed by their notebook

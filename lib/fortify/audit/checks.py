@@ -12,9 +12,9 @@ from torch import nn
 
 from fortify import attacks as fortify_attacks
 from fortify.attacks import CW, FGSM, PGD, margin, perturbation_norms
-from fortify.audit_context import FAIL, NOT_RUN, PASS, Check
-from fortify.autoattack import WHITE_BOX, autoattack
-from fortify.evaluation import cluster_interval, wilson
+from fortify.audit.autoattack import WHITE_BOX, autoattack
+from fortify.audit.context import FAIL, NOT_RUN, PASS, Check
+from fortify.intervals import cluster_interval, wilson
 from fortify.models import predict
 
 FEWEST_GROUPS = 5  # of which an interval can be drawn at all

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from fortify.models import GreyNormalise, eval_mode, float32_convolutions
+from fortify.models import GreyNormalise
+from fortify.runtime import eval_mode, float32_convolutions
 
 
 class Twin:

@@ -1,6 +1,6 @@
 """Is a robustness figure to be believed? The checks of a careful reviewer, run on any model by one call.
 
-A check (:mod:`fortify.audit_checks`) compares what an attack did with what it must do; a failed one says that
+A check (:mod:`fortify.audit.checks`) compares what an attack did with what it must do; a failed one says that
 the figure is not to be trusted, or that the model only looks robust.
 """
 
@@ -9,12 +9,10 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from fortify import attacks as fortify_attacks
-from fortify.audit_checks import CHECKS, worst_over_attacks
-from fortify.audit_context import FAIL, NOT_RUN, Context, Suite
-from fortify.audit_context import AuditData as AuditData  # for those who call audit
-from fortify.audit_context import Check as Check
-from fortify.evaluation import wilson
-from fortify.models import device_of, float32_convolutions, seeded
+from fortify.audit.checks import CHECKS, worst_over_attacks
+from fortify.audit.context import FAIL, NOT_RUN, Check, Context, Suite
+from fortify.intervals import wilson
+from fortify.runtime import device_of, float32_convolutions, seeded
 from fortify.tables import to_markdown
 
 

@@ -1,8 +1,10 @@
 """From a finished profile to what is committed: executed notebooks, figures, tables and the paper.
 
-python -m fortify.publish commit build/laptop   notebooks/, figures/, paper/tables and README.md
-python -m fortify.publish pdf [laptop]          paper/paper.pdf, from paper/paper.typ and the published tables
-                                                of a profile: if none is named, of the committed notebooks'
+python -m fortify.workflow.publish commit build/laptop
+    notebooks/, figures/, paper/tables and README.md
+python -m fortify.workflow.publish pdf [laptop]
+    paper/paper.pdf, from paper/paper.typ and the published tables of a profile: if none is named, of the
+    committed notebooks'
 """
 
 import gzip
@@ -16,8 +18,8 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
-from fortify.profiles import ProfileError, literals, load_profile
-from fortify.runs import atomic_path, find_root, write_text
+from fortify.files import atomic_path, find_root, write_text
+from fortify.workflow.profiles import ProfileError, literals, load_profile
 
 BESIDE = {  # profiles whose Table 1 stands beside another's
     "lungs": "slices cropped to the lungs",

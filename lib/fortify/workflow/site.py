@@ -1,7 +1,7 @@
 """The notebooks as a small static site: an index with Table 1 first, each figure linked to its cell.
 
-python -m fortify.site                the committed notebooks, tables and paper: build/site
-python -m fortify.site build/demo     a finished profile, every run of it: build/demo/html
+python -m fortify.workflow.site                the committed notebooks, tables and paper: build/site
+python -m fortify.workflow.site build/demo     a finished profile, every run of it: build/demo/html
 
 The pages need no server and fetch nothing: they open from the file system, and GitHub Pages serves them.
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import nbformat
 
-from fortify.publish import PublishError, published_folders, shown_profile
-from fortify.runs import find_root, write_text
+from fortify.files import find_root, write_text
+from fortify.workflow.publish import PublishError, published_folders, shown_profile
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#1f2328}

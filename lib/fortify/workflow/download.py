@@ -1,4 +1,4 @@
-"""Fetch IQ-OTH/NCCD from Kaggle and check it: ``python -m fortify.download``, or ``make data``."""
+"""Fetch IQ-OTH/NCCD from Kaggle and check it: ``python -m fortify.workflow.download``, or ``make data``."""
 
 import contextlib
 import os

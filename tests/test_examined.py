@@ -9,11 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from fortify import published
-from fortify.evaluation import evaluate
-from fortify.figures_beyond import Panel, matrix_dots, protocol_strip
+from fortify.examined import protocol as published
+from fortify.examined.figures import Panel, matrix_dots, protocol_strip
+from fortify.examined.protocol import (
+    TONE_CURVES,
+    PublishedAttacks,
+    PublishedRecipe,
+    fit_published,
+    score_published,
+)
 from fortify.models import build_model
-from fortify.published import TONE_CURVES, PublishedAttacks, PublishedRecipe, fit_published, score_published
+from fortify.scoring import evaluate
 
 FEW = PublishedAttacks(cw_steps=12)
 NAMES = ("benign", "malignant", "normal")

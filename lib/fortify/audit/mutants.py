@@ -12,10 +12,11 @@ import pandas as pd
 import torch
 from torch import nn
 
-from fortify.attacks import CW, FGSM, PGD, Adversarial, craft, craft_batch, frozen
-from fortify.audit import audit
-from fortify.audit_context import FAIL, NOT_RUN, PASS, AuditData, Check
-from fortify.models import device_of, predict
+from fortify.attacks import CW, FGSM, PGD, Adversarial, craft, craft_batch
+from fortify.audit.context import FAIL, NOT_RUN, PASS, AuditData, Check
+from fortify.audit.report import audit
+from fortify.models import predict
+from fortify.runtime import device_of, frozen
 
 # What a mutant meets: all but T4, T7 and T14, which cost more than they add here, and what judges no attack.
 ZOO_CHECKS = ("T0", "T0b", "T1", "T2", "T3", "T5", "T6", "T8", "T9", "T11")

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from fortify.attacks import CW, FGSM, PGD, craft, craft_batch, craft_parts, frozen
-from fortify.folding import GreyStem, Twin
+from fortify.attacks import CW, FGSM, PGD, craft, craft_batch, craft_parts
+from fortify.fused import GreyStem, Twin
 from fortify.models import GreyNormalise, build_model, predict
+from fortify.runtime import frozen
 
 THREE = (FGSM(4), PGD(4, steps=3), PGD(2, steps=5, loss="margin"))
 

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fortify.attacks import CW, PGD, checked, frozen, perturbation_norms
-from fortify.models import device_of, float32_convolutions, predict
+from fortify.attacks import CW, PGD, checked, perturbation_norms
+from fortify.models import predict
+from fortify.runtime import device_of, float32_convolutions, frozen
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
 ONE_ULP_255 = 255 * 2**-23  # grey levels: what rounding of x + eps adds near white

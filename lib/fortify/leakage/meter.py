@@ -29,7 +29,7 @@ from sklearn.preprocessing import StandardScaler
 
 from fortify import splits
 from fortify.data import IQ_OTH_NCCD, DataError, load_folder
-from fortify.evaluation import wilson
+from fortify.intervals import wilson
 
 THUMBNAIL = 56  # px, as the groups of fortify.splits
 FRAME_OF_THUMBNAIL = 4  # px of 56: the 16 outermost pixels of a slice of 224 px, averaged
@@ -345,7 +345,3 @@ def main(arguments=None):
     print("\nTest images with a twin in the training set:")
     print(pooled.assign(share=(100 * pooled.k / pooled.n).round(1)).to_string(index=False))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The published paper taken apart: its protocol, its printed numbers, its claims."""

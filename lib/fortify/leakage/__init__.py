@@ -1,0 +1,37 @@
+"""How much of the accuracy is memory? The leak meter for image folders, and probes of what models use."""
+
+from fortify.leakage.meter import (
+    CLASSIFIERS,
+    KNOWN_SCANS,
+    TELLS,
+    LeakClassifier,
+    draw_splits,
+    duplicates,
+    group_sensitivity,
+    group_table,
+    leak_meter,
+    scan_recovery,
+    summary,
+    tells,
+    twins,
+)
+from fortify.leakage.probes import craft_within, lungs_or_scanner, views
+
+__all__ = [
+    "CLASSIFIERS",
+    "KNOWN_SCANS",
+    "TELLS",
+    "LeakClassifier",
+    "craft_within",
+    "draw_splits",
+    "duplicates",
+    "group_sensitivity",
+    "group_table",
+    "leak_meter",
+    "lungs_or_scanner",
+    "scan_recovery",
+    "summary",
+    "tells",
+    "twins",
+    "views",
+]

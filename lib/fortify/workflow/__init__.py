@@ -1,0 +1,1 @@
+"""Plumbing of this project's own paper: profiles, publishing, pages, downloads, locks."""
