@@ -35,11 +35,10 @@ help:
 	@echo "make lab      JupyterLab with the notebooks"
 	@echo "make clean    remove build/ (results), not the environment"
 
-$(ENV): requirements.lock pyproject.toml
+$(ENV): requirements.lock requirements-uv.lock install.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --require-hashes --requirement requirements.lock
-	.venv/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	.venv/bin/python install.py
 	@touch $@
 
 demo: $(ENV)
