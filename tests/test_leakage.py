@@ -14,6 +14,7 @@ from fortify import leakage, regions, splits
 from fortify.data import Slices, load_iq_oth_nccd
 from fortify.intervals import wilson
 from fortify.leakage import figures as leakage_figures
+from fortify.leakage.meter import background_features, frame_features, histogram_features, thumbnail_features
 from fortify.phantom import phantom_slices
 
 
@@ -57,18 +58,18 @@ def test_the_frame_sees_no_pixel_of_the_inside():
     frame = regions.frame_mask((224, 224), 16)
     inside, outside = images.copy(), images.copy()
     inside[:, ~frame], outside[:, frame] = 0, 0
-    features = leakage.frame_features(images)
+    features = frame_features(images)
     assert features.shape == (3, 56**2 - 48**2) and 0 <= features.min() and features.max() <= 1
-    assert np.array_equal(leakage.frame_features(inside), features)
-    assert (leakage.frame_features(outside) == 0).all()
+    assert np.array_equal(frame_features(inside), features)
+    assert (frame_features(outside) == 0).all()
 
 
 def test_a_histogram_is_shares_by_grey_alone():
     images = np.array([[[0, 7], [8, 255]]], dtype=np.uint8)
-    features = leakage.histogram_features(images)
+    features = histogram_features(images)
     assert features.shape == (1, 32)
     assert features[0, [0, 1, 31]].tolist() == [0.5, 0.25, 0.25] and features.sum() == 1
-    assert np.array_equal(leakage.histogram_features(images[:, ::-1]), features)
+    assert np.array_equal(histogram_features(images[:, ::-1]), features)
 
 
 def test_background_scalars_by_hand():
@@ -76,18 +77,18 @@ def test_background_scalars_by_hand():
     images[1, :8, :8] = 0  # one black corner of four
     rng = np.random.default_rng(0)
     images[2] = rng.integers(30, 50, (64, 64))
-    features = leakage.background_features(images)
+    features = background_features(images)
     assert features[0].tolist() == [0, 40, 0, 0, 0]
     assert features[1, :2].tolist() == [0.25, 30] and features[1, 2] == pytest.approx(np.sqrt(300))
     # White noise: the five-point Laplacian has variance 4 * 4 + 4 = 20 times that of the pixels.
     assert features[2, 4] == pytest.approx(np.sqrt(20), rel=0.15)
     changed = images.copy()
     changed[:, 8:-8, 8:-8] = 255
-    assert np.array_equal(leakage.background_features(changed), features), "corners only"
+    assert np.array_equal(background_features(changed), features), "corners only"
 
 
 def test_nearest_neighbour_is_the_one_that_correlates_most(slices):
-    features = leakage.thumbnail_features(slices.images[:40])
+    features = thumbnail_features(slices.images[:40])
     r = features @ features.T
     np.fill_diagonal(r, -1)
     distance = ((features[:, None] - features) ** 2).sum(2)

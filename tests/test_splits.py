@@ -1,11 +1,14 @@
 """Splits: complete, disjoint, stratified, and without near-copies across parts when they are grouped."""
 
 import dataclasses
+import itertools
 import re
+import tracemalloc
 
 import numpy as np
 import pandas as pd
 import pytest
+import scipy
 
 from fortify import data, files, leakage, phantom, splits
 
@@ -53,6 +56,22 @@ def test_agreement_of_pairs_by_hand():
     """Pairs in one group: 01, 02, 12, 34; of one patient: 01, 23, 24, 34; in both: 01, 34."""
     found = splits.pairwise_agreement(np.array([0, 0, 0, 1, 1]), np.array([7, 7, 8, 8, 8]))
     assert found == (2 / 4, 2 / 4)
+    found = splits.pairwise_agreement(list("aaabb"), np.array(["p7", "p7", "p8", "p8", "p8"], object))
+    assert found == (2 / 4, 2 / 4)
+    assert np.isnan(splits.pairwise_agreement([0, 1, 2], [5, 5, 6])[0])
+    with pytest.raises(ValueError, match="one patient for each group"):
+        splits.pairwise_agreement([0, 1, 2], [5, 5])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_agreement_counts_as_the_pairs_one_by_one(seed):
+    rng = np.random.default_rng(seed)
+    groups, patients = rng.integers(0, 9, (2, 60)) * 1000
+    pairs = list(itertools.combinations(range(60), 2))
+    both = sum(groups[i] == groups[j] and patients[i] == patients[j] for i, j in pairs)
+    found = splits.pairwise_agreement(groups, patients)
+    assert found[0] == both / sum(groups[i] == groups[j] for i, j in pairs)
+    assert found[1] == both / sum(patients[i] == patients[j] for i, j in pairs)
 
 
 def test_group_ids_are_0_to_g_minus_1_and_do_not_depend_on_the_order(slices):
@@ -135,6 +154,96 @@ def test_blocks_give_the_pairs_of_the_whole_matrix(slices, monkeypatch):
     assert np.array_equal(splits.near_duplicate_groups(slices), whole)
 
 
+def alike(count, *, side=16, noise=4):
+    """``count`` images that differ by less than ``noise`` grey levels, in turn of two classes."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (side, side), dtype=np.uint8)
+    images = image ^ rng.integers(0, noise, (count, side, side), dtype=np.uint8)
+    names = tuple(f"{'ab'[i % 2]}/{i}.png" for i in range(count))
+    return data.Slices(images, np.arange(count) % 2, names, ("a", "b"), "alike", "0" * 64)
+
+
+def held(function, *arguments, **options):
+    """(peak of the bytes that arrays held meanwhile, result)."""
+    tracemalloc.start()
+    try:
+        result = function(*arguments, **options)
+        return tracemalloc.get_traced_memory()[1], result
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        splits.near_duplicate_groups,
+        lambda slices: splits.label_conflicts(slices, most=1000),
+        lambda slices: splits.pairwise_agreement(slices.labels, slices.labels),
+    ],
+    ids=["groups", "conflicts", "agreement"],
+)
+@pytest.mark.filterwarnings("ignore:.* pairs of slices in different classes")
+def test_memory_does_not_grow_with_the_pairs_of_alike_slices(monkeypatch, function):
+    monkeypatch.setattr(splits, "_BLOCK", 64)
+    many = alike(2000)
+    rng = np.random.default_rng(1)
+    unlike = dataclasses.replace(many, images=rng.integers(0, 256, many.images.shape, dtype=np.uint8))
+    function(alike(40))  # what is loaded at the first call
+    most, least = held(function, many)[0], held(function, unlike)[0]
+    pairs = 2000 * 1999 // 2  # a byte each would be 2 MB, and the two indices of each 32 MB
+    assert most < least + 0.25 * pairs and most < 4 * pairs, (most, least)
+
+
+def test_a_test_slice_is_compared_with_some_training_slices_at_a_time(monkeypatch):
+    monkeypatch.setattr(splits, "_BLOCK", 64)
+    slices = alike(4000, side=4)
+    split = splits.random_split(slices.labels, seed=0)
+    r = len(split["test"]) * len(split["train"]) * 4  # bytes
+    for peak, _ in (
+        held(splits.twin_share, slices, split),
+        held(leakage.twins, slices, {("random", 0): split}, [0.9]),
+    ):
+        assert peak < r / 4, (peak, r)
+
+
+def test_alike_slices_are_one_group_and_chains_are_followed_across_blocks(monkeypatch):
+    monkeypatch.setattr(splits, "_BLOCK", 3)
+    assert not splits.near_duplicate_groups(alike(20)).any()
+    # a slice is a mixture of two that do not correlate: each is alike to the next, the ends are not
+    rng = np.random.default_rng(0)
+    one, other = rng.uniform(0, 255, (2, 16, 16))
+    angles = np.linspace(0, np.pi / 2, 12)[rng.permutation(12)]
+    mixed = [np.cos(a) * (one - one.mean()) + np.sin(a) * (other - other.mean()) for a in angles]
+    images = np.uint8(np.clip(np.array([*mixed, -mixed[0]]) / 2 + 128, 0, 255))
+    chain = dataclasses.replace(alike(13), images=images)
+    r = splits.unit_thumbnails(images, 16) @ splits.unit_thumbnails(images, 16).T
+    graph = scipy.sparse.coo_array(r > 0.93)
+    wanted = scipy.sparse.csgraph.connected_components(graph, directed=False)[1]
+    assert wanted.tolist() == [0] * 12 + [1] and r[:12, :12].min() < 0.5
+    assert splits.near_duplicate_groups(chain, neighbour_threshold=1.1).tolist() == wanted.tolist()
+
+
+def test_of_too_many_conflicts_the_most_alike_are_kept_and_their_number_is_said(monkeypatch):
+    monkeypatch.setattr(splits, "_BLOCK", 7)
+    slices = alike(40, noise=64)
+    whole = splits.label_conflicts(slices, threshold=0.5)
+    assert len(whole) == 20 * 20 and whole.r[:20].is_unique
+    with pytest.warns(
+        UserWarning, match="400 pairs of slices in different classes .* above 0.5; the 15 most"
+    ):
+        some = splits.label_conflicts(slices, threshold=0.5, most=15)
+    pd.testing.assert_frame_equal(some, whole[:15])
+
+
+def test_two_files_of_one_number_are_both_neighbours_of_the_next(slices):
+    """case (1).jpg and case (1).png: neither hides the other, whichever comes first."""
+    names = ("A/case (1).jpg", "A/case (1).png", "A/case (2).png", "A/case (02).jpg", "A/case (3).jpg")
+    for order in (range(5), range(4, -1, -1)):
+        named = dataclasses.replace(slices.subset(range(5)), names=tuple(names[i] for i in order))
+        pairs = {(named.names[i], named.names[j]) for i, j in splits._neighbours(named).T}
+        assert pairs == {(a, b) for a in names[:2] for b in names[2:4]} | {(a, names[4]) for a in names[2:4]}
+
+
 def test_no_conflicts_is_an_empty_table(slices):
     table = splits.label_conflicts(slices, threshold=0.9999)
     assert len(table) == 0 and list(table) == ["name", "class_name", "twin", "twin_class_name", "r"]
@@ -196,6 +305,15 @@ def test_seeds_are_folds_that_test_every_slice_once_then_those_of_another_divisi
         divisions.append([tested(seed) for seed in range(start, start + folds)])
         assert np.array_equal(np.sort(np.concatenate(divisions[-1])), np.arange(len(slices)))
     assert not {i.tobytes() for i in divisions[0]} & {i.tobytes() for i in divisions[1]}
+
+
+def test_groups_may_be_strings(slices):
+    """As hospitals name their patients; the split is that of numbers in the same order."""
+    named = np.array([f"P{patient:04}" for patient in slices.patients])
+    for ids in (named, named.astype(object), named.tolist(), slices.patients.astype(np.uint16)):
+        split = splits.grouped_split(slices.labels, ids, seed=1)
+        wanted = splits.grouped_split(slices.labels, slices.patients, seed=1)
+        assert all(np.array_equal(split[part], wanted[part]) for part in splits.PARTS)
 
 
 def test_folds_hold_out_different_validation_groups(slices):

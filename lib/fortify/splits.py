@@ -5,22 +5,30 @@ hold every slice once. Slices of one patient are near-copies of each other, so a
 to recognise patients it has seen; :func:`grouped_split` does not. Its seeds are folds of a cross-validation.
 """
 
+import hashlib
 import re
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import scipy  # loads its parts when they are first used: reading a split waits for none
 from PIL import Image
 
 from fortify import files
 
+if TYPE_CHECKING:
+    from fortify.data import Slices
+
 PARTS = ("train", "val", "test")
 FOLDS = 5  # of the cross-validation by groups
-_BLOCK = 1024  # rows of the correlation matrix held at a time
+_BLOCK = 1024  # rows held at a time of what is as long as all slices
 _TRIES = 256  # assignments drawn to part groups, of which the best-balanced is kept
 
 
-def near_duplicate_groups(slices, *, threshold=0.93, neighbour_threshold=0.80, side=56):
+def near_duplicate_groups(
+    slices: "Slices", *, threshold: float = 0.93, neighbour_threshold: float = 0.80, side: int = 56
+) -> np.ndarray:
     """Group ids 0..G-1, int64 (N,), of slices that are likely to show one patient.
 
     Two slices are linked when the correlation r of their thumbnails (box-averaged to ``side`` pixels or the
@@ -28,62 +36,101 @@ def near_duplicate_groups(slices, *, threshold=0.93, neighbour_threshold=0.80, s
     class, as neighbours of a scan do, and r exceeds ``neighbour_threshold``; and when their pixels are
     identical. Groups are the connected components and may span classes: the data hold such pairs.
     They stand in for unknown patients; report how the result depends on the thresholds.
+
+    Ids are in order of appearance. Memory is that of the thumbnails and of one block of r, however many
+    slices are alike.
     """
     exact = exact_duplicates(slices.images)
-    first = np.unique(exact, return_index=True)[1][exact]
-    links = [np.stack([np.arange(len(slices)), first])]
+    group = np.unique(exact, return_index=True)[1][exact]  # a group is named by its first slice
     thumbnails = unit_thumbnails(slices.images, side)
-    links += [np.stack(pair[:2]) for pair in _correlated(thumbnails, threshold)]
-    before, after = _neighbours(slices)
-    near = (thumbnails[before] * thumbnails[after]).sum(1) > neighbour_threshold
-    links.append(np.stack([before[near], after[near]]))
-    row, column = np.concatenate(links, axis=1)
-    graph = scipy.sparse.coo_array((np.ones(len(row), bool), (row, column)), shape=(len(slices), len(slices)))
-    return scipy.sparse.csgraph.connected_components(graph, directed=False)[1].astype(np.int64)
+    for i, j in _close_neighbours(slices, thumbnails, neighbour_threshold):
+        _merge(group, np.array([i, j]))
+    for start, r in _correlations(thumbnails):
+        for i, row in enumerate(r, start):
+            near = np.flatnonzero(row[i - start :] > threshold) + i
+            _merge(group, np.append(near, i))  # not i alone: r of a flat slice with itself is 0
+    return np.unique(group, return_inverse=True)[1].astype(np.int64)
 
 
-def exact_duplicates(images):
+def exact_duplicates(images: np.ndarray) -> np.ndarray:
     """Ids 0..K-1, int64 (N,), in order of appearance; images share one when their pixels are identical."""
-    seen = {}
-    return np.array([seen.setdefault(image.tobytes(), len(seen)) for image in images], dtype=np.int64)
+    seen = {}  # digests: the pixels themselves would be a second copy of all images
+    digests = (hashlib.sha256(image.tobytes()).digest() for image in images)
+    return np.array([seen.setdefault(digest, len(seen)) for digest in digests], dtype=np.int64)
 
 
-def label_conflicts(slices, *, threshold=0.99, side=56):
+def label_conflicts(
+    slices: "Slices", *, threshold: float = 0.99, side: int = 56, most: int = 100_000
+) -> pd.DataFrame:
     """Pairs of nearly identical slices in different classes, most alike first, as a DataFrame.
 
     Columns: name, class_name, twin, twin_class_name and r, the correlation of their thumbnails (> threshold).
+    Of more than ``most`` pairs the most alike are kept, and a warning says how many there are.
     """
-    pairs = list(_correlated(unit_thumbnails(slices.images, side), threshold))
-    i, j, r = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
-    across = slices.labels[i] != slices.labels[j]
-    names, classes = np.array(slices.names, object), np.array(slices.class_names, object)[slices.labels]
+    names = np.array(slices.names, object)
+    rank = np.argsort(np.argsort(names))
+    found, waiting, floor = 0, 0, threshold
+    held = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))]
+
+    def best():
+        i, j, r = (np.concatenate(parts) for parts in zip(*held, strict=True))
+        order = np.lexsort((rank[j], rank[i], -r))[:most]
+        return i[order], j[order], r[order]
+
+    for start, r in _correlations(unit_thumbnails(slices.images, side)):
+        for i, row in enumerate(r, start):
+            near = np.flatnonzero(row[i - start + 1 :] > threshold) + i + 1
+            near = near[slices.labels[near] != slices.labels[i]]
+            found += len(near)  # counted, then dropped where enough pairs that are more alike are held
+            near = near[row[near - start] > floor]
+            held.append((np.full(len(near), i), near, row[near - start]))
+            waiting += len(near)
+            if waiting > most:
+                held, waiting = [best()], 0
+                floor = held[0][2][-1]
+    i, j, r = best()
+    if found > most:
+        warnings.warn(
+            f"{found} pairs of slices in different classes correlate above {threshold}; the {most} most "
+            "alike are listed. Check that the images are not all alike, or raise the threshold.",
+            stacklevel=2,
+        )
+    classes = np.array(slices.class_names, object)[slices.labels]
     columns = {"name": names[i], "class_name": classes[i], "twin": names[j], "twin_class_name": classes[j]}
-    table = pd.DataFrame(columns | {"r": r.astype(float)})[across]
-    return table.sort_values(["r", "name", "twin"], ascending=[False, True, True], ignore_index=True)
+    return pd.DataFrame(columns | {"r": r.astype(float)})
 
 
-def pairwise_agreement(groups, patients):
+def pairwise_agreement(groups: np.ndarray, patients: np.ndarray) -> tuple[float, float]:
     """(precision, recall) of "these two slices are of one patient", over all pairs of slices.
 
-    ``groups`` and ``patients`` (N,) are ids. A recall below 1 is a patient torn apart, which can leak; a
-    precision below 1 is patients merged, which only makes a grouped split stricter.
+    ``groups`` and ``patients`` (N,) are ids, integers or strings. A recall below 1 is a patient torn apart,
+    which can leak; a precision below 1 is patients merged, which only makes a grouped split stricter. NaN
+    where no two slices share a group, or a patient.
     """
-    upper = np.triu_indices(len(groups), 1)
-    same_group = (groups[:, None] == groups)[upper]
-    same_patient = (patients[:, None] == patients)[upper]
-    both = (same_group & same_patient).sum()
-    return float(both / same_group.sum()), float(both / same_patient.sum())
+    group, patient = (np.unique(ids, return_inverse=True)[1] for ids in (groups, patients))
+    if group.shape != patient.shape:
+        raise ValueError(f"one patient for each group: {patient.shape} patients for {group.shape} groups.")
+
+    def pairs(ids):
+        """Pairs of equal ids: of n slices that share one, n (n - 1) / 2."""
+        n = np.unique(ids, return_counts=True)[1]
+        return int((n * (n - 1) // 2).sum())
+
+    both = pairs(group * (patient.max(initial=0) + 1) + patient)
+    return tuple(both / count if (count := pairs(ids)) else np.nan for ids in (group, patient))
 
 
-def twin_share(slices, split, *, threshold=0.99, side=56):
+def twin_share(
+    slices: "Slices", split: dict[str, np.ndarray], *, threshold: float = 0.99, side: int = 56
+) -> float:
     """Share of test slices with a training slice whose thumbnail correlates above ``threshold``."""
     thumbnails = unit_thumbnails(slices.images, side)
-    return float(
-        np.mean((thumbnails[split["test"]] @ thumbnails[split["train"]].T).max(1, initial=-1) > threshold)
-    )
+    return float(np.mean(nearest_correlation(thumbnails, split["test"], split["train"]) > threshold))
 
 
-def random_split(labels, *, seed, fractions=(0.7, 0.15, 0.15)):
+def random_split(
+    labels: np.ndarray, *, seed: int, fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
+) -> dict[str, np.ndarray]:
     """Split slices at random, stratified by ``labels`` (N,), into train, val and test.
 
     Validation and test are rounded down: 1,097 slices become 769, 164 and 164. Raises ValueError for
@@ -110,13 +157,16 @@ def random_split(labels, *, seed, fractions=(0.7, 0.15, 0.15)):
     return split
 
 
-def grouped_split(labels, groups, *, seed, folds=FOLDS, val=0.1):
+def grouped_split(
+    labels: np.ndarray, groups: np.ndarray, *, seed: int, folds: int = FOLDS, val: float = 0.1
+) -> dict[str, np.ndarray]:
     """Fold ``seed % folds`` of a cross-validation by groups: whole groups into train, val and test.
 
-    Seeds 0 to ``folds - 1`` are the folds of one division, which together test every slice once; the next
-    ``folds`` seeds are those of another. Of the rest, a share of about ``val`` of all slices is for
-    validation. Each class is divided as evenly as the groups allow. With the defaults 1,097 slices become
-    about 768, 110 and 219: as many to train on as :func:`random_split` gives.
+    ``groups`` (N,) are ids, integers or strings: patients where they are known, else
+    :func:`near_duplicate_groups`. Seeds 0 to ``folds - 1`` are the folds of one division, which together
+    test every slice once; the next ``folds`` seeds are those of another. Of the rest, a share of about
+    ``val`` of all slices is for validation. Each class is divided as evenly as the groups allow. With the
+    defaults 1,097 slices become about 768, 110 and 219: as many to train on as :func:`random_split` gives.
     Raises ValueError for fewer than 2 folds, a ``val`` that leaves nothing to train on, a class with fewer
     groups than folds or than the three parts, and where no assignment puts every class into every part.
     """
@@ -164,7 +214,7 @@ def _deal(labels, groups, shares, rng):
     return part_of[best][group]
 
 
-def split_table(slices, split):
+def split_table(slices: "Slices", split: dict[str, np.ndarray]) -> pd.DataFrame:
     """One row a slice, in the slices' order: name, label, class_name, group, part."""
     _check_complete(split, len(slices))
     part = np.empty(len(slices), object)
@@ -175,12 +225,12 @@ def split_table(slices, split):
     return pd.DataFrame(columns | {"part": part})
 
 
-def write_split(path, slices, split):
+def write_split(path: str | Path, slices: "Slices", split: dict[str, np.ndarray]) -> None:
     """Write :func:`split_table` as CSV, atomically."""
     files.write_csv(path, split_table(slices, split))
 
 
-def read_split(path, slices, *, grouped=False):
+def read_split(path: str | Path, slices: "Slices", *, grouped: bool = False) -> dict[str, np.ndarray]:
     """Read a split that :func:`write_split` wrote for these ``slices``.
 
     Raises ValueError, naming file and slice, when a name is repeated, missing or unknown, a label differs, a
@@ -218,24 +268,54 @@ def read_split(path, slices, *, grouped=False):
     return {part: np.flatnonzero(table.part.to_numpy() == part) for part in PARTS}
 
 
-def unit_thumbnails(images, side):
-    """Box-averaged, zero-mean, unit-length thumbnails, float32 (N, side * side): dot products are r."""
-    side = min(side, *images.shape[1:])
-    small = [Image.fromarray(i.astype(np.float32)).resize((side, side), Image.Resampling.BOX) for i in images]
-    flat = np.array([np.asarray(i).ravel() for i in small], dtype=np.float32).reshape(len(images), -1)
-    flat -= flat.mean(1, keepdims=True)
-    return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
+def box_thumbnail(image: np.ndarray, side: int) -> np.ndarray:
+    """An image (H, W) averaged in boxes to float32 (side, side)."""
+    small = Image.fromarray(image.astype(np.float32)).resize((side, side), Image.Resampling.BOX)
+    return np.asarray(small)
 
 
-def _correlated(thumbnails, threshold):
-    """Yield (i, j, r) arrays of the pairs i < j with r above ``threshold``, block by block."""
+def unit_thumbnails(images: np.ndarray, side: int) -> np.ndarray:
+    """Box-averaged, zero-mean, unit-length thumbnails, float32 (N, side * side): dot products are r.
+
+    ``images`` uint8 (N, H, W), or (N, H, W, C), of which the mean over the channels is taken: copies that
+    differ in hue alone are near-duplicates. A constant image is all zeros.
+    """
+    side = min(side, *images.shape[1:3])
+    flat = np.empty((len(images), side * side), dtype=np.float32)
+    for i, image in enumerate(images):
+        flat[i] = box_thumbnail(image if image.ndim == 2 else image.mean(2), side).ravel()
+    for start in range(0, len(flat), _BLOCK):  # in place, for this is the largest array
+        block = flat[start : start + _BLOCK]
+        block -= block.mean(1, keepdims=True)
+        block /= np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-6)
+    return flat
+
+
+def nearest_correlation(thumbnails: np.ndarray, test: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """The largest r of each ``test`` slice with a ``train`` slice, float32 (len(test),); -1 without any."""
+    nearest = np.full(len(test), -1, dtype=np.float32)
+    for a in range(0, len(test), _BLOCK):
+        own, best = thumbnails[test[a : a + _BLOCK]], nearest[a : a + _BLOCK]
+        for b in range(0, len(train), _BLOCK):
+            np.maximum(best, (own @ thumbnails[train[b : b + _BLOCK]].T).max(1), out=best)
+    return nearest
+
+
+def _correlations(thumbnails):
+    """Yield (start, r): r of the rows from ``start``, a block of them, with themselves and all later ones."""
     for start in range(0, len(thumbnails), _BLOCK):
-        r = thumbnails[start : start + _BLOCK] @ thumbnails[start:].T
-        i, j = np.nonzero(np.triu(r > threshold, k=1))
-        yield i + start, j + start, r[i, j]
+        yield start, thumbnails[start : start + _BLOCK] @ thumbnails[start:].T
 
 
-def file_number(name):
+def _merge(group, members):
+    """Give the groups that hold ``members`` the lowest of their ids, in place."""
+    own = group[members]
+    if (own != own[0]).any():
+        ids = np.unique(own)
+        group[np.isin(group, ids)] = ids[0]
+
+
+def file_number(name: str) -> tuple[tuple[str, ...], int | None]:
     """(series, number) of a file name: its last number, None without one, and what stands around it.
 
     p1_01 and p1_02 follow each other in one series, p2_02 is of another.
@@ -247,13 +327,25 @@ def file_number(name):
 
 def _neighbours(slices):
     """Index arrays (before, after) of slices with consecutive file numbers in one class and series."""
-    numbered = {}
-    for index, (name, label) in enumerate(zip(slices.names, slices.labels, strict=True)):
+    numbered = {}  # to lists: case (1).jpg and case (1).png are two files of one number
+    for index, (name, label) in enumerate(zip(slices.names, slices.labels.tolist(), strict=True)):
         series, number = file_number(name)
         if number is not None:
-            numbered[(label, *series), number] = index
-    pairs = [(i, numbered[s, n + 1]) for (s, n), i in numbered.items() if (s, n + 1) in numbered]
+            numbered.setdefault(((label, *series), number), []).append(index)
+    follows = ((own, numbered.get((series, number + 1), [])) for (series, number), own in numbered.items())
+    pairs = [(i, j) for own, after in follows for i in own for j in after]
     return np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+
+
+def _close_neighbours(slices, thumbnails, threshold):
+    """Pairs (i, j) of :func:`_neighbours` with r above ``threshold``, int64 (P, 2)."""
+    pairs = _neighbours(slices).T
+    close = [pairs[:0]]
+    for start in range(0, len(pairs), _BLOCK):
+        block = pairs[start : start + _BLOCK]
+        i, j = block.T
+        close.append(block[(thumbnails[i] * thumbnails[j]).sum(1) > threshold])
+    return np.concatenate(close)
 
 
 def _check(labels, groups, least):

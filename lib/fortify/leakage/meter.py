@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 from scipy import ndimage
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import RandomForestClassifier
@@ -62,10 +61,9 @@ def frame_features(images):
     """
     side = min(THUMBNAIL, *images.shape[1:])
     width = max(1, round(FRAME_OF_THUMBNAIL / THUMBNAIL * side))
-    small = [Image.fromarray(i.astype(np.float32)).resize((side, side), Image.Resampling.BOX) for i in images]
-    inner = np.zeros((side, side), dtype=bool)
-    inner[width:-width, width:-width] = True
-    return np.array([np.asarray(i)[~inner] for i in small]) / 255
+    outer = np.ones((side, side), dtype=bool)
+    outer[width:-width, width:-width] = False
+    return np.array([splits.box_thumbnail(image, side)[outer] for image in images]) / 255
 
 
 def histogram_features(images):
@@ -176,7 +174,7 @@ def twins(slices, drawn, thresholds):
     thumbnails = thumbnail_features(slices.images)
     table = []
     for (split, seed), parts in drawn.items():
-        nearest = (thumbnails[parts["test"]] @ thumbnails[parts["train"]].T).max(1)
+        nearest = splits.nearest_correlation(thumbnails, parts["test"], parts["train"])
         for threshold in thresholds:
             k, n = int((nearest > threshold).sum()), len(nearest)
             low, high = wilson(k, n)
