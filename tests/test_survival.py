@@ -1,50 +1,99 @@
 """Killed anywhere, the workflow ends in the same tables when it is called again.
 
-A few kills on the way to the random split's Table 1, every time. On the way to everything, each kill said:
+Every time: a power cut in the middle of a checkpoint, then a kill of the workflow while a notebook goes on.
+At random moments on the way to everything, each kill said:
 FORTIFY_KILLS=40 python -m pytest tests/test_survival.py -s
 """
 
 import contextlib
 import os
 import random
+import resource
 import shutil
 import subprocess
 import time
 
 import psutil
 import pytest
-from workflow import ROOT, command
+from workflow import BUILD, ROOT, command
 
-ALL = "FORTIFY_KILLS" in os.environ
-KILLS = int(os.environ.get("FORTIFY_KILLS", "3"))
-WHAT = ("all",) if ALL else ("results",)
-CONFIG = ("profile=test",) if ALL else ("profile=test", "splits=[random]")
+KILLS = int(os.environ.get("FORTIFY_KILLS", "0"))
 SEED = int(os.environ.get("FORTIFY_KILLS_SEED", time.time_ns() % 2**32))
 VICTIMS = ("everything", "workflow", "kernel")  # as in a power cut; by somebody; as where memory runs out
+RUN = "build/test/random-s0"
+# A kernel that makes a file larger than the limit dies there, in its middle; Python's default is to go on.
+HALF_WRITTEN = """
+import signal, sys
+if "ipykernel_launcher" in sys.orig_argv:
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+"""
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkout")
-    for name in ("lib", "notebooks", "paper"):
-        shutil.copytree(ROOT / name, folder / name)
-    shutil.copy(ROOT / "Snakefile", folder)
-    return folder
+@pytest.fixture
+def checkout(tmp_path):
+    for name in ("lib", "notebooks", "paper", "profiles"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy2(ROOT / "Snakefile", tmp_path)
+    return tmp_path
 
 
+@pytest.fixture
+def untrained(finished, checkout):
+    """A checkout with the finished run, but for the random split's adversarial training and what follows."""
+    shutil.copytree(BUILD, checkout / "build/test")
+    shutil.copytree(ROOT / ".snakemake/metadata", checkout / ".snakemake/metadata")
+    for path in [*(checkout / RUN).glob("adversarial*"), checkout / RUN / "04_adversarial_training.json"]:
+        path.unlink()
+    for name in ("tables", "results"):
+        shutil.rmtree(checkout / "build/test" / name)
+    return checkout
+
+
+@pytest.fixture
 def start(checkout):
-    log = open(checkout / "log.txt", "a")
-    wanted = command(*WHAT, "--quiet", "rules", config=CONFIG)
-    return subprocess.Popen(wanted, cwd=checkout, stdout=log, stderr=log)
+    """Call it to start the workflow on its way to ``what``.
+
+    A notebook dies in the middle of a file of more than ``largest`` bytes.
+    What is still at work when the test ends is killed.
+    """
+    (checkout / "sitecustomize.py").write_text(HALF_WRITTEN)
+    started = []
+
+    def begin(what, *, largest=resource.RLIM_INFINITY):
+        process = subprocess.Popen(
+            command(what, "--quiet", "rules"),
+            cwd=checkout,
+            stdout=open(checkout / "log.txt", "a"),
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": str(checkout)},
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)),
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            kill(process, "everything")
+
+
+def log(checkout):
+    return (checkout / "log.txt").read_text()
+
+
+def kernels(process):
+    return [
+        p for p in psutil.Process(process.pid).children(recursive=True) if "ipykernel_launcher" in _command(p)
+    ]
 
 
 def kill(process, victim):
     """SIGKILL the victim (all, where no kernel is at work). After "workflow" a notebook goes on alone."""
     whole = psutil.Process(process.pid)
-    children = whole.children(recursive=True)
-    kernels = [p for p in children if "ipykernel_launcher" in _command(p)]
-    alone = {"workflow": [whole], "kernel": kernels}.get(victim)
-    for one in alone if alone and kernels else [whole, *children]:
+    working = kernels(process)
+    alone = {"workflow": [whole], "kernel": working}.get(victim)
+    for one in alone if alone and working else [whole, *whole.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
     process.wait()
@@ -58,31 +107,63 @@ def _command(process):
         return ""
 
 
-def results(build):
+def wait_until(event, *processes, checkout):
+    """Return as soon as ``event()`` is true; an error if a process ends before."""
+    while not event():
+        assert all(p.poll() is None for p in processes), f"ended too early:\n{log(checkout)[-3000:]}"
+        time.sleep(0.01)
+
+
+def results(build, *, everything):
     """{relative path: bytes} of the tables, predictions by image and weights of what was asked for."""
     kinds = ["tables/[!.]*", "*-s0/[!.]*_predictions.csv", "*-s0/*_history.csv", "*-s0/*.safetensors"]
-    if not ALL:
-        kinds = ["tables/table1_random.*"] + [
-            f"random-s0/{model}{kind}"
-            for model in ("normal", "adversarial")
-            for kind in ("_predictions.csv", "_history.csv", ".safetensors")
-        ]
+    if not everything:
+        kinds = ["tables/table1*", *(f"random-s0/adversarial{kind}" for kind in ("_*.csv", ".safetensors"))]
     found = [path for kind in kinds for path in build.glob(kind)]
-    assert len(found) >= (50 if ALL else 9)
+    assert len(found) >= (50 if everything else 10)
     return {path.relative_to(build).as_posix(): path.read_bytes() for path in found}
 
 
-def differing(build, finished):
+def differing(checkout, *, everything):
     """Names of the results that are not the finished run's, byte for byte."""
-    own, expected = results(build), results(finished)
+    own, expected = (results(b, everything=everything) for b in (checkout / "build/test", BUILD))
     return sorted(name for name in own.keys() | expected.keys() if own.get(name) != expected.get(name))
 
 
-def test_killed_at_random_moments_it_ends_in_the_same_tables(finished, checkout):
+def test_killed_while_it_writes_and_alone_it_ends_in_the_same_tables(untrained, start):
+    """A checkpoint is cut in its middle; then a notebook outlives its workflow, and two more are called."""
+    checkpoints = untrained / RUN / "checkpoints-adversarial"
+    weights = (BUILD / "random-s0/adversarial.safetensors").stat().st_size  # a checkpoint: several
+    cut = start("results", largest=2 * weights)
+    wait_until(lambda: any(checkpoints.glob("*")) and not kernels(cut), cut, checkout=untrained)
+    kill(cut, "everything")
+    whole = "[!.]*.safetensors"  # the name of one that is still being written begins with a point
+    assert not any(checkpoints.glob(whole)), "half a checkpoint under the name of a whole one"
+
+    alone = start("results")
+    wait_until(lambda: any(checkpoints.glob(whole)), alone, checkout=untrained)
+    (kernel,) = kernels(alone)
+    kernel.suspend()  # else it might be done before others ask for it
+    kill(alone, "workflow")
+    try:
+        two = start("results"), start("results")
+        said = [f"waiting for {what}" for what in ("a notebook whose run was killed", "another run")]
+        wait_until(lambda: all(text in log(untrained) for text in said), *two, checkout=untrained)
+    finally:
+        kernel.resume()
+    assert [p.wait() for p in two] == [0, 0], log(untrained)[-3000:]
+
+    assert differing(untrained, everything=False) == []
+    kept = "random-s0/normal.safetensors"  # only what was not there is made
+    assert (untrained / "build/test" / kept).stat().st_mtime_ns == (BUILD / kept).stat().st_mtime_ns
+
+
+@pytest.mark.skipif(not KILLS, reason="takes long; FORTIFY_KILLS says how many")
+def test_killed_at_random_moments_it_ends_in_the_same_tables(finished, checkout, start):
     chance, killed = random.Random(SEED), []
     print(f"FORTIFY_KILLS_SEED={SEED}")
     while len(killed) < KILLS:
-        process = start(checkout)
+        process = start("all")
         wait, victim = chance.uniform(3, 25), VICTIMS[len(killed) % len(VICTIMS)]
         try:
             process.wait(wait)
@@ -91,18 +172,8 @@ def test_killed_at_random_moments_it_ends_in_the_same_tables(finished, checkout)
             killed.append((victim, round(wait, 1)))
             print("killed", *killed[-1], flush=True)
         else:  # done before it could be killed: once more from the start
-            assert process.returncode == 0, (checkout / "log.txt").read_text()[-3000:]
+            assert process.returncode == 0, log(checkout)[-3000:]
             shutil.rmtree(checkout / "build")
-    process = start(checkout)
-    assert process.wait() == 0, (killed, (checkout / "log.txt").read_text()[-3000:])
-    assert differing(checkout / "build" / "test", finished) == [], killed
-
-
-def test_two_runs_at_once_wait_for_each_other(finished, checkout):
-    """Both start on an unfinished run; each ends well, and the tables are those of one."""
-    for name in ("tables", "results", "claims"):
-        shutil.rmtree(checkout / "build" / "test" / name, ignore_errors=True)
-    first, second = start(checkout), start(checkout)
-    assert (first.wait(), second.wait()) == (0, 0), (checkout / "log.txt").read_text()[-3000:]
-    assert "waiting for another run in this checkout to end" in (checkout / "log.txt").read_text()
-    assert differing(checkout / "build" / "test", finished) == []
+    process = start("all")
+    assert process.wait() == 0, (killed, log(checkout)[-3000:])
+    assert differing(checkout, everything=True) == [], killed
