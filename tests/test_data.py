@@ -17,11 +17,12 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image, ImageFile
 
-from fortify import data
-from fortify.data import IQ_OTH_NCCD, DataError, Slices, load_folder
+from fortify import data, splits
+from fortify.data import IQ_OTH_NCCD, DataError, Slices, load_folder, load_split_folders
 from fortify.workflow import download
 
 
@@ -94,24 +95,57 @@ def test_groups_default_to_one_a_slice(a_slices):
     [
         (
             {"images": np.zeros((4, 8, 8))},
-            r"Slices.images must be an array of uint8 \(4, any, any\), not float64",
+            r"Slices.images must be an array of uint8 \(4, H, W\) or \(4, H, W, channels\), not float64",
         ),
         ({"images": np.zeros((3, 8, 8), np.uint8)}, "Slices.images"),
-        ({"images": np.zeros((4, 1, 8, 8), np.uint8)}, "Slices.images"),
+        ({"images": np.zeros((4, 1, 8, 8), np.uint8)}, "Slices.images must have the channels last"),
+        ({"images": np.zeros((4, 3, 8, 8), np.uint8)}, "Slices.images must have the channels last"),
+        ({"images": np.zeros((4, 8, 8, 3), np.float32)}, "Slices.images"),
         ({"images": [[0]]}, "Slices.images .* not list"),
-        ({"labels": np.zeros(4, np.int32)}, "Slices.labels"),
+        ({"labels": np.zeros(4)}, "Slices.labels must be 4 integers, not float64"),
+        ({"labels": np.zeros(4, bool)}, "Slices.labels must be 4 integers, not bool"),
+        ({"labels": ["a", "b", "a", "b"]}, "Slices.labels must be 4 integers, not 'list'"),
+        ({"labels": np.zeros(3, np.int64)}, "Slices.labels must be 4 integers"),
         ({"labels": np.array([0, 1, 2, 0])}, r"Slices.labels span 0\.\.2, but 2 classes have labels 0\.\.1"),
         ({"labels": np.array([0, 1, -1, 0])}, r"span -1\.\.1"),
         ({"names": ("x", "y", "x", "z")}, "Slices.names must be unique; repeated: x"),
         ({"class_names": ("a", "a")}, "Slices.class_names must be unique"),
         ({"groups": np.zeros(3, np.int64)}, "Slices.groups"),
-        ({"patients": np.zeros(4)}, "Slices.patients"),
+        ({"groups": np.full(4, 2**63, np.uint64)}, "Slices.groups"),
+        ({"patients": np.zeros(4)}, "Slices.patients must be 4 integers or non-empty strings, not float64"),
+        ({"patients": ["a", "b", "a", ""]}, "Slices.patients must be 4 integers or non-empty strings"),
+        ({"patients": ["a", "b", "a", None]}, "Slices.patients"),
+        ({"patients": ["a", "b", "a", float("nan")]}, "Slices.patients"),
+        ({"patients": [1, 2, "a", 3]}, "Slices.patients"),
+        ({"patient_names": ("x", "y", "z")}, "Slices.patient_names must name each"),
         ({"original_sizes": np.zeros((4, 3), np.int64)}, "Slices.original_sizes"),
     ],
 )
 def test_slices_refuse_fields_that_do_not_fit(a_slices, change, message):
     with pytest.raises(DataError, match=message):
         replace(a_slices, **change)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "int16", "int32", "uint64", "int64", object, list])
+def test_labels_groups_and_patients_may_be_integers_of_any_kind(a_slices, kind):
+    given = {name: getattr(a_slices, name).tolist() for name in ("labels", "groups", "patients")}
+    given = {name: ids if kind is list else np.array(ids, kind) for name, ids in given.items()}
+    assert same(replace(a_slices, **given), a_slices)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, lambda ids: np.array(ids, object), pd.Series])
+def test_patients_and_groups_may_be_strings(a_slices, tmp_path, kind):
+    fields = (a_slices.images, a_slices.labels, a_slices.names, ("a", "b"), "x", "y")
+    slices = Slices(*fields, patients=kind(["P10", "P9", "P10", "p"]))
+    assert slices.patients.tolist() == [0, 1, 0, 2] == slices.groups.tolist()
+    assert slices.patient_names == ("P10", "P9", "p") and slices.patients.dtype == np.int64
+    slices.save(tmp_path / "s.npz")
+    assert same(Slices.load(tmp_path / "s.npz"), slices)
+    part = slices.subset([3, 0])
+    assert [part.patient_names[p] for p in part.patients] == ["p", "P10"]
+    slices = Slices(*fields, patients=[7, 7, 8, 9], groups=kind(["x", "y", "y", "x"]))
+    assert slices.groups.tolist() == [0, 1, 1, 0] and slices.patients.tolist() == [7, 7, 8, 9]
+    assert slices.patient_names is None
 
 
 @pytest.mark.parametrize("index", [[2, 0], np.array([2, 0]), (2, 0), [-2, -4]])
@@ -262,6 +296,42 @@ def test_colour_without_ct_becomes_luminance(tmp_path):
     assert np.abs(load_folder(tmp_path, size=40, ct=False).images[0] - expected).max() <= 0.51
 
 
+def test_colour_is_kept_where_asked(tmp_path):
+    rgb = np.stack([scan(1), scan(2), scan(3)], axis=2)
+    write(tmp_path / "a" / "1.png", rgb)
+    write(tmp_path / "a" / "2.png", scan(4))  # grey among them
+    write(tmp_path / "a" / "3.png", np.full((20, 40, 3), (200, 100, 50), np.uint8) + rgb[:20] % 8)
+    slices = load_folder(tmp_path, size=40, ct=False, colour=True)
+    assert slices.images.shape == (3, 40, 40, 3) and np.array_equal(slices.images[0], rgb)
+    assert np.array_equal(slices.images[1], np.stack([scan(4)] * 3, axis=2))
+    assert not slices.images[2, :10].any() and (slices.images[2, 10:30] >= (200, 100, 50)).all()
+    with pytest.raises(ValueError, match="CT slices have no colour: pass ct=False"):
+        load_folder(tmp_path, size=40, colour=True)
+    write(tmp_path / "a" / "4.png", np.full((40, 40, 3), (9, 9, 7), np.uint8))
+    with pytest.raises(DataError, match=r"a/4.png is constant \(every pixel is \(9, 9, 7\)\)"):
+        load_folder(tmp_path, size=40, ct=False, colour=True)
+
+
+def test_colour_images_go_wherever_grey_ones_go(tmp_path):
+    for i in range(6):
+        write(tmp_path / "ab"[i % 2] / f"{i}.png", np.stack([scan(i), scan(i + 10), scan(i)], axis=2))
+    slices = load_folder(tmp_path, size=40, ct=False, colour=True, cache=tmp_path.parent / "cache")
+    assert same(
+        load_folder(tmp_path, size=40, ct=False, colour=True, cache=tmp_path.parent / "cache"), slices
+    )
+    grey = load_folder(tmp_path, size=40, ct=False, cache=tmp_path.parent / "cache")
+    assert grey.images.ndim == 3, "a cache of colour images is no cache of grey ones"
+    slices.save(tmp_path / "s.npz")
+    assert same(Slices.load(tmp_path / "s.npz"), slices)
+    assert slices.subset([1, 3]).images.shape == (2, 40, 40, 3)
+    assert data.describe(replace(slices, original_sizes=None))["sizes"].tolist() == ["40 x 40 (3)"] * 2
+    copied = slices.images.copy()
+    copied[3] = copied[0]
+    assert data.describe(replace(slices, images=copied))["duplicates"].sum() == 1
+    copied[3, 7, 7, 2] ^= 1  # one channel of one pixel
+    assert data.describe(replace(slices, images=copied))["duplicates"].sum() == 0
+
+
 def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 270 degrees to see it upright
@@ -327,6 +397,185 @@ def test_a_wrong_argument_is_a_value_error(folder, wrong):
     assert not isinstance(caught.value, DataError)
 
 
+# --- classes of several folders
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """train, valid and test of three, three and two of the classes."""
+    for i, (part, classes) in enumerate({"train": "abc", "valid": "abc", "test": "ac"}.items()):
+        for c in classes:
+            for k in range(2):
+                write(tmp_path / "split" / part / c / f"{k}.png", scan(100 * i + 10 * ord(c) + k))
+    return tmp_path / "split"
+
+
+def test_a_folder_that_lacks_a_class_keeps_the_labels_of_the_others(parts):
+    train = load_folder(parts / "train", size=40)
+    with pytest.raises(DataError, match="Class folder 'b' is missing in .*missing_ok=True"):
+        load_folder(parts / "test", size=40, classes=train.class_names)
+    test = load_folder(parts / "test", size=40, classes=train.class_names, missing_ok=True)
+    assert test.class_names == train.class_names == ("a", "b", "c") and test.labels.tolist() == [0, 0, 2, 2]
+    assert data.describe(test)["count"].tolist() == [2, 0, 2]
+    named = load_folder(parts / "test", size=40, classes={"c": "C", "b": "B", "a": "A"}, missing_ok=True)
+    assert named.class_names == ("C", "B", "A") and named.labels.tolist() == [0, 0, 2, 2]
+
+
+def test_a_class_that_is_spelled_otherwise_is_not_a_class_without_images(parts):
+    (parts / "test" / "a").rename(parts / "test" / "A ")
+    with pytest.raises(DataError, match="lacks the class folders a; b, and of its folders A  are no class"):
+        load_folder(parts / "test", size=40, classes="a b c".split(), missing_ok=True)
+    with pytest.raises(DataError, match="lacks the class folders x, and of its folders"):
+        load_folder(parts / "train", size=40, classes=["x"], missing_ok=True)
+
+
+@pytest.mark.parametrize("classes", ["ab", [], ["a", "a"]])
+def test_a_list_of_classes_is_a_list_of_names(parts, classes):
+    with pytest.raises(ValueError, match="classes must list different folder names"):
+        load_folder(parts / "train", size=40, classes=classes)
+
+
+@pytest.mark.parametrize("name", ["masks", "Labels", "annotations", "__MACOSX"])
+def test_a_folder_of_masks_is_no_class(folder, name):
+    write(folder / name / "1.png")
+    hint = rf"holds {name}, which by the name is no class.*classes=\['cats', 'dogs'\]"
+    with pytest.raises(DataError, match=hint):
+        load_folder(folder, size=40)
+    assert load_folder(folder, size=40, classes=["cats", "dogs"]).class_names == ("cats", "dogs")
+    assert len(load_folder(folder, size=40, classes=["cats", "dogs", name])) == 6
+
+
+def test_folders_of_a_split_are_loaded_with_it(parts):
+    write(parts / "masks" / "1.png")
+    with pytest.raises(DataError, match="Class folder 'b' is missing in .*test.*missing_ok"):
+        load_split_folders(parts, size=40)
+    slices, split = load_split_folders(parts, size=40, missing_ok=True)
+    assert slices.class_names == ("a", "b", "c")
+    assert slices.labels.tolist() == [0, 0, 1, 1, 2, 2] * 2 + [0, 0, 2, 2]
+    assert slices.names[0] == "train/a/0.png" and slices.names[6] == "valid/a/0.png"
+    assert {part: index.tolist() for part, index in split.items()} == {
+        "train": list(range(6)),
+        "val": list(range(6, 12)),
+        "test": list(range(12, 16)),
+    }
+    assert all(index.dtype == np.int64 for index in split.values())
+    splits.write_split(parts / "split.csv", slices, split)
+    read = splits.read_split(parts / "split.csv", slices)
+    assert all(np.array_equal(read[part], split[part]) for part in split)
+    alone = load_folder(parts / "train", size=40)
+    assert np.array_equal(slices.images[split["train"]], alone.images)
+    assert len(slices.sha256) == 64 and slices.sha256 != alone.sha256
+
+
+def test_a_given_split_may_have_no_val_and_other_names(parts):
+    shutil.rmtree(parts / "valid")
+    (parts / "train").rename(parts / "Training")
+    write(parts / "extra" / "a" / "1.png")
+    with pytest.warns(UserWarning, match="beside the parts are not read: extra"):
+        slices, split = load_split_folders(parts, size=40, classes=["c", "a"])
+    assert slices.class_names == ("c", "a") and [len(split[p]) for p in splits.PARTS] == [4, 0, 4]
+    shutil.rmtree(parts / "extra")
+    shutil.copytree(parts / "Training", parts / "train")
+    with pytest.raises(DataError, match="two folders for train: train and Training|Training and train"):
+        load_split_folders(parts, size=40)
+
+
+def test_either_function_names_the_other_where_that_fits(folder, parts):
+    hint = (
+        r"split into test; train; valid: load_split_folders\('.*split', ...\) .*load_folder\('.*/test', ...\)"
+    )
+    with pytest.raises(DataError, match="has no class folders. It is " + hint):
+        load_folder(parts, size=40)
+    with pytest.raises(DataError, match="Class folder 'a' is missing .*" + hint):
+        load_folder(parts, size=40, classes=["a", "b", "c"])
+    with pytest.raises(
+        DataError, match=r"has no folders train and test .*\(it has cats; dogs\).*load_folder"
+    ):
+        load_split_folders(folder, size=40)
+    write(parts.parent / "toys" / "train" / "1.png")  # a class of toy trains
+    write(parts.parent / "toys" / "test" / "1.png")
+    assert load_folder(parts.parent / "toys", size=40).class_names == ("test", "train")
+
+
+# --- patients
+
+
+def write_csv(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+IDS = ["007", "P2", "007", "P2", "x"]
+
+
+@pytest.mark.parametrize("way", ["csv", "wide csv", "windows csv", "mapping", "short mapping", "function"])
+def test_patients_come_from_a_table_or_a_function(folder, tmp_path, way):
+    names = ("cats/1.png", "cats/2.png", "cats/3.png", "dogs/1.png", "dogs/2.png")
+    if way == "short mapping":  # file names alone, where each occurs once
+        for k in (1, 2):
+            (folder / "dogs" / f"{k}.png").rename(folder / "dogs" / f"{k + 3}.png")
+        given = {f"{k + 1}.png": patient for k, patient in enumerate(IDS)} | {"9.png": "not there"}
+    elif way == "mapping":
+        given = dict(zip(names, IDS, strict=True))
+    elif way == "function":
+        given = dict(zip(names, IDS, strict=True)).get
+    else:
+        lines = [f"{name},{patient}" for name, patient in zip(names, IDS, strict=True)]
+        if way == "windows csv":
+            lines = [line.replace("/", "\\") for line in lines]
+        if way == "wide csv":
+            lines = ["patient,age,name", *(f"{i},50,{n}" for n, i in zip(names, IDS, strict=True))]
+        else:
+            lines = ["file name,patient id", *lines, "birds/1.png,P9"]
+        given = write_csv(tmp_path / "patients.csv", "\n".join(lines) + "\n")
+    slices = load_folder(folder, size=40, patients=given, cache=tmp_path / "cache")
+    assert [slices.patient_names[p] for p in slices.patients] == IDS
+    assert np.array_equal(slices.groups, slices.patients)
+    assert same(load_folder(folder, size=40, patients=given, cache=tmp_path / "cache"), slices)
+    assert load_folder(folder, size=40, cache=tmp_path / "cache").patients is None, "not from the cache"
+
+
+def test_patients_may_be_numbers(folder):
+    slices = load_folder(folder, size=40, patients=lambda name: np.uint16(int(name[-5]) * 1000))
+    assert slices.patients.tolist() == [1000, 2000, 3000, 1000, 2000] and slices.patient_names is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name,patient\ncats/1.png,a\n", "4 of 5 images have no patient in .*csv: cats/2.png; cats/3.png"),
+        ("name,patient\n1.png,a\n2.png,b\n3.png,\n", "name '1.png', but 2 images end so: write 'cats/1.png'"),
+        ("name,patient\ncats/1.png,a\ncats/1.png,b\n", "names two patients for cats/1.png"),
+        ("name;patient\ncats/1.png;a\n", "must have two columns.*it has name;patient"),
+        ("a,b,c\n1,2,3\n", "must have two columns"),
+        ("", "is not a readable CSV file"),
+    ],
+)
+def test_a_wrong_table_of_patients_is_refused(folder, tmp_path, text, message):
+    with pytest.raises(DataError, match=message):
+        load_folder(folder, size=40, patients=write_csv(tmp_path / "p.csv", text))
+
+
+def test_an_image_without_a_patient_is_refused(folder):
+    for nothing in (None, "", float("nan")):
+        given = {"cats/1.png": "a", "cats/2.png": "a", "cats/3.png": "b", "dogs/1.png": nothing}
+        with pytest.raises(
+            DataError, match="2 of 5 images have no patient in patients: dogs/1.png; dogs/2.png"
+        ):
+            load_folder(folder, size=40, patients=given)
+
+
+def test_a_patient_in_two_parts_of_a_given_split_is_said(parts):
+    with pytest.warns(UserWarning, match="2 patients have images in more than one part.*: 0; 1"):
+        slices, _ = load_split_folders(parts, size=40, missing_ok=True, patients=lambda name: name[-5])
+    assert slices.patient_names == ("0", "1") and np.array_equal(slices.groups, slices.patients)
+    with warnings.catch_warnings(action="error"):
+        table = {
+            f"{part}/{c}/{k}.png": part for part in ("train", "valid", "test") for c in "abc" for k in (0, 1)
+        }
+        load_split_folders(parts, size=40, missing_ok=True, patients=table)
+
+
 # --- identity and cache
 
 
@@ -356,7 +605,7 @@ def no_decoding(monkeypatch):
     def refuse(path, **_):
         raise AssertionError(f"{path} was decoded")
 
-    monkeypatch.setattr(data, "read_grey", refuse)
+    monkeypatch.setattr(data, "read_image", refuse)
 
 
 def test_a_cache_hit_decodes_nothing_and_returns_the_same(folder, tmp_path, monkeypatch):
@@ -548,13 +797,13 @@ def test_channels_may_differ_as_much_as_jpeg_makes_them(folder):
 def test_a_truncated_file_is_refused_or_lost_no_pixel(tmp_path, monkeypatch, suffix, options):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as other libraries leave it
     path = write(tmp_path / f"x.{suffix}", scan(1), **options)
-    content, pixels = path.read_bytes(), np.asarray(data.read_grey(path))
+    content, pixels = path.read_bytes(), np.asarray(data.read_image(path))
     kept = 0
     for length in {*range(0, len(content), 29), *range(len(content) - 30, len(content))}:
         path.write_bytes(content[:length])
         try:
             with warnings.catch_warnings(action="ignore"):  # Pillow mutters about short TIFF tags
-                assert np.array_equal(np.asarray(data.read_grey(path)), pixels)
+                assert np.array_equal(np.asarray(data.read_image(path)), pixels)
             kept += 1
         except DataError:
             pass
@@ -578,7 +827,9 @@ def threshold(folder, *, low):
 def test_a_thresholded_copy_is_refused(folder):
     threshold(folder, low=120)
     text = refused(folder)
-    assert "were thresholded: 0.0% of their pixels have a grey of 10..119" in text and "ct=False" in text
+    assert (
+        "were thresholded: 0.0% of their pixels have an intensity of 10..119" in text and "ct=False" in text
+    )
     assert len(load_folder(folder, size=40, ct=False)) == 5
 
 
@@ -850,6 +1101,19 @@ def test_to_tensor_is_grey_over_255():
         data.to_tensor(images / 255)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_to_tensor_puts_the_channels_first(channels):
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 9, channels), dtype=np.uint8)
+    tensor = data.to_tensor(images)
+    assert tensor.shape == (2, channels, 8, 9) and tensor.is_contiguous()
+    for c in range(channels):
+        assert np.array_equal(tensor[:, c].numpy(), data.to_tensor(images[..., c].copy())[:, 0].numpy())
+    tensor.zero_()
+    assert images.any(), "the tensor is a copy"
+    with pytest.raises(DataError, match="channels last"):
+        data.to_tensor(np.zeros((2, 3, 8, 9), np.uint8))
+
+
 def test_importing_data_does_not_import_torch():
     code = (
         "import sys, fortify.data, fortify.workflow.download;"
@@ -890,5 +1154,5 @@ def test_a_real_slice_passes_bit_for_bit_at_its_own_size(real):
     with Image.open(path) as image:
         pixels = np.asarray(image)
     pixels = pixels if pixels.ndim == 2 else pixels[..., 0]
-    grey = data.read_grey(path)
+    grey = data.read_image(path)
     assert np.array_equal(np.asarray(data.fit_square(grey, size=grey.width, aspect="pad")), pixels)

@@ -1,6 +1,7 @@
-"""One image file: decoded to 8-bit grey or refused, and brought to a square of the wanted size."""
+"""One image file: decoded to 8-bit grey or RGB or refused, and brought to a square of the wanted size."""
 
 import itertools
+from pathlib import Path
 
 from PIL import Image, ImageChops, ImageFile, ImageOps
 
@@ -13,12 +14,12 @@ class DataError(ValueError):
     """The data are not what the code takes them for; the message names the files and the remedy."""
 
 
-def read_grey(path, *, ct=True):
-    """Decode one image file, upright as its EXIF tag says, to a Pillow image of mode ``L`` (8-bit grey).
+def read_image(path: Path, *, ct: bool = True, colour: bool = False) -> Image.Image:
+    """Decode one image file, upright as its EXIF tag says, to a Pillow image of 8 bits a channel.
 
-    Colour becomes luminance, which leaves equal channels as they are. DataError says what is wrong with
-    the file: empty, damaged, too large, several frames, not 8-bit grey or RGB, transparent, constant;
-    with ``ct``, also too small or coloured.
+    Mode ``L`` (grey), or ``RGB`` with ``colour``. Without it colour becomes luminance, which leaves equal
+    channels as they are. DataError says what is wrong with the file: empty, damaged, too large, several
+    frames, not 8-bit grey or RGB, transparent, constant; with ``ct``, also too small or coloured.
     """
     if path.stat().st_size == 0:
         raise DataError("is empty (0 bytes)")
@@ -46,19 +47,31 @@ def read_grey(path, *, ct=True):
         spread = max(ImageChops.difference(*pair).getextrema()[1] for pair in pairs)
         if ct and spread > CHANNEL_TOLERANCE:
             raise DataError(f"is coloured (channels differ by up to {spread} grey levels)")
-        image = image.convert("L")
-    low, high = image.getextrema()
-    if low == high:
-        raise DataError(f"is constant (every pixel is {low})")
+    wanted = "RGB" if colour else "L"
+    image = image if image.mode == wanted else image.convert(wanted)
+    check_varied(image)
     return image
 
 
-def _check_header(image, *, ct):
-    width, height = image.size
-    if max(image.size) > MAX_SIDE:  # before a pixel is decoded: a small file can hold a huge image
+def check_size(width: int, height: int, *, ct: bool) -> None:
+    """DataError for an image that is too large or, with ``ct``, too small.
+
+    Ask before a pixel is decoded: a small file can hold a huge image.
+    """
+    if max(width, height) > MAX_SIDE:
         raise DataError(f"is larger than {MAX_SIDE} px a side ({width} x {height})")
-    if ct and min(image.size) < MIN_SIDE:
+    if ct and min(width, height) < MIN_SIDE:
         raise DataError(f"is smaller than {MIN_SIDE} px a side ({width} x {height})")
+
+
+def check_varied(image: Image.Image) -> None:
+    """DataError for an image of mode ``L`` or ``RGB`` of which every pixel is the same."""
+    if all(low == high for low, high in (band.getextrema() for band in image.split())):
+        raise DataError(f"is constant (every pixel is {image.getpixel((0, 0))})")
+
+
+def _check_header(image, *, ct):
+    check_size(*image.size, ct=ct)
     if getattr(image, "n_frames", 1) > 1:
         raise DataError(f"has {image.n_frames} frames")
     # Pillow decodes 16-bit RGB to 8 bits without a word; only the decoder's raw mode tells.
@@ -67,8 +80,8 @@ def _check_header(image, *, ct):
         raise DataError(f"is not 8-bit grey or RGB (mode {image.mode}{raw and ', stored as '}{raw})")
 
 
-def fit_square(image, *, size, aspect):
-    """Resize a grey Pillow image to ``size`` x ``size`` pixels; one of that size is returned as it is.
+def fit_square(image: Image.Image, *, size: int, aspect: str) -> Image.Image:
+    """Resize a grey or RGB Pillow image to ``size`` x ``size`` pixels; one of that size is returned as it is.
 
     ``aspect="pad"`` keeps the proportions and centres the image between black borders; ``"squash"``
     stretches it to the square. Either way the original shape stays visible to a classifier.
@@ -86,6 +99,6 @@ def fit_square(image, *, size, aspect):
         image = image.resize(inner, Image.Resampling.BOX if reducing else Image.Resampling.BICUBIC)
     if inner == (size, size):
         return image
-    square = Image.new("L", (size, size), 0)
+    square = Image.new(image.mode, (size, size))
     square.paste(image, ((size - inner[0]) // 2, (size - inner[1]) // 2))
     return square

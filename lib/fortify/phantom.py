@@ -76,6 +76,7 @@ def phantom_slices(*, patients=110, slices_per_patient=6, size=64, seed=0):
         class_names=drawn.class_names,
         source=f"procedural phantoms, {len(drawn.labels)} slices of {patients} virtual patients at {size} px",
         sha256=digest.hexdigest(),
+        groups=np.arange(len(drawn.labels)),  # they stand in for data whose patients have to be found
         patients=drawn.patients,
     )
 
