@@ -574,7 +574,7 @@ def _decode(listed, decoding):
             bad.append(f"{file.name} {error}")
             continue
         sizes[i] = image.size
-        if ct:
+        if ct and file.path.suffix.lower() in _EXTENSIONS:  # in DICOM a window decides what is black
             histogram += image.histogram()
         images[i] = np.asarray(fit_square(image, size=size, aspect=decoding.aspect))
     if bad:
@@ -583,7 +583,7 @@ def _decode(listed, decoding):
         )
     shares = histogram / max(histogram.sum(), 1)
     middle = shares[MID_INTENSITIES].sum()
-    if ct and middle < MIN_MID_SHARE:
+    if histogram.any() and middle < MIN_MID_SHARE:
         raise DataError(
             f"The images in {folder} were thresholded: {middle:.1%} of their pixels have an intensity of "
             f"{MID_INTENSITIES.start}..{MID_INTENSITIES.stop - 1} (CT slices: most), {shares[0]:.1%} are 0. "
