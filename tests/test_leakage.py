@@ -96,6 +96,71 @@ def test_nearest_neighbour_is_the_one_that_correlates_most(slices):
     assert np.array_equal(r.argmax(1), distance.argmin(1))
 
 
+def coloured(images, shift=0):
+    """The same images in three channels, red a little brighter than blue."""
+    steps = np.array([shift, 0, -shift])
+    return (images[..., None].clip(shift, 255 - shift) + steps).astype(np.uint8)
+
+
+def test_equal_channels_give_the_thumbnails_and_groups_of_grey(slices):
+    """And so does a tint: near-duplicates are told by the mean over the channels."""
+    for shift in (0, 9):
+        grey = dataclasses.replace(slices, images=slices.images.clip(shift, 255 - shift))
+        colour = dataclasses.replace(slices, images=coloured(slices.images, shift))
+        assert np.array_equal(thumbnail_features(colour.images), thumbnail_features(grey.images))
+        assert np.array_equal(splits.near_duplicate_groups(colour), splits.near_duplicate_groups(grey))
+        assert np.array_equal(background_features(colour.images), background_features(grey.images))
+        assert splits.label_conflicts(colour, threshold=0.9).equals(
+            splits.label_conflicts(grey, threshold=0.9)
+        )
+        assert leakage.tells(colour).equals(leakage.tells(grey))
+
+
+@pytest.mark.parametrize("features", [frame_features, histogram_features])
+def test_frame_and_histogram_are_of_each_channel(features):
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    each = [features(images[..., c].copy()) for c in range(3)]
+    assert np.array_equal(features(images), np.concatenate(each, axis=1))
+
+
+def test_the_meter_sees_a_hue_that_tells_the_class():
+    labels = np.repeat([0, 1], 60)
+    told = noise(labels, size=16)
+    images = coloured(told.images, 4)
+    images[labels == 1] = images[labels == 1, :, :, ::-1]  # blue brighter than red: of the same mean
+    told = dataclasses.replace(told, images=images // 16 * 16)
+    summed = leakage.summary(leakage.leak_meter(told, seeds=[0, 1]))
+    assert (
+        accuracy(summed, "histogram", "grouped")
+        > 0.9
+        > 0.7
+        > accuracy(summed, "nearest neighbour", "grouped")
+    )
+    assert leakage.twins(told, leakage.draw_splits(told, seeds=[0]), [0.9]).k.sum() == 0
+    copied = images.copy()
+    copied[7] = copied[3]
+    found = leakage.duplicates(dataclasses.replace(told, images=copied))
+    assert found.name.tolist() == [told.names[7]] and found.copy_of.tolist() == [told.names[3]]
+
+
+def test_groups_of_the_meter_may_be_strings(slices):
+    named = np.array([f"P{group:03}" for group in slices.groups], dtype=object)
+    some = {"background": leakage.CLASSIFIERS["background"]}
+    tables = [
+        leakage.leak_meter(slices, seeds=[1], groups=g, classifiers=some) for g in (named, slices.groups)
+    ]
+    pd.testing.assert_frame_equal(*tables)
+
+
+def test_a_class_without_images_has_no_tells(slices):
+    none = dataclasses.replace(slices, class_names=(*slices.class_names, "missing"))
+    told = leakage.tells(none).set_index(["tell", "class_name"])
+    assert told.loc["noise"].loc["missing", ["median", "mean", "auc"]].isna().all()
+    assert told.loc["noise"].loc["missing"].n == 0 and told.auc["noise", "normal"] > 0
+    one = leakage.tells(slices.subset(slices.labels == 0))
+    assert one.auc.isna().all(), "one class cannot be told from others"
+
+
 # --- meter ----------------------------------------------------------------------
 
 
@@ -275,6 +340,24 @@ def test_the_command_measures_any_folder(slices, tmp_path):
     assert done.returncode == 0 and done.stderr == ""
     assert all(name in done.stdout for name in leakage.CLASSIFIERS)
     assert "240 images at 48 px" in done.stdout and "0.99" in done.stdout
+
+
+def test_the_command_takes_patients_and_colours(slices, tmp_path):
+    colour = coloured(slices.images, 5)
+    for name, image in zip(slices.names, colour, strict=True):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True, parents=True)
+        Image.fromarray(image).save(tmp_path / "in" / name)
+    table = pd.DataFrame({"name": slices.names, "patient": [f"P{p}" for p in slices.patients]})
+    table.to_csv(tmp_path / "p.csv", index=False)
+    done = command(tmp_path / "in", "--size", 48, "--seeds", 1, "--colour", "--patients", tmp_path / "p.csv")
+    assert done.returncode == 0 and "; 60 groups;" in done.stdout
+    done = command(tmp_path / "in", "--size", 48, "--window", 40, 400)
+    assert done.returncode == 2 and "window is for DICOM files" in done.stderr
+    table.assign(patient="P" + slices.labels.astype(str).astype(object)).to_csv(
+        tmp_path / "p.csv", index=False
+    )
+    done = command(tmp_path / "in", "--size", 48, "--patients", tmp_path / "p.csv")
+    assert done.returncode == 2 and "images of Benign cases fall into 1 patients" in done.stderr
 
 
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path):

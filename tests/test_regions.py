@@ -34,6 +34,24 @@ def test_masks_find_a_drawn_chest():
     assert (found ^ body).sum() < 0.03 * body.sum(), "lungs included, table not"
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        regions.body_mask,
+        regions.lung_mask,
+        lambda images: regions.crop_to_lungs(images, size=32),
+        lambda images: regions.blank(images, np.ones(images.shape[:3], bool)),
+        lambda images: leakage.views(images, frame_width=4),
+    ],
+)
+def test_colour_images_are_refused(call):
+    images = np.stack([chest()[0][None]] * 3, axis=3)
+    with pytest.raises(
+        ValueError, match=r"masks are made of grey images, uint8 \(N, H, W\), not uint8 \(1, 96"
+    ):
+        call(images)
+
+
 def test_brightness_and_contrast_do_not_move_the_masks():
     image, _, _ = chest()
     darker = np.rint(image * 0.6 + 10).astype(np.uint8)

@@ -8,10 +8,13 @@ nothing but the lesion tells a class.
 """
 
 import hashlib
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
+
+if TYPE_CHECKING:
+    from fortify.data import Slices
 
 CLASS_NAMES = ("benign", "malignant", "normal")
 _PATIENTS = (15, 40, 55)  # of each class among the 110 cases of IQ-OTH/NCCD
@@ -25,11 +28,11 @@ class Phantoms(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
     patients: np.ndarray
-    names: tuple
-    class_names: tuple
+    names: tuple[str, ...]
+    class_names: tuple[str, ...]
 
 
-def make(*, patients=110, slices_per_patient=6, size=64, seed=0):
+def make(*, patients: int = 110, slices_per_patient: int = 6, size: int = 64, seed: int = 0) -> Phantoms:
     """Draw ``patients * slices_per_patient`` slices of ``size`` x ``size`` pixels as :class:`Phantoms`.
 
     Classes hold 15 : 40 : 55 of 110 patients and at least three each. Slices are sorted by class, patient and
@@ -61,7 +64,9 @@ def make(*, patients=110, slices_per_patient=6, size=64, seed=0):
     )
 
 
-def phantom_slices(*, patients=110, slices_per_patient=6, size=64, seed=0):
+def phantom_slices(
+    *, patients: int = 110, slices_per_patient: int = 6, size: int = 64, seed: int = 0
+) -> "Slices":
     """The same as a :class:`fortify.data.Slices`; its ``sha256`` covers pixels, labels and patients."""
     from fortify.data import Slices  # here, so that this room can be used without any other
 

@@ -2,7 +2,8 @@
 
 For two questions: does a model read the lungs or the scanner, and what does one read that is shown the lungs
 alone? The masks come from thresholds and shapes, no model: they are good enough to blank a region or to crop
-to it, not to measure a lung. Images are uint8 (N, H, W), 8-bit grey.
+to it, not to measure a lung. Images are uint8 (N, H, W), 8-bit grey: colour images are refused with a
+ValueError, for a threshold between air and tissue has no meaning there.
 """
 
 import numpy as np
@@ -20,11 +21,11 @@ _CROP_MARGIN = 0.06  # of the longer side of the lungs' box, left on each side: 
 _TABLE_SHARE = 0.02  # of the side, a radius: a table and its sheets are thinner than twice that
 
 
-def tissue_threshold(image):
-    """The grey level between air and tissue of one image uint8 (H, W), by Otsu's method (1979).
+def tissue_threshold(image: np.ndarray) -> int:
+    """The intensity between air and tissue of one image uint8 (H, W), by Otsu's method (1979).
 
     It maximises the variance between the two classes, for window and level differ between scanners. Pixels
-    of grey 0 are left out where there are others: they are padding around the scan.
+    of intensity 0 are left out where there are others: they are padding around the scan.
     """
     counts = np.bincount(image.ravel(), minlength=256).astype(float)
     counts[0] = 0 if counts[1:].any() else counts[0]
@@ -32,18 +33,18 @@ def tissue_threshold(image):
     above = below[-1] - below
     inside = (below > 0) & (above > 0)
     if not inside.any():
-        return int(image.max())  # one grey: air
+        return int(image.max())  # one intensity: air
     between = np.zeros(256)
     between[inside] = (first[-1] * below - first * below[-1])[inside] ** 2 / (below * above)[inside]
     return int(between.argmax())
 
 
-def body_mask(images):
+def body_mask(images: np.ndarray) -> np.ndarray:
     """The body without the table, lungs included, as bool (N, H, W)."""
     return np.array([_body(image) for image in _checked(images)]).reshape(images.shape)
 
 
-def lung_mask(images):
+def lung_mask(images: np.ndarray) -> np.ndarray:
     """Both lungs with their vessels and nodules, as bool (N, H, W); without any air inside the body, empty.
 
     Air inside the body that does not reach the image's edge, in pieces of at least 0.5 % of the image, each
@@ -53,12 +54,12 @@ def lung_mask(images):
     return np.array([_lungs(image) for image in _checked(images)]).reshape(images.shape)
 
 
-def implausible(mask):
+def implausible(mask: np.ndarray) -> np.ndarray:
     """Which masks (N, H, W) hold less than ``MIN_LUNG_SHARE`` of the image: bool (N,). Report them."""
     return mask.mean((1, 2)) < MIN_LUNG_SHARE
 
 
-def crop_to_lungs(images, *, size):
+def crop_to_lungs(images: np.ndarray, *, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The square around the lungs of each image, and where none were found: uint8 (N, size, size), bool (N,).
 
     It is the bounding box of :func:`lung_mask`, made square, with 6 % of its side around it. Where the lungs
@@ -82,7 +83,7 @@ def crop_to_lungs(images, *, size):
     return crops, missing
 
 
-def frame_mask(shape, width):
+def frame_mask(shape: tuple[int, int], width: int) -> np.ndarray:
     """The ``width`` outermost pixels of an image of ``shape`` (H, W), as bool (H, W)."""
     if not 0 < 2 * width < min(shape):
         raise ValueError(f"a frame of {width} pixels leaves nothing or everything of an image of {shape}")
@@ -91,18 +92,20 @@ def frame_mask(shape, width):
     return mask
 
 
-def blank(images, mask, *, value=None):
-    """A copy of ``images`` with the pixels of ``mask`` (N, H, W) or (H, W) in one grey an image.
+def blank(images: np.ndarray, mask: np.ndarray, *, value: int | None = None) -> np.ndarray:
+    """A copy of ``images`` with the pixels of ``mask`` (N, H, W) or (H, W) in one intensity an image.
 
-    ``value`` is that grey, 0 to 255, for all images; None, the (lower) median of the pixels of each that are
-    kept. It occurs in the image, so it makes no new darkest or brightest value, and it tells nothing of what
-    it hides, as the median of the region itself would. Raises ValueError where none is kept.
+    ``value`` is that intensity, 0 to 255, for all images; None, the (lower) median of the pixels of each that
+    are kept. It occurs in the image, so it makes no new darkest or brightest value, and it tells nothing of
+    what it hides, as the median of the region itself would. Raises ValueError where none is kept.
     """
-    mask = np.broadcast_to(mask, images.shape)
+    mask = np.broadcast_to(mask, _checked(images).shape)
     blanked = images.copy()
     for image, hidden in zip(blanked, mask, strict=True):
         if value is None and hidden.all():
-            raise ValueError("a mask covers a whole image: nothing is kept to take a grey from; pass a value")
+            raise ValueError(
+                "a mask covers a whole image: nothing is kept to take an intensity from; pass a value"
+            )
         image[hidden] = np.percentile(image[~hidden], 50, method="lower") if value is None else value
     return blanked
 
@@ -161,5 +164,8 @@ def _largest(mask):
 
 def _checked(images):
     if images.ndim != 3 or images.dtype != np.uint8:
-        raise ValueError(f"images must be uint8 (N, H, W), not {images.dtype} {images.shape}")
+        raise ValueError(
+            f"masks are made of grey images, uint8 (N, H, W), not {images.dtype} {images.shape}: load them "
+            "without colour=True"
+        )
     return images

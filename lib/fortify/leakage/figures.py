@@ -1,6 +1,9 @@
 """Figures of notebook 07: the leak meter, and what models classify without some regions."""
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from fortify.evaluation import TRAININGS
@@ -10,7 +13,7 @@ _SPLITS = {"random": ("#6b6b6b", "s"), "grouped": ("#1b7837", "o")}  # colour, m
 
 
 @styled
-def leak_meter_dots(table):
+def leak_meter_dots(table: pd.DataFrame) -> Figure:
     """Accuracy in % of each leak classifier on both splits: a faint mark per seed, a strong one for the mean.
 
     ``table`` is :func:`fortify.leakage.leak_meter`; the dashed line is its majority class on random splits.
@@ -36,7 +39,7 @@ def leak_meter_dots(table):
 
 
 @styled
-def region_dots(table, *, majority):
+def region_dots(table: pd.DataFrame, *, majority: Mapping[str, float]) -> Figure:
     """Accuracy in % of both trainings on each view and under each restricted attack; a panel per split.
 
     ``table`` holds :func:`fortify.leakage.lungs_or_scanner` with ``split`` and ``model``; ``majority`` maps a
@@ -71,7 +74,7 @@ def region_dots(table, *, majority):
 
 
 @styled
-def region_examples(shown, lungs, *, labels):
+def region_examples(shown: Mapping[str, np.ndarray], lungs: np.ndarray, *, labels: Sequence[str]) -> Figure:
     """What a model is shown: a row per image, a column per view, the lung mask outlined on the whole image.
 
     ``shown`` is :func:`fortify.leakage.probes.views` and ``lungs`` the masks, bool (N, H, W), of the same few

@@ -12,12 +12,13 @@ On any folder with one subfolder a class: ``python -m fortify.leakage my-images`
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 from scipy import ndimage
+from sklearn.base import BaseEstimator
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
@@ -27,7 +28,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from fortify import splits
-from fortify.data import IQ_OTH_NCCD, DataError, load_folder
+from fortify.data import IQ_OTH_NCCD, DataError, Slices, load_folder
 from fortify.intervals import wilson
 
 THUMBNAIL = 56  # px, as the groups of fortify.splits
@@ -43,51 +44,68 @@ _ITERATIONS = 500  # of L-BFGS; it converges in fewer
 class LeakClassifier:
     """A feature and a scikit-learn classifier of it, too simple to recognise a disease."""
 
-    features: Callable  # uint8 (N, H, W) -> float (N, F)
-    build: Callable  # seed -> an unfitted scikit-learn classifier
+    features: Callable[[np.ndarray], np.ndarray]  # uint8 (N, H, W) or (N, H, W, C) -> float (N, F)
+    build: Callable[[int], BaseEstimator]  # seed -> an unfitted scikit-learn classifier
     sees_lung: bool  # whether the feature is of the whole slice
 
 
-def thumbnail_features(images):
-    """Standardised thumbnails (N, F): their Euclidean order is the order of correlation."""
+def thumbnail_features(images: np.ndarray) -> np.ndarray:
+    """Standardised thumbnails (N, F): their Euclidean order is the order of correlation.
+
+    Of the mean over the channels, as near-duplicates are told.
+    """
     return splits.unit_thumbnails(images, THUMBNAIL)
 
 
-def frame_features(images):
+def frame_features(images: np.ndarray) -> np.ndarray:
     """The frame of the image (N, F) in [0, 1]: the outermost 1/14 of each side, averaged in blocks.
 
     At 224 px it is 16 pixels wide and averaged over 4 x 4. In a whole CT slice it holds air, table and
-    at most some skin, no lung.
+    at most some skin, no lung. Of colour images each channel's, one after the other.
     """
-    side = min(THUMBNAIL, *images.shape[1:])
+    side = min(THUMBNAIL, *images.shape[1:3])
     width = max(1, round(FRAME_OF_THUMBNAIL / THUMBNAIL * side))
     outer = np.ones((side, side), dtype=bool)
     outer[width:-width, width:-width] = False
-    return np.array([splits.box_thumbnail(image, side)[outer] for image in images]) / 255
+    frames = [[splits.box_thumbnail(one, side)[outer] for one in _channels(image)] for image in images]
+    return np.array(frames).reshape(len(images), -1) / 255
 
 
-def histogram_features(images):
-    """Share of the pixels in each of 32 equal ranges of grey, (N, 32)."""
-    greys = images.reshape(len(images), -1) // (256 // HISTOGRAM_BINS)
-    return np.array([np.bincount(g, minlength=HISTOGRAM_BINS) for g in greys]) / greys.shape[1]
+def histogram_features(images: np.ndarray) -> np.ndarray:
+    """Share of the pixels in each of 32 equal ranges of intensity: (N, 32), of C channels (N, 32 C)."""
+    features = [
+        [
+            np.bincount(one.ravel() // (256 // HISTOGRAM_BINS), minlength=HISTOGRAM_BINS) / one.size
+            for one in channels
+        ]
+        for channels in map(_channels, images)
+    ]
+    return np.array(features).reshape(len(images), -1)
 
 
-def background_features(images):
+def background_features(images: np.ndarray) -> np.ndarray:
     """Five scalars of the four corner squares, an eighth of the side each: (N, 5) in the order of ``TELLS``.
 
-    Share of pixels of grey 0 (outside the scan's circle); mean and standard deviation of grey; noise, the
-    standard deviation of the Laplacian; sharpness, noise over the standard deviation of grey (0 where that
-    is 0): high where the reconstruction kernel leaves the noise fine-grained.
+    Share of pixels of intensity 0 (outside the scan's circle); mean and standard deviation of the intensity;
+    noise, the standard deviation of the Laplacian; sharpness, noise over the standard deviation of the
+    intensity (0 where that is 0): high where the reconstruction kernel leaves the noise fine-grained. The
+    intensity of colour images is the mean over their channels.
     """
-    side = max(2, round(CORNER_SHARE * min(images.shape[1:])))
+    side = max(2, round(CORNER_SHARE * min(images.shape[1:3])))
     ends = (slice(None, side), slice(-side, None))
     scalars = []
-    for image in images.astype(float):
-        corners = np.array([image[rows, columns] for rows in ends for columns in ends])
+    for image in images:
+        corners = np.array([image[rows, columns] for rows in ends for columns in ends], dtype=float)
+        corners = corners if corners.ndim == 3 else corners.mean(3)
         laplacian = np.array([ndimage.laplace(corner, mode="nearest") for corner in corners])
         sd, noise = corners.std(), laplacian.std()
         scalars.append(((corners == 0).mean(), corners.mean(), sd, noise, noise / sd if sd else 0.0))
     return np.array(scalars)
+
+
+def _channels(image):
+    """The channels of an image (H, W) or (H, W, C), each (H, W)."""
+    return [image] if image.ndim == 2 else list(np.moveaxis(image, 2, 0))
 
 
 def _forest(seed):
@@ -113,18 +131,31 @@ CLASSIFIERS = {
 }
 
 
-def draw_splits(slices, *, seeds, groups=None):
-    """{("random" or "grouped", seed): split}; ``groups`` int64 (N,) default to the slices' own."""
+def draw_splits(
+    slices: Slices, *, seeds: Iterable[int], groups: np.ndarray | None = None
+) -> dict[tuple[str, int], dict[str, np.ndarray]]:
+    """{("random" or "grouped", seed): split}.
+
+    ``groups`` (N,), integers or strings, default to the slices' own.
+    """
+    seeds = list(seeds)
     groups = slices.groups if groups is None else groups
     drawn = {("random", seed): splits.random_split(slices.labels, seed=seed) for seed in seeds}
     return drawn | {("grouped", s): splits.grouped_split(slices.labels, groups, seed=s) for s in seeds}
 
 
-def leak_meter(slices, *, seeds, groups=None, classifiers=None):
+def leak_meter(
+    slices: Slices,
+    *,
+    seeds: Iterable[int],
+    groups: np.ndarray | None = None,
+    classifiers: Mapping[str, LeakClassifier] | None = None,
+) -> pd.DataFrame:
     """Accuracy of each leak classifier on random and grouped splits: one row per (classifier, split, seed).
 
     Trained on the training part alone, tested on the test part; ``seed`` draws the split and fixes the
-    classifier. ``groups`` int64 (N,) default to the slices' own; without any, a grouped split is random too.
+    classifier. ``groups`` (N,), integers or strings, default to the slices' own; without any, a grouped split
+    is random too. Images may have channels; :data:`CLASSIFIERS` say at their features what they make of them.
     ``classifiers`` as :data:`CLASSIFIERS`, which is the default. Columns: classifier, split, seed, k, n,
     accuracy, low, high (95 % Wilson interval), balanced_accuracy.
     Raises ValueError as the splits do, for a class with too few slices or groups.
@@ -145,7 +176,7 @@ def leak_meter(slices, *, seeds, groups=None, classifiers=None):
     return pd.DataFrame(table)
 
 
-def summary(table):
+def summary(table: pd.DataFrame) -> pd.DataFrame:
     """One row per (classifier, split) of a :func:`leak_meter` table, seeds pooled, in its order.
 
     ``k`` of ``n`` predictions; ``low`` and ``high`` are Wilson's for one test set of the mean size, because
@@ -166,7 +197,11 @@ def summary(table):
     return lines.assign(gap=lines.classifier.map(gap))
 
 
-def twins(slices, drawn, thresholds):
+def twins(
+    slices: Slices,
+    drawn: Mapping[tuple[str, int], Mapping[str, np.ndarray]],
+    thresholds: Iterable[float],
+) -> pd.DataFrame:
     """How many test images have a training twin: one row per (split, seed, threshold), with k, n and share.
 
     ``drawn`` is :func:`draw_splits`; a twin correlates above the threshold with the image, as thumbnails.
@@ -183,7 +218,7 @@ def twins(slices, drawn, thresholds):
     return pd.DataFrame(table)
 
 
-def duplicates(slices):
+def duplicates(slices: Slices) -> pd.DataFrame:
     """The images whose pixels equal an earlier image's: name, class_name, copy_of, copy_class_name."""
     first = np.unique(ids := splits.exact_duplicates(slices.images), return_index=True)[1][ids]
     copies = np.flatnonzero(first != np.arange(len(slices)))
@@ -193,12 +228,13 @@ def duplicates(slices):
     return pd.DataFrame(columns | {"copy_class_name": classes[first[copies]]})
 
 
-def tells(slices):
+def tells(slices: Slices) -> pd.DataFrame:
     """What background and file size say of the class: one row per (tell, class), median, mean and AUC.
 
     ``auc`` is of the tell as a score for this class against the others: 0.5 says nothing, 0 as much as 1. The
     tells are those of :func:`background_features` and ``not square``, 1 where the original file was not;
-    where all original sizes are one, as in a copy that was resized before, it has NaN throughout.
+    where all original sizes are one, as in a copy that was resized before, it has NaN throughout. So has a
+    class without images.
     """
     values = dict(zip(TELLS, background_features(slices.images).T, strict=True))
     sizes = slices.original_sizes
@@ -208,13 +244,17 @@ def tells(slices):
     for tell, value in values.items():
         for label, name in enumerate(slices.class_names):
             own = slices.labels == label
-            auc = np.nan if np.isnan(value).any() else roc_auc_score(own, value)
-            line = {"tell": tell, "class_name": name, "n": int(own.sum()), "median": np.median(value[own])}
-            table.append(line | {"mean": value[own].mean(), "auc": auc})
+            line = {"tell": tell, "class_name": name, "n": int(own.sum())}
+            line |= {"median": np.nan, "mean": np.nan, "auc": np.nan}
+            if own.any():
+                line |= {"median": np.median(value[own]), "mean": value[own].mean()}
+            if own.any() and not own.all() and not np.isnan(value).any():
+                line["auc"] = roc_auc_score(own, value)
+            table.append(line)
     return pd.DataFrame(table)
 
 
-def group_table(slices):
+def group_table(slices: Slices) -> pd.DataFrame:
     """The groups as they are published: name, class_name, group, one row a slice.
 
     They are connected components of alike slices, :func:`fortify.splits.near_duplicate_groups`: stand-ins
@@ -243,12 +283,12 @@ KNOWN_SCANS = (
 )
 
 
-def scan_recovery(slices, groups=None):
+def scan_recovery(slices: Slices, groups: np.ndarray | None = None) -> pd.DataFrame:
     """How the groups treat each of ``KNOWN_SCANS``: scan, slices, exact, verdict. Empty for other datasets.
 
     The verdict is ``exact``, ``split into k groups``, ``merged with m others`` (slices) or the latter two.
     """
-    groups = slices.groups if groups is None else groups
+    groups = slices.groups if groups is None else np.asarray(groups)
     table = []
     for scan in KNOWN_SCANS if _is_iq_oth_nccd(slices) else ():
         numbers = [
@@ -263,7 +303,9 @@ def scan_recovery(slices, groups=None):
     return pd.DataFrame(table, columns=["scan", "slices", "exact", "verdict"])
 
 
-def group_sensitivity(slices, *, thresholds, neighbour_thresholds):
+def group_sensitivity(
+    slices: Slices, *, thresholds: Iterable[float], neighbour_thresholds: Iterable[float]
+) -> pd.DataFrame:
     """What each pair of thresholds makes of the groups: one row each.
 
     Columns: threshold, neighbour_threshold (1: no rule for consecutive numbers), groups, largest, singletons;
@@ -293,17 +335,17 @@ def _is_iq_oth_nccd(slices):
     return slices.patients is None and counts == dict(IQ_OTH_NCCD.counts)
 
 
-def _require_groups(slices):
+def _require_groups(slices, kind, remedy):
     for label, name in enumerate(slices.class_names):
         own = slices.labels == label
         if (count := len(np.unique(slices.groups[own]))) < splits.FOLDS:
             raise DataError(
-                f"the {own.sum()} images of {name} fall into {count} groups of alike images; a grouped split "
-                f"needs {splits.FOLDS}. Raise --threshold and --neighbour-threshold, or add images."
+                f"the {own.sum()} images of {name} fall into {count} {kind}; a grouped split needs "
+                f"{splits.FOLDS}. {remedy}"
             )
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command: print the meter and the twins of a folder; 2 and one line on stderr for a bad folder."""
     parser = argparse.ArgumentParser(prog="python -m fortify.leakage", description=main.__doc__)
     parser.add_argument("folder", help="one subfolder of images for each class")
@@ -314,23 +356,35 @@ def main(arguments=None):
         "--neighbour-threshold", type=float, default=0.80, help="for consecutive file numbers"
     )
     parser.add_argument("--twins", type=float, nargs="+", default=[0.95, 0.99], help="thresholds of a twin")
+    parser.add_argument("--colour", action="store_true", help="keep the colours (default: luminance)")
+    parser.add_argument("--window", type=float, nargs=2, help="centre and width in HU, for DICOM files")
+    parser.add_argument(
+        "--patients",
+        help="CSV of file name and patient, or PatientID: groups are the patients, not alike images",
+    )
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error("--seeds must be at least 1")
     try:
-        slices = load_folder(options.folder, size=options.size, ct=False)
+        window = options.window and tuple(options.window)
+        about = {"colour": options.colour, "window": window, "patients": options.patients, "ct": False}
+        slices = load_folder(options.folder, size=options.size, **about)
         if len(slices.class_names) < 2:
             only = slices.class_names[0]
             raise DataError(
                 f"{options.folder} has one class only, {only}; put each class into its own subfolder"
             )
         thresholds = {"threshold": options.threshold, "neighbour_threshold": options.neighbour_threshold}
-        slices = replace(slices, groups=splits.near_duplicate_groups(slices, **thresholds))
-        _require_groups(slices)
+        if options.patients is None:
+            slices = replace(slices, groups=splits.near_duplicate_groups(slices, **thresholds))
+            remedy = "Raise --threshold and --neighbour-threshold, or add images."
+            _require_groups(slices, "groups of alike images", remedy)
+        else:
+            _require_groups(slices, "patients", "Add patients.")
         seeds = range(options.seeds)
         meter = summary(leak_meter(slices, seeds=seeds))
         found = twins(slices, draw_splits(slices, seeds=seeds), options.twins)
-    except (DataError, ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # a DataError is a ValueError
         print(f"error: {error}", file=sys.stderr)
         return 2
     groups = len(np.unique(slices.groups))
