@@ -19,7 +19,8 @@ CONFIG = --config profile=$(or $(RUNS),$@) $(if $(SEEDS),'seeds=[$(SEEDS)]')
 
 help:
 	@echo "make demo     the whole paper on embedded phantoms, about 15 minutes on two cores; prints Table 1"
-	@echo "make test     ruff, unit tests, every notebook twice (papermill and nbmake)"
+	@echo "make check    ruff and the fast tests, for people at work: under a minute and a half on two cores"
+	@echo "make test     ruff, all tests, every notebook twice (papermill and nbmake)"
 	@echo "make data     download the IQ-OTH/NCCD slices to data/iq-oth-nccd"
 	@echo "make laptop   the real slices, a small ResNet at 112 px, five seeds, an hour and a half on two cores"
 	@echo "make paper    the reference run: ResNet-50 at 224 px, five seeds, one GPU"
@@ -46,11 +47,21 @@ demo: $(ENV)
 	@cat build/demo/tables/table1.txt
 	@echo "Figures: build/demo/figures   Tables: build/demo/tables   Notebooks: build/demo/html/index.html"
 
+.PHONY: check
+# Two workers with one thread each: two threads of one test are slower, and wait for each other in a loop.
+PYTEST = TQDM_DISABLE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python -m pytest -n 2
+
+check: $(ENV)
+	ruff check
+	ruff format --check
+	$(PYTEST) -m "not slow"
+
+# While one worker runs the workflow, papermill, the other runs the notebooks by nbmake, on the random split.
 test: $(ENV)
 	ruff check
 	ruff format --check
-	python -m pytest --cov
-	rm -rf build/nbmake && TQDM_DISABLE=1 python -m pytest --nbmake notebooks -p no:cacheprovider
+	rm -rf build/nbmake
+	$(PYTEST) --cov --nbmake notebooks tests
 
 data: $(ENV)
 	python -m fortify.workflow.download

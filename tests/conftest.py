@@ -6,6 +6,68 @@ import pytest
 import torch
 from workflow import BUILD, snakemake
 
+# What `make check` leaves out: every notebook, what needs one of these fixtures, and these tests of about
+# three seconds or more on a quiet machine.
+SLOW_FIXTURES = {"finished", "honest", "meter", "published", "zoo"}
+SLOW = """
+test_a_cw_that_is_too_short_is_seen
+test_an_honest_attack_and_an_undefended_model_are_not_caught
+test_no_attack_is_run_twice
+test_no_check_that_catches_a_mutant_fails_anyway
+test_of_what_is_random_too
+test_t7_sees_masked_gradients
+test_the_same_audit_twice_says_the_same
+test_cw_changes_less_than_the_linf_attacks
+test_cw_goes_beyond_the_boundary_by_its_confidence
+test_every_library_at_hand_is_measured_and_what_is_missing_is_named
+test_folds_of_a_grouping_are_trained_once_and_shown
+test_memory_is_that_of_the_task
+test_what_is_called_compiled_is_and_is_measured_where_it_is_worth_it
+test_every_writer_says_so_and_the_old_file_stays
+test_the_last_epoch_is_kept_and_an_interrupted_training_goes_on
+test_every_figure_is_of_printed_size_and_saves_to_the_same_bytes
+test_a_compiled_twin_walks_alike_and_is_compiled_once_for_sizes_that_differ_by_an_image
+test_an_untrained_model_has_its_twin
+test_same_logits_and_same_gradients
+test_jupyterlab_listens_on_loopback_and_asks_for_its_token
+test_a_cue_in_the_background_is_seen_on_both_splits
+test_images_without_a_signal_give_no_accuracy
+test_the_command_measures_any_folder
+test_the_command_names_a_class_that_cannot_be_split
+test_the_command_says_what_is_wrong_in_one_line
+test_the_real_slices_leak
+test_the_room_knows_no_model
+test_convolutions_are_in_float32_whatever_was_set_and_as_before_after_it
+test_the_same_model_is_the_same_bytes_whichever_process_writes_it
+test_a_network_learns_what_shortcuts_do_not_and_an_attack_undoes_it
+test_an_attack_does_not_depend_on_the_batches
+test_tables_count_the_rows_they_are_made_of
+test_the_examples_run_as_printed
+test_adversarial_training_holds_where_normal_training_falls
+test_an_interrupted_training_ends_in_the_same_weights
+test_precision_is_float32_on_a_cpu_unless_asked_for_and_weights_and_validation_always
+""".split()
+# One worker runs what is of one file, or needs the finished run, so that fixtures are made once. The longest
+# come first, a short one behind each of the first two: a worker is given two at once.
+ORDER = "finished notebooks test_lab test_disk test_audit test_workflow test_benchmarks test_fused".split()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark the slow tests, and keep together what shares a fixture, so that it is made once."""
+    places, order = {}, {}
+    for item in items:
+        name, fixtures = getattr(item, "originalname", ""), set(getattr(item, "fixturenames", ()))
+        notebook = item.path.suffix == ".ipynb"
+        if notebook or name in SLOW or SLOW_FIXTURES & fixtures:
+            item.add_marker("slow")
+        group = "notebooks" if notebook else "finished" if "finished" in fixtures else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+        place = places.setdefault((item.path, name), len(places))
+        # Cases of one test by name: those of a set come in another order in another worker.
+        order[item] = (ORDER.index(group) if group in ORDER else len(ORDER), place, item.nodeid)
+    items.sort(key=order.get)
+
 
 @pytest.fixture(scope="session")
 def finished():
@@ -46,7 +108,7 @@ def model(phantoms):
 
     trained = build_model("resnet_small", num_classes=3, seed=0)
     some = phantoms.subset(range(0, len(phantoms), 3))
-    still = Augmentation(flip=False, degrees=0, scale=0, translate=0)
+    still = Augmentation(flip=False, degrees=0, zoom=0, translate=0)
     recipe = Recipe(epochs=12, batch_size=16, lr=3e-3, class_balance=1.0, augmentation=still)
     fit(trained, some, some, recipe, progress=False)
     return trained

@@ -1,6 +1,10 @@
 """One list of versions, hashed, whichever tool makes the environment."""
 
+import os
 import re
+import runpy
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import requires, version
 from pathlib import Path
@@ -24,9 +28,9 @@ MACHINES = [
 ]
 
 
-def entries():
-    """[(Requirement, [hashes])] of requirements.lock, in its order."""
-    text = (ROOT / "requirements.lock").read_text(encoding="utf-8").replace("\\\n", " ")
+def entries(name="requirements.lock"):
+    """[(Requirement, [hashes])] of the list, in its order."""
+    text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
     found = []
     for line in filter(None, (line.split("#")[0].strip() for line in text.splitlines())):
         wanted, *hashes = re.split(r"\s+--hash=", line)
@@ -48,7 +52,8 @@ def locked(machine):
 
 def test_every_version_is_pinned_and_hashed():
     assert len(entries()) > 150 and set(ASKED_FOR) <= set(locked({}))
-    for requirement, hashes in entries():
+    assert [requirement.name for requirement, _ in entries("requirements-uv.lock")] == ["uv"]
+    for requirement, hashes in [*entries(), *entries("requirements-uv.lock")]:
         assert re.fullmatch(r"==[\w.+]+", str(requirement.specifier)), requirement
         assert hashes and all(re.fullmatch(r"sha256:[0-9a-f]{64}", h) for h in hashes), requirement
 
@@ -95,9 +100,79 @@ def test_the_project_itself_is_built_by_what_is_locked():
     build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
     for wanted in map(Requirement, build):
         assert wanted.specifier.contains(locked({})[canonicalize_name(wanted.name)])
-    for file in ("Makefile", "environment.yml"):
-        (line,) = re.findall(r"pip install .*--no-deps.*", (ROOT / file).read_text(encoding="utf-8"))
-        assert "--no-build-isolation" in line, file
+    (line,) = re.findall(r"pip install .*--no-deps.*", (ROOT / "environment.yml").read_text(encoding="utf-8"))
+    assert "--no-build-isolation" in line
+    assert "python install.py" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("fails", "status", "installed_by"),
+    [
+        ("nothing", 0, ["uv"]),
+        ("requirements-uv.lock", 0, ["pip"]),  # uv cannot be had
+        ("-m uv", 0, ["uv", "pip"]),
+        ("-m pip install --quiet --require-hashes --requirement requirements.lock", 0, ["uv"]),
+        ("requirements", 1, ["pip"]),
+        ("--editable", 1, ["uv"]),
+    ],
+)
+def test_pip_installs_the_same_list_where_uv_does_not(monkeypatch, fails, status, installed_by):
+    called = []
+
+    def call(command, **options):
+        called.append(" ".join(command[1:]))
+        failed = fails in called[-1]
+        return subprocess.CompletedProcess(command, failed, stdout="global.index-url='https://a.example'")
+
+    monkeypatch.setattr(subprocess, "run", call)
+    assert runpy.run_path(str(ROOT / "install.py"))["main"]() == status
+    locked = [line for line in called if "--require-hashes --requirement requirements.lock" in line]
+    assert [line.split()[1] for line in locked] == installed_by
+    own = "-m pip install --quiet --no-deps --no-build-isolation --editable ."
+    assert called.count(own) == (fails != "requirements")
+
+
+def test_uv_is_told_where_pip_finds_packages():
+    """A command's settings before the global ones, the environment's before both, as with pip."""
+    settings = runpy.run_path(str(ROOT / "install.py"))["uv_settings"]
+    assert settings("") == {}
+    assert settings(
+        """:env:.find-links='/wheels /more'
+:env:.index-url='https://env.example/simple'
+global.constraint='/etc/constraints.txt'
+global.extra-index-url='\\nhttps://a.example/simple\\nfile:///b/simple'
+global.index-url='https://global.example/simple?a=1'
+install.cert='/etc/own.pem'
+global.cert='/etc/all.pem'
+global.trusted-host='a.example'"""
+    ) == {
+        "UV_DEFAULT_INDEX": "https://env.example/simple",
+        "UV_INDEX": "https://a.example/simple file:///b/simple",
+        "UV_FIND_LINKS": "/wheels,/more",
+        "UV_INSECURE_HOST": "a.example",
+        "SSL_CERT_FILE": "/etc/own.pem",
+    }
+
+
+def test_pips_settings_are_printed_as_they_are_read():
+    """Of this machine's pip, whatever it is told: each line is a name and a Python literal."""
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PIP_INDEX_URL": "https://a.example/simple", "PIP_EXTRA_INDEX_URL": "b c"},
+    ).stdout
+    settings = runpy.run_path(str(ROOT / "install.py"))["uv_settings"](listed)
+    assert settings["UV_DEFAULT_INDEX"] == "https://a.example/simple" and settings["UV_INDEX"] == "b c"
+
+
+def test_the_slow_tests_are_there():
+    """conftest.py names them: a test that was renamed would be taken for a fast one."""
+    from conftest import SLOW, SLOW_FIXTURES
+
+    texts = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.py")]
+    defined = {name for text in texts for name in re.findall(r"^def (\w+)\(", text, re.MULTILINE)}
+    assert {*SLOW, *SLOW_FIXTURES} - defined == set()
 
 
 def test_environment_yml_names_the_same_versions():
