@@ -113,7 +113,7 @@ def test_equal_channels_give_the_thumbnails_and_groups_of_grey(slices):
         assert splits.label_conflicts(colour, threshold=0.9).equals(
             splits.label_conflicts(grey, threshold=0.9)
         )
-        assert leakage.tells(colour).equals(leakage.tells(grey))
+        assert leakage.shortcut_cues(colour).equals(leakage.shortcut_cues(grey))
 
 
 @pytest.mark.parametrize("features", [frame_features, histogram_features])
@@ -136,7 +136,7 @@ def test_the_meter_sees_a_hue_that_tells_the_class():
         > 0.7
         > accuracy(summed, "nearest neighbour", "grouped")
     )
-    assert leakage.twins(told, leakage.draw_splits(told, seeds=[0]), [0.9]).k.sum() == 0
+    assert leakage.near_duplicates(told, leakage.draw_splits(told, seeds=[0]), [0.9]).k.sum() == 0
     copied = images.copy()
     copied[7] = copied[3]
     found = leakage.duplicates(dataclasses.replace(told, images=copied))
@@ -152,12 +152,12 @@ def test_groups_of_the_meter_may_be_strings(slices):
     pd.testing.assert_frame_equal(*tables)
 
 
-def test_a_class_without_images_has_no_tells(slices):
+def test_a_class_without_images_has_no_cues(slices):
     none = dataclasses.replace(slices, class_names=(*slices.class_names, "missing"))
-    told = leakage.tells(none).set_index(["tell", "class_name"])
+    told = leakage.shortcut_cues(none).set_index(["tell", "class_name"])
     assert told.loc["noise"].loc["missing", ["median", "mean", "auc"]].isna().all()
     assert told.loc["noise"].loc["missing"].n == 0 and told.auc["noise", "normal"] > 0
-    one = leakage.tells(slices.subset(slices.labels == 0))
+    one = leakage.shortcut_cues(slices.subset(slices.labels == 0))
     assert one.auc.isna().all(), "one class cannot be told from others"
 
 
@@ -180,7 +180,7 @@ def test_images_without_a_signal_give_no_accuracy():
     assert (summed.accuracy - 0.5).abs().max() < 0.13, "n = 120, three standard errors"
 
 
-def test_a_tell_in_the_background_is_seen_on_both_splits():
+def test_a_cue_in_the_background_is_seen_on_both_splits():
     labels = np.repeat([0, 1], 60)
     told = noise(labels)
     told.images[labels == 1, :4, :4] = 0  # a black corner in one class
@@ -188,7 +188,7 @@ def test_a_tell_in_the_background_is_seen_on_both_splits():
     for split in ("random", "grouped"):
         assert accuracy(summed, "background", split) == 1
         assert accuracy(summed, "majority class", split) == 0.5
-    auc = leakage.tells(told).set_index(["tell", "class_name"]).auc
+    auc = leakage.shortcut_cues(told).set_index(["tell", "class_name"]).auc
     assert auc["black corners", "c1"] == 1 and auc["black corners", "c0"] == 0
 
 
@@ -219,15 +219,15 @@ def test_the_summary_by_hand():
     assert random["gap"] == grouped["gap"] == pytest.approx(0.55)
 
 
-# --- twins, copies, tells, groups ----------------------------------------------------------------------
+# --- near-duplicates, copies, cues, groups ----------------------------------------------------------
 
 
-def test_twins_agree_with_the_splits_own_count(slices):
+def test_near_duplicates_agree_with_the_splits_own_count(slices):
     drawn = leakage.draw_splits(slices, seeds=[0, 3])
-    table = leakage.twins(slices, drawn, [0.9, 0.95])
+    table = leakage.near_duplicates(slices, drawn, [0.9, 0.95])
     assert len(table) == 8
     for row in table.itertuples():
-        share = splits.twin_share(slices, drawn[row.split, row.seed], threshold=row.threshold)
+        share = splits.near_duplicate_share(slices, drawn[row.split, row.seed], threshold=row.threshold)
         assert row.share == row.k / row.n == share
     pooled = table.groupby(["split", "threshold"]).share.mean()
     assert pooled["random", 0.9] >= pooled["random", 0.95] > 0.5 > pooled["grouped", 0.9]
@@ -242,13 +242,17 @@ def test_copies_name_the_first_of_their_kind(slices):
     assert leakage.duplicates(slices).empty
 
 
-def test_the_size_of_the_files_is_a_tell_unless_they_were_resized(slices):
+def test_the_size_of_the_files_is_a_cue_unless_they_were_resized(slices):
     sizes = np.full((len(slices), 2), 512, dtype=np.int64)
-    told = leakage.tells(dataclasses.replace(slices, original_sizes=sizes)).set_index(["tell", "class_name"])
+    told = leakage.shortcut_cues(dataclasses.replace(slices, original_sizes=sizes)).set_index(
+        ["tell", "class_name"]
+    )
     assert told.loc["not square", ["median", "mean", "auc"]].isna().to_numpy().all()
     malignant = slices.class_names.index("malignant")
     sizes[slices.labels == malignant, 0] = 801
-    told = leakage.tells(dataclasses.replace(slices, original_sizes=sizes)).set_index(["tell", "class_name"])
+    told = leakage.shortcut_cues(dataclasses.replace(slices, original_sizes=sizes)).set_index(
+        ["tell", "class_name"]
+    )
     assert told.auc["not square", "malignant"] == 1 and told["mean"]["not square", "normal"] == 0
     assert told.n.groupby("class_name").first().sum() == len(slices)
 
@@ -318,7 +322,7 @@ def test_the_real_slices_leak(real):
     assert leakage.scan_recovery(real).verdict.tolist() == ["exact", "exact"]
     assert len(leakage.duplicates(real)) in (42, 43), "in the original files, and in the copy of 224 px"
     assert (
-        leakage.tells(real).set_index("tell").auc["not square"].isna().all()
+        leakage.shortcut_cues(real).set_index("tell").auc["not square"].isna().all()
         == (real.original_sizes == real.original_sizes[0]).all()
     )
 

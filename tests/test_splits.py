@@ -200,8 +200,8 @@ def test_a_test_slice_is_compared_with_some_training_slices_at_a_time(monkeypatc
     split = splits.random_split(slices.labels, seed=0)
     r = len(split["test"]) * len(split["train"]) * 4  # bytes
     for peak, _ in (
-        held(splits.twin_share, slices, split),
-        held(leakage.twins, slices, {("random", 0): split}, [0.9]),
+        held(splits.near_duplicate_share, slices, split),
+        held(leakage.near_duplicates, slices, {("random", 0): split}, [0.9]),
     ):
         assert peak < r / 4, (peak, r)
 
@@ -337,11 +337,11 @@ def test_a_seed_fixes_the_split_and_another_changes_it(slices):
         assert not np.array_equal(first["test"], other["test"])
 
 
-def test_a_random_split_leaks_twins_and_a_grouped_one_does_not(slices):
+def test_a_random_split_leaks_near_duplicates_and_a_grouped_one_does_not(slices):
     random = splits.random_split(slices.labels, seed=0)
     grouped = splits.grouped_split(slices.labels, splits.near_duplicate_groups(slices), seed=0)
-    assert splits.twin_share(slices, random, threshold=0.93) > 0.9
-    assert splits.twin_share(slices, grouped, threshold=0.93) == 0
+    assert splits.near_duplicate_share(slices, random, threshold=0.93) > 0.9
+    assert splits.near_duplicate_share(slices, grouped, threshold=0.93) == 0
 
 
 def test_bad_input_is_refused_with_the_reason():
@@ -481,12 +481,12 @@ def test_real_duplicates_and_label_conflicts_are_the_known_ones(real):
 
 @pytest.mark.real
 @pytest.mark.parametrize("seed", range(3))
-def test_real_grouped_splits_are_balanced_and_hold_no_twins(real, seed):
+def test_real_grouped_splits_are_balanced_and_hold_no_near_duplicates(real, seed):
     grouped = splits.grouped_split(real.labels, splits.near_duplicate_groups(real), seed=seed)
     for index, fraction in zip(grouped.values(), (0.7, 0.1, 0.2), strict=True):
         assert np.abs(np.bincount(real.labels[index]) / np.bincount(real.labels) - fraction).max() < 0.03
-    assert splits.twin_share(real, grouped, threshold=0.93) == 0
-    assert splits.twin_share(real, splits.random_split(real.labels, seed=seed)) > 0.4
+    assert splits.near_duplicate_share(real, grouped, threshold=0.93) == 0
+    assert splits.near_duplicate_share(real, splits.random_split(real.labels, seed=seed)) > 0.4
 
 
 # --- by hand -----------------------------------------------------------------------------
@@ -531,12 +531,12 @@ def test_thumbnails_are_means_of_boxes_of_mean_0_and_length_1():
     assert np.linalg.norm(faint) == pytest.approx(1), "one grey level is an image too"
 
 
-def test_a_twin_is_looked_for_in_all_of_training():
+def test_a_near_duplicate_is_looked_for_in_all_of_training():
     slices = by_hand([CHESS, ROWS, NEAR, FAR, ROWS, [200 - v for v in ROWS]], [0] * 6)
     split = {"train": np.array([0, 1]), "val": np.array([], int), "test": np.array([2, 3, 4, 5])}
-    assert splits.twin_share(slices, split) == 0.5  # NEAR and ROWS; not FAR, not the negative
-    assert splits.twin_share(slices, split, threshold=0.8) == 0.75
-    assert splits.twin_share(slices, split | {"train": np.array([], int)}, threshold=-0.99) == 0
+    assert splits.near_duplicate_share(slices, split) == 0.5  # NEAR and ROWS; not FAR, not the negative
+    assert splits.near_duplicate_share(slices, split, threshold=0.8) == 0.75
+    assert splits.near_duplicate_share(slices, split | {"train": np.array([], int)}, threshold=-0.99) == 0
 
 
 def test_the_group_that_straddles_is_named_with_its_first_slices(written):

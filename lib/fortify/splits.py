@@ -64,7 +64,8 @@ def label_conflicts(
 ) -> pd.DataFrame:
     """Pairs of nearly identical slices in different classes, most alike first, as a DataFrame.
 
-    Columns: name, class_name, twin, twin_class_name and r, the correlation of their thumbnails (> threshold).
+    Columns: name, class_name, those of the other slice, twin and twin_class_name, and r, the correlation of
+    their thumbnails (> threshold).
     Of more than ``most`` pairs the most alike are kept, and a warning says how many there are.
     """
     names = np.array(slices.names, object)
@@ -96,6 +97,7 @@ def label_conflicts(
             stacklevel=2,
         )
     classes = np.array(slices.class_names, object)[slices.labels]
+    # The published tables name the near-duplicate a twin.
     columns = {"name": names[i], "class_name": classes[i], "twin": names[j], "twin_class_name": classes[j]}
     return pd.DataFrame(columns | {"r": r.astype(float)})
 
@@ -120,10 +122,10 @@ def pairwise_agreement(groups: np.ndarray, patients: np.ndarray) -> tuple[float,
     return tuple(both / count if (count := pairs(ids)) else np.nan for ids in (group, patient))
 
 
-def twin_share(
+def near_duplicate_share(
     slices: "Slices", split: dict[str, np.ndarray], *, threshold: float = 0.99, side: int = 56
 ) -> float:
-    """Share of test slices with a training slice whose thumbnail correlates above ``threshold``."""
+    """Share of test slices with a near-duplicate in training: thumbnails with r above ``threshold``."""
     thumbnails = unit_thumbnails(slices.images, side)
     return float(np.mean(nearest_correlation(thumbnails, split["test"], split["train"]) > threshold))
 

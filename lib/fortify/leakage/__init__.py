@@ -3,24 +3,24 @@
 from fortify.leakage.meter import (
     CLASSIFIERS,
     KNOWN_SCANS,
-    TELLS,
+    SHORTCUT_CUES,
     LeakClassifier,
     draw_splits,
     duplicates,
     group_sensitivity,
     group_table,
     leak_meter,
+    near_duplicates,
     scan_recovery,
+    shortcut_cues,
     summary,
-    tells,
-    twins,
 )
 from fortify.leakage.probes import craft_within, lungs_or_scanner, views
 
 __all__ = [
     "CLASSIFIERS",
     "KNOWN_SCANS",
-    "TELLS",
+    "SHORTCUT_CUES",
     "LeakClassifier",
     "craft_within",
     "draw_splits",
@@ -29,9 +29,9 @@ __all__ = [
     "group_table",
     "leak_meter",
     "lungs_or_scanner",
+    "near_duplicates",
     "scan_recovery",
+    "shortcut_cues",
     "summary",
-    "tells",
-    "twins",
     "views",
 ]

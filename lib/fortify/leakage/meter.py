@@ -3,7 +3,7 @@
 Classifiers too simple to be evidence of that (:data:`CLASSIFIERS`) are tested on random and on grouped
 splits; two of them, frame and background, see no lung of a whole CT slice at all. What they score on a random
 split and not on a grouped one is leakage: near-copies of the test images in the training set. What they score
-on both above the majority class is a tell of the source (scanner, protocol, preprocessing), leakage that the
+on both above the majority class is a cue of the source (scanner, protocol, preprocessing), leakage that the
 groups miss, or, for the two that see the whole image, anatomy and disease. That says what a model *could*
 use, not what it uses; for that see :mod:`fortify.regions`.
 
@@ -35,7 +35,7 @@ THUMBNAIL = 56  # px, as the groups of fortify.splits
 FRAME_OF_THUMBNAIL = 4  # px of 56: the 16 outermost pixels of a slice of 224 px, averaged
 HISTOGRAM_BINS = 32
 CORNER_SHARE = 1 / 8  # of the side: the four squares in which the background is measured
-TELLS = ("black corners", "background mean", "background sd", "noise", "sharpness")
+SHORTCUT_CUES = ("black corners", "background mean", "background sd", "noise", "sharpness")
 _TREES = 200
 _ITERATIONS = 500  # of L-BFGS; it converges in fewer
 
@@ -84,12 +84,12 @@ def histogram_features(images: np.ndarray) -> np.ndarray:
 
 
 def background_features(images: np.ndarray) -> np.ndarray:
-    """Five scalars of the four corner squares, an eighth of the side each: (N, 5) in the order of ``TELLS``.
+    """Five scalars of the four corner squares, an eighth of the side each: (N, 5).
 
-    Share of pixels of intensity 0 (outside the scan's circle); mean and standard deviation of the intensity;
-    noise, the standard deviation of the Laplacian; sharpness, noise over the standard deviation of the
-    intensity (0 where that is 0): high where the reconstruction kernel leaves the noise fine-grained. The
-    intensity of colour images is the mean over their channels.
+    In the order of ``SHORTCUT_CUES``: share of pixels of intensity 0 (outside the scan's circle); mean and
+    standard deviation of the intensity; noise, the standard deviation of the Laplacian; sharpness, noise over
+    the standard deviation of the intensity (0 where that is 0): high where the reconstruction kernel leaves
+    the noise fine-grained. The intensity of colour images is the mean over their channels.
     """
     side = max(2, round(CORNER_SHARE * min(images.shape[1:3])))
     ends = (slice(None, side), slice(-side, None))
@@ -197,14 +197,15 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return lines.assign(gap=lines.classifier.map(gap))
 
 
-def twins(
+def near_duplicates(
     slices: Slices,
     drawn: Mapping[tuple[str, int], Mapping[str, np.ndarray]],
     thresholds: Iterable[float],
 ) -> pd.DataFrame:
-    """How many test images have a training twin: one row per (split, seed, threshold), with k, n and share.
+    """How many test images have a near-duplicate in training: one row per (split, seed, threshold).
 
-    ``drawn`` is :func:`draw_splits`; a twin correlates above the threshold with the image, as thumbnails.
+    Columns also k of n, their share, low and high (95 % Wilson interval). ``drawn`` is :func:`draw_splits`; a
+    near-duplicate correlates above the threshold with the image, as thumbnails.
     """
     thumbnails = thumbnail_features(slices.images)
     table = []
@@ -228,23 +229,25 @@ def duplicates(slices: Slices) -> pd.DataFrame:
     return pd.DataFrame(columns | {"copy_class_name": classes[first[copies]]})
 
 
-def tells(slices: Slices) -> pd.DataFrame:
-    """What background and file size say of the class: one row per (tell, class), median, mean and AUC.
+def shortcut_cues(slices: Slices) -> pd.DataFrame:
+    """What background and file size say of the class: one row per (cue, class), median, mean and AUC.
 
-    ``auc`` is of the tell as a score for this class against the others: 0.5 says nothing, 0 as much as 1. The
-    tells are those of :func:`background_features` and ``not square``, 1 where the original file was not;
+    Columns: tell (the cue), class_name, n, median, mean, auc.
+
+    ``auc`` is of the cue as a score for this class against the others: 0.5 says nothing, 0 as much as 1. The
+    cues are those of :func:`background_features` and ``not square``, 1 where the original file was not;
     where all original sizes are one, as in a copy that was resized before, it has NaN throughout. So has a
     class without images.
     """
-    values = dict(zip(TELLS, background_features(slices.images).T, strict=True))
+    values = dict(zip(SHORTCUT_CUES, background_features(slices.images).T, strict=True))
     sizes = slices.original_sizes
     resized = sizes is None or (sizes == sizes[0]).all()
     values["not square"] = np.full(len(slices), np.nan) if resized else (sizes[:, 0] != sizes[:, 1]) * 1.0
     table = []
-    for tell, value in values.items():
+    for cue, value in values.items():
         for label, name in enumerate(slices.class_names):
             own = slices.labels == label
-            line = {"tell": tell, "class_name": name, "n": int(own.sum())}
+            line = {"tell": cue, "class_name": name, "n": int(own.sum())}
             line |= {"median": np.nan, "mean": np.nan, "auc": np.nan}
             if own.any():
                 line |= {"median": np.median(value[own]), "mean": value[own].mean()}
@@ -346,7 +349,7 @@ def _require_groups(slices, kind, remedy):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: print the meter and the twins of a folder; 2 and one line on stderr for a bad folder."""
+    """The command: print the meter and near-duplicates of a folder; 2 and one line on stderr if it is bad."""
     parser = argparse.ArgumentParser(prog="python -m fortify.leakage", description=main.__doc__)
     parser.add_argument("folder", help="one subfolder of images for each class")
     parser.add_argument("--size", type=int, default=224, help="side in pixels to load the images at")
@@ -355,7 +358,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--neighbour-threshold", type=float, default=0.80, help="for consecutive file numbers"
     )
-    parser.add_argument("--twins", type=float, nargs="+", default=[0.95, 0.99], help="thresholds of a twin")
+    parser.add_argument(
+        "--near-duplicates",
+        type=float,
+        nargs="+",
+        default=[0.95, 0.99],
+        help="above which of these an image of training is nearly a test image",
+    )
     parser.add_argument("--colour", action="store_true", help="keep the colours (default: luminance)")
     parser.add_argument("--window", type=float, nargs=2, help="centre and width in HU, for DICOM files")
     parser.add_argument(
@@ -383,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _require_groups(slices, "patients", "Add patients.")
         seeds = range(options.seeds)
         meter = summary(leak_meter(slices, seeds=seeds))
-        found = twins(slices, draw_splits(slices, seeds=seeds), options.twins)
+        found = near_duplicates(slices, draw_splits(slices, seeds=seeds), options.near_duplicates)
     except (ValueError, OSError, ImportError) as error:  # a DataError is a ValueError
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -394,6 +403,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("Accuracy in % of classifiers too simple to recognise a disease; gap: what the random split adds")
     print(meter.to_string(index=False, na_rep=""))
     pooled = found.groupby(["split", "threshold"], sort=False)[["k", "n"]].sum().reset_index()
-    print("\nTest images with a twin in the training set:")
+    print("\nTest images with a near-duplicate in the training set:")
     print(pooled.assign(share=(100 * pooled.k / pooled.n).round(1)).to_string(index=False))
     return 0

@@ -1,16 +1,23 @@
 """What a model classifies by: images without some regions, and attacks that may change only some."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pandas as pd
 
 from fortify.intervals import wilson
 from fortify.regions import blank, body_mask, frame_mask, lung_mask
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-def views(images, *, frame_width):
+    from fortify.attacks import Adversarial, Attack
+
+
+def views(images: np.ndarray, *, frame_width: int) -> dict[str, np.ndarray]:
     """What a model is shown to ask where it looks: {name: uint8 (N, H, W)}, the whole images first.
 
-    Without the lungs, in two greys, for what a model makes of a hole depends on its grey; as a control with a
+    Without the lungs, in two intensities, for what a model makes of a hole depends on it; as a control with a
     hole of the same shape half an image up or down; without the body, so that air, table and outline are
     left; and the frame of ``frame_width`` pixels alone. See :func:`blank`.
     """
@@ -25,11 +32,20 @@ def views(images, *, frame_width):
     }
 
 
-def lungs_or_scanner(model, images, labels, *, attack, frame_width, seed=0, batch_size=64):
+def lungs_or_scanner(
+    model: "nn.Module",
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    attack: "Attack",
+    frame_width: int,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> pd.DataFrame:
     """How a model reads the :func:`views`, and attacks that may change one region: a DataFrame.
 
     ``images`` uint8 (N, H, W), ``labels`` int64 (N,). One row per view or region: ``view``, ``attacked``, the
-    mean ``area`` (share of the image) whose grey the blanking changed or an attack could change, k, n,
+    mean ``area`` (share of the image) whose intensity the blanking changed or an attack could change, k, n,
     accuracy, low, high (95 % Wilson interval) and balanced_accuracy, which is 1 / classes for a model that
     always says the same.
     """
@@ -54,10 +70,19 @@ def lungs_or_scanner(model, images, labels, *, attack, frame_width, seed=0, batc
     return pd.DataFrame(rows)
 
 
-def craft_within(model, images, labels, attack, mask, *, seed=0, batch_size=64):
+def craft_within(
+    model: "nn.Module",
+    images: "Tensor",
+    labels: "Tensor",
+    attack: "Attack",
+    mask: np.ndarray,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> "Adversarial":
     """Attack ``images`` where ``mask`` allows it: an :class:`fortify.attacks.Adversarial`, in order.
 
-    ``images`` (N, 1, H, W) float in [0, 1], ``labels`` (N,) and ``attack`` as in
+    ``images`` (N, C, H, W) float in [0, 1], ``labels`` (N,) and ``attack`` as in
     :func:`fortify.attacks.craft`; ``mask`` bool (N, H, W) or (H, W), True where a pixel may change. The
     attack runs on f(x0 + mask (x - x0)), so its gradient outside is zero, and the pixels outside are x0's bit
     for bit. PGD's random start is drawn for each batch from ``seed`` and the batch's place.
