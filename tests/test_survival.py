@@ -66,7 +66,8 @@ def start(checkout):
             cwd=checkout,
             stdout=open(checkout / "log.txt", "a"),
             stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONPATH": str(checkout)},
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join([str(checkout), os.environ.get("PYTHONPATH", "")])},
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)),
         )
         started.append(process)
