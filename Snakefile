@@ -1,9 +1,10 @@
 """The order of the notebooks: one rule each, papermill runs it. `make demo` calls this with profile=demo.
 
-    snakemake --cores all --config profile=laptop            # one parameter changed: ... profile=laptop epochs=30
+    snakemake --config profile=laptop            # one parameter changed: ... profile=laptop epochs=30
 
-Results lie in build/<profile>/: data/, <split>-s<seed>/ per run, tables/, figures/, html/.
-A rule is redone when its notebook, one of its parameters, a module it computes with, or an input changes.
+Results lie in build/<profile>/: data/, <split>-s<seed>/ per run, tables/, figures/, html/. A rule is redone
+when its notebook, one of its parameters, code that it computes with, or an input changes.
+To add a notebook: its file, and a row in STEPS.
 """
 import os
 import sys
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import yaml
 
-from fortify.data import find_data, hash_files
-from fortify.workflow.profiles import ProfileError, load_profile
-from fortify.workflow.locks import wait_for_lock
+from fortify.workflow.locks import wait_for_profile
+from fortify.workflow.notebooks import code_of
+from fortify.workflow.profiles import ProfileError, load_profile, read_profile
+from fortify.workflow.steps import Step, each, finished_runs, image_files, split_and_seed
 from snakemake.exceptions import WorkflowError
 
 # Executed notebooks hold no progress bars, and their kernel is this environment's.
@@ -21,335 +23,155 @@ os.environ |= {"TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
 # glibc hands each layer's freed output back to the system and takes the next one's anew, page by page.
 os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
-# Snakemake's own lock outlives a killed run (and is off, --nolock in the Makefile); this one does not.
-if workflow.is_main_process and not {"-n", "--dry-run", "--dryrun"} & set(sys.argv):
-    LOCK = wait_for_lock("build/.lock", what="another run in this checkout")
-    wait_for_lock("build/.notebook-lock", what="a notebook whose run was killed").close()
-
 PROFILE = config.get("profile", "demo")
 BUILD = f"build/{PROFILE}"
-NOTEBOOKS = sorted(Path("notebooks").glob("[0-9]*.ipynb"))
+FILE = f"notebooks/profiles/{PROFILE}.yaml"
 try:
     # --config reads what stands in [a, b] as text.
     lists = {name: list(map(yaml.safe_load, map(str, v))) for name, v in config.items() if isinstance(v, list)}
-    changes = {name: value for name, value in (config | lists).items() if name != "profile"}
-    PARAMETERS = load_profile(f"notebooks/profiles/{PROFILE}.yaml", NOTEBOOKS, changes=changes)
+    changes = {k: v for k, v in (config | lists).items() if k not in ("profile", "finished")}
+    PARAMETERS = load_profile(FILE, sorted(Path("notebooks").glob("[0-9]*.ipynb")), changes=changes)
+    COMPANION = read_profile(FILE)[1]["beside"]
 except ProfileError as error:
     raise WorkflowError(str(error))
 
-SPLITS = PARAMETERS["01_data"]["splits"]
-SEEDS = PARAMETERS["01_data"]["seeds"]
-RUNS = [f"{split}-s{seed}" for seed in SEEDS for split in SPLITS]
+# Snakemake's own lock outlives a killed run (and is off, see profiles/default); this one does not.
+if workflow.is_main_process and not {"-n", "--dry-run", "--dryrun"} & set(sys.argv):
+    LOCK = wait_for_profile(BUILD)
+
+# What Table 1 takes of each run, and what the claims do.
+ROWS = ["normal_predictions.csv", "adversarial_predictions.csv", "normal_history.csv", "adversarial_history.csv"]
+PROTOCOL = ["published_predictions.csv", "published_protocol.csv"]
+MODELS = ["normal.safetensors", "adversarial.safetensors"]
+
+DATA = PARAMETERS["01_data"]
+RUNS = [f"{split}-s{seed}" for seed in DATA["seeds"] for split in DATA["splits"]]
+FINISHED = bool(config.get("finished"))  # make tables: what is whole, of each split, whatever the profile's seeds
+if FINISHED:
+    needs = [*ROWS, "02_baseline.json", "03_attacks.json", "04_adversarial_training.json"]
+    RUNS = finished_runs(BUILD, needs, splits=DATA["splits"], seeds=changes.get("seeds"))
+    if not RUNS:
+        raise WorkflowError(f"{BUILD} holds no finished run; run that profile first")
+    DATA["splits"] = [split for split in DATA["splits"] if split in {split_and_seed(run)[0] for run in RUNS}]
+    DATA["seeds"] = sorted({split_and_seed(run)[1] for run in RUNS})
+SPLITS, SEEDS = DATA["splits"], DATA["seeds"]
 # Where none of the seeds that are run is among them: the first.
 PUBLISHED_SEEDS = [s for s in SEEDS if s in PARAMETERS["09_claims"]["published_seeds"]] or SEEDS[:1]
 PARAMETERS["09_claims"]["published_seeds"] = PUBLISHED_SEEDS
 PARAMETERS["07_leakage"]["seed"] = SEEDS[0]
-PUBLISHED_RUNS = [f"{split}-s{seed}" for seed in PUBLISHED_SEEDS for split in SPLITS]
-FIRST_RUNS = [f"{split}-s{SEEDS[0]}" for split in SPLITS]  # what is looked at once: leakage, audit
+PUBLISHED_RUNS = [run for run in RUNS if split_and_seed(run)[1] in PUBLISHED_SEEDS]
+FIRST_RUNS = [run for run in RUNS if split_and_seed(run)[1] == SEEDS[0]]  # looked at once: leakage, audit
+if FINISHED:
+    whole = finished_runs(BUILD, [*PROTOCOL, "06_published_protocol.json"], splits=SPLITS)
+    PUBLISHED_RUNS = [run for run in PUBLISHED_RUNS if run in whole]
+    FIRST_RUNS = [run for run in FIRST_RUNS if Path(f"{BUILD}/tables/audit_{run}.csv").is_file()]
 
 
-def lib(*modules):
-    """The modules whose change makes a result stale; style (figures, tables) and files (runs) retrain nothing."""
-    return [f"lib/fortify/{module}.py" for module in modules]
+def tables(names):
+    return [f"tables/{name}.csv" for name in names.split()]
 
 
-def values(notebook, run):
-    """The notebook's parameters as the YAML that papermill takes, with the run's folder, split and seed."""
+TABLE1 = [f"tables/table1_{split}.{kind}" for split in SPLITS for kind in ("csv", "md", "tex")]
+TABLE1 += ["tables/table1.txt", *tables("accuracy curve kept_epochs robustness_scores")]
+FIGURES = "fig1_system fig3_normal_clean fig4_normal_attacked fig5_adversarial_benign".split()
+FIGURES = each(["figures"], *(f"{f}.{kind}" for f in [*FIGURES, "fig6_adversarial_malignant_normal"] for kind in ("pdf", "png")))
+LEAKAGE = tables("leak_meter leak_summary leak_twins leak_tells groups group_sensitivity lungs_or_scanner")
+AUDITS = [f"tables/audit_{run}.csv" for run in FIRST_RUNS]
+LEDGER = tables("published_matrix dataset gain mcnemar printed_arithmetic published_attacks claims")
+LEDGER += ["tables/published_matrix.md", "tables/published_matrix.tex", "tables/claims.md"]
+OF_RUN = ["data/slices.npz", "data/splits/{run}.csv"]
 
-    def filled(wildcards):
-        own = PARAMETERS[notebook] | {"run": run.format(**wildcards)}
-        own |= {k: int(v) if k == "seed" else v for k, v in wildcards.items()}
-        # YAML's own writer: JSON's 5e-05 would be read back as text. One line, for the shell.
-        return yaml.safe_dump(own, default_flow_style=True, width=float("inf")).strip()
-
-    return filled
-
-
-def papermill(notebook):
-    # --cwd makes it run where JupyterLab would; the executed copy is a log so that a failed one is kept.
-    return f"python -m fortify.workflow.locks build/.notebook-lock papermill notebooks/{notebook}.ipynb" + (
-        " {log.notebook} --kernel python3 --cwd notebooks --no-progress-bar -y {params.values:q}"
-        " >{log.text} 2>&1 || {{ tail -n 25 {log.text} >&2; exit 1; }}"
-    )
-
-
-def data_folder(wildcards):
-    """Which files notebook 01 reads, so that other ones make its results stale; phantoms have none."""
-    own = PARAMETERS["01_data"]
-    if own["dataset"] == "phantom":
-        return ""
-    try:
-        folder = Path(own["data_dir"] or find_data())
-    except FileNotFoundError:
-        return "not there yet"
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return f"{len(files)} files, {hash_files(files)[:12]}"
+STEPS = [  # rule, notebook, folder of its manifest, what it reads, what it writes; {run}: for each split and seed
+    Step("data", "01_data", "data", [],
+         ["data/slices.npz", *(f"data/splits/{split}-s{seed}.csv" for split in SPLITS for seed in SEEDS)], costly=False),
+    Step("baseline", "02_baseline", "{run}", OF_RUN,
+         each(["{run}"], "normal.safetensors", "normal_history.csv")),
+    Step("attacks", "03_attacks", "{run}", [*OF_RUN, "{run}/normal.safetensors"],
+         each(["{run}"], "normal_predictions.csv", "normal_attacked.npz")),
+    Step("adversarial_training", "04_adversarial_training", "{run}", [*OF_RUN, "{run}/normal_attacked.npz"],
+         [f"{{run}}/adversarial{end}" for end in (".safetensors", "_history.csv", "_predictions.csv", "_attacked.npz")]),
+    Step("results", "05_results", "results", ["data/slices.npz", *each(RUNS, *ROWS)], TABLE1 + FIGURES, costly=False),
+    Step("published_protocol", "06_published_protocol", "{run}", [*OF_RUN, *each(["{run}"], *MODELS, *ROWS[:2])],
+         each(["{run}"], "published.safetensors", "tone_curves.safetensors", *PROTOCOL)),
+    Step("leakage", "07_leakage", "leakage",
+         ["data/slices.npz", *(f"data/splits/{run}.csv" for run in FIRST_RUNS), *each(FIRST_RUNS, *MODELS)], LEAKAGE),
+    Step("robustness_audit", "08_robustness_audit", "{run}", [*OF_RUN, *each(["{run}"], *MODELS)],
+         ["tables/audit_{run}.csv", "tables/audit_zoo_{run}.csv"]),
+    Step("claims", "09_claims", "claims",
+         [*TABLE1, *LEAKAGE, *AUDITS, *each(PUBLISHED_RUNS, *PROTOCOL), *each(RUNS, *ROWS[:2])], LEDGER, costly=False),
+]  # fmt: skip
 
 
-# By name: rules.leakage.output would let the rule run where only those after it may (make tables).
-LEAKAGE = expand(
-    f"{BUILD}/tables/{{table}}.csv",
-    table=["leak_meter", "leak_summary", "leak_twins", "leak_tells", "groups", "group_sensitivity", "lungs_or_scanner"],
-)
+def built(paths):
+    return [f"{BUILD}/{path}" for path in paths]
 
 
 wildcard_constraints:
-    split="[a-z]+",
-    seed="[0-9]+",
+    run="[a-z]+-s[0-9]+",
 
 
-rule data:
-    input:
-        "notebooks/01_data.ipynb",
-        lib("data", "images", "phantom", "splits", "regions"),
-    output:
-        f"{BUILD}/data/slices.npz",
-        f"{BUILD}/data/01_data.json",
-        expand(f"{BUILD}/data/splits/{{split}}-s{{seed}}.csv", split=SPLITS, seed=SEEDS),
-    params:
-        values=values("01_data", f"{BUILD}/data"),
-        files=data_folder,
-    log:
-        notebook=f"{BUILD}/notebooks/01_data.ipynb",
-        text=f"{BUILD}/notebooks/01_data.log",
-    benchmark:
-        f"{BUILD}/benchmarks/01_data.tsv"
-    shell:
-        papermill("01_data")
+for step in STEPS:
 
-
-rule baseline:
-    input:
-        "notebooks/02_baseline.ipynb",
-        lib("data", "splits", "models", "attacks", "folding", "augmentation", "training", "evaluation"),
-        f"{BUILD}/data/slices.npz",
-        f"{BUILD}/data/splits/{{split}}-s{{seed}}.csv",
-    output:
-        f"{BUILD}/{{split}}-s{{seed}}/normal.safetensors",
-        f"{BUILD}/{{split}}-s{{seed}}/normal_history.csv",
-        f"{BUILD}/{{split}}-s{{seed}}/02_baseline.json",
-    params:
-        values=values("02_baseline", f"{BUILD}/{{split}}-s{{seed}}"),
-    log:
-        notebook=f"{BUILD}/notebooks/{{split}}-s{{seed}}/02_baseline.ipynb",
-        text=f"{BUILD}/notebooks/{{split}}-s{{seed}}/02_baseline.log",
-    benchmark:
-        f"{BUILD}/benchmarks/{{split}}-s{{seed}}/02_baseline.tsv"
-    threads: workflow.cores
-    shell:
-        papermill("02_baseline")
-
-
-rule attacks:
-    input:
-        "notebooks/03_attacks.ipynb",
-        lib("data", "splits", "models", "attacks", "folding", "evaluation"),
-        f"{BUILD}/data/slices.npz",
-        f"{BUILD}/data/splits/{{split}}-s{{seed}}.csv",
-        f"{BUILD}/{{split}}-s{{seed}}/normal.safetensors",
-    output:
-        f"{BUILD}/{{split}}-s{{seed}}/normal_predictions.csv",
-        f"{BUILD}/{{split}}-s{{seed}}/normal_attacked.npz",
-        f"{BUILD}/{{split}}-s{{seed}}/03_attacks.json",
-    params:
-        values=values("03_attacks", f"{BUILD}/{{split}}-s{{seed}}"),
-    log:
-        notebook=f"{BUILD}/notebooks/{{split}}-s{{seed}}/03_attacks.ipynb",
-        text=f"{BUILD}/notebooks/{{split}}-s{{seed}}/03_attacks.log",
-    benchmark:
-        f"{BUILD}/benchmarks/{{split}}-s{{seed}}/03_attacks.tsv"
-    threads: workflow.cores
-    shell:
-        papermill("03_attacks")
-
-
-rule adversarial_training:
-    input:
-        "notebooks/04_adversarial_training.ipynb",
-        lib("data", "splits", "models", "attacks", "folding", "augmentation", "training", "evaluation"),
-        f"{BUILD}/data/slices.npz",
-        f"{BUILD}/data/splits/{{split}}-s{{seed}}.csv",
-        f"{BUILD}/{{split}}-s{{seed}}/normal_attacked.npz",
-    output:
-        f"{BUILD}/{{split}}-s{{seed}}/adversarial.safetensors",
-        f"{BUILD}/{{split}}-s{{seed}}/adversarial_history.csv",
-        f"{BUILD}/{{split}}-s{{seed}}/adversarial_predictions.csv",
-        f"{BUILD}/{{split}}-s{{seed}}/adversarial_attacked.npz",
-        f"{BUILD}/{{split}}-s{{seed}}/04_adversarial_training.json",
-    params:
-        values=values("04_adversarial_training", f"{BUILD}/{{split}}-s{{seed}}"),
-    log:
-        notebook=f"{BUILD}/notebooks/{{split}}-s{{seed}}/04_adversarial_training.ipynb",
-        text=f"{BUILD}/notebooks/{{split}}-s{{seed}}/04_adversarial_training.log",
-    benchmark:
-        f"{BUILD}/benchmarks/{{split}}-s{{seed}}/04_adversarial_training.tsv"
-    threads: workflow.cores
-    shell:
-        papermill("04_adversarial_training")
-
-
-rule results:
-    input:
-        "notebooks/05_results.ipynb",
-        lib("evaluation", "tables", "figures"),
-        f"{BUILD}/data/slices.npz",
-        expand(f"{BUILD}/{{run}}/normal_predictions.csv", run=RUNS),
-        expand(f"{BUILD}/{{run}}/adversarial_predictions.csv", run=RUNS),
-        expand(f"{BUILD}/{{run}}/{{model}}_history.csv", run=RUNS, model=["normal", "adversarial"]),
-    output:
-        expand(f"{BUILD}/tables/table1_{{split}}.{{kind}}", split=SPLITS, kind=["csv", "md", "tex"]),
-        f"{BUILD}/tables/table1.txt",
-        expand(f"{BUILD}/tables/{{table}}.csv", table=["accuracy", "curve", "kept_epochs", "robustness_scores"]),
-        f"{BUILD}/results/05_results.json",
-        expand(
-            f"{BUILD}/figures/{{figure}}.{{kind}}",
-            figure=[
-                "fig1_system",
-                "fig3_normal_clean",
-                "fig4_normal_attacked",
-                "fig5_adversarial_benign",
-                "fig6_adversarial_malignant_normal",
-            ],
-            kind=["pdf", "png"],
-        ),
-    params:
-        values=values("05_results", f"{BUILD}/results"),
-    log:
-        notebook=f"{BUILD}/notebooks/05_results.ipynb",
-        text=f"{BUILD}/notebooks/05_results.log",
-    benchmark:
-        f"{BUILD}/benchmarks/05_results.tsv"
-    shell:
-        papermill("05_results")
-
-
-rule published_protocol:
-    input:
-        "notebooks/06_published_protocol.ipynb",
-        lib("data", "splits", "models", "attacks", "folding", "training", "evaluation", "published", "printed"),
-        f"{BUILD}/data/slices.npz",
-        f"{BUILD}/data/splits/{{split}}-s{{seed}}.csv",
-        expand(f"{BUILD}/{{{{split}}}}-s{{{{seed}}}}/{{model}}.safetensors", model=["normal", "adversarial"]),
-        expand(f"{BUILD}/{{{{split}}}}-s{{{{seed}}}}/{{model}}_predictions.csv", model=["normal", "adversarial"]),
-    output:
-        f"{BUILD}/{{split}}-s{{seed}}/published.safetensors",
-        f"{BUILD}/{{split}}-s{{seed}}/tone_curves.safetensors",
-        f"{BUILD}/{{split}}-s{{seed}}/published_predictions.csv",
-        f"{BUILD}/{{split}}-s{{seed}}/published_protocol.csv",
-        f"{BUILD}/{{split}}-s{{seed}}/06_published_protocol.json",
-    params:
-        values=values("06_published_protocol", f"{BUILD}/{{split}}-s{{seed}}"),
-    log:
-        notebook=f"{BUILD}/notebooks/{{split}}-s{{seed}}/06_published_protocol.ipynb",
-        text=f"{BUILD}/notebooks/{{split}}-s{{seed}}/06_published_protocol.log",
-    benchmark:
-        f"{BUILD}/benchmarks/{{split}}-s{{seed}}/06_published_protocol.tsv"
-    threads: workflow.cores
-    shell:
-        papermill("06_published_protocol")
-
-
-rule leakage:
-    input:
-        "notebooks/07_leakage.ipynb",
-        lib("data", "splits", "models", "attacks", "folding", "evaluation", "leakage", "regions"),
-        f"{BUILD}/data/slices.npz",
-        expand(f"{BUILD}/data/splits/{{run}}.csv", run=FIRST_RUNS),
-        expand(f"{BUILD}/{{run}}/{{model}}.safetensors", run=FIRST_RUNS, model=["normal", "adversarial"]),
-        expand(f"{BUILD}/{{run}}/02_baseline.json", run=FIRST_RUNS),
-    output:
-        LEAKAGE,
-        f"{BUILD}/leakage/07_leakage.json",
-    params:
-        values=values("07_leakage", f"{BUILD}/leakage"),
-    log:
-        notebook=f"{BUILD}/notebooks/07_leakage.ipynb",
-        text=f"{BUILD}/notebooks/07_leakage.log",
-    benchmark:
-        f"{BUILD}/benchmarks/07_leakage.tsv"
-    threads: workflow.cores
-    shell:
-        papermill("07_leakage")
-
-
-rule robustness_audit:
-    input:
-        "notebooks/08_robustness_audit.ipynb",
-        lib("data", "splits", "models", "attacks", "folding", "evaluation", "audit", "audit_checks", "audit_context", "audit_zoo", "autoattack"),
-        f"{BUILD}/data/slices.npz",
-        f"{BUILD}/data/splits/{{split}}-s{{seed}}.csv",
-        expand(f"{BUILD}/{{{{split}}}}-s{{{{seed}}}}/{{model}}.safetensors", model=["normal", "adversarial"]),
-    output:
-        f"{BUILD}/tables/audit_{{split}}-s{{seed}}.csv",
-        f"{BUILD}/tables/audit_zoo_{{split}}-s{{seed}}.csv",
-        f"{BUILD}/{{split}}-s{{seed}}/08_robustness_audit.json",
-    params:
-        values=values("08_robustness_audit", f"{BUILD}/{{split}}-s{{seed}}"),
-    log:
-        notebook=f"{BUILD}/notebooks/{{split}}-s{{seed}}/08_robustness_audit.ipynb",
-        text=f"{BUILD}/notebooks/{{split}}-s{{seed}}/08_robustness_audit.log",
-    benchmark:
-        f"{BUILD}/benchmarks/{{split}}-s{{seed}}/08_robustness_audit.tsv"
-    threads: workflow.cores
-    shell:
-        papermill("08_robustness_audit")
-
-
-rule audited:
-    input:
-        rules.results.output,
-        expand(f"{BUILD}/tables/audit_{{run}}.csv", run=FIRST_RUNS),
-
-
-rule claims:
-    input:
-        "notebooks/09_claims.ipynb",
-        "paper/claims.yaml",
-        lib("data", "evaluation", "tables", "published", "printed", "claims"),
-        rules.results.output,
-        LEAKAGE,
-        expand(f"{BUILD}/tables/audit_{{run}}.csv", run=FIRST_RUNS),
-        expand(f"{BUILD}/{{run}}/published_protocol.csv", run=PUBLISHED_RUNS),
-        expand(f"{BUILD}/{{run}}/published_predictions.csv", run=PUBLISHED_RUNS),
-        expand(f"{BUILD}/{{run}}/{{model}}_predictions.csv", run=RUNS, model=["normal", "adversarial"]),
-    output:
-        expand(f"{BUILD}/tables/published_matrix.{{kind}}", kind=["csv", "md", "tex"]),
-        expand(
-            f"{BUILD}/tables/{{table}}.csv",
-            table=["dataset", "gain", "mcnemar", "printed_arithmetic", "published_attacks"],
-        ),
-        expand(f"{BUILD}/tables/claims.{{kind}}", kind=["csv", "md"]),
-        f"{BUILD}/claims/09_claims.json",
-    params:
-        values=values("09_claims", f"{BUILD}/claims"),
-    log:
-        notebook=f"{BUILD}/notebooks/09_claims.ipynb",
-        text=f"{BUILD}/notebooks/09_claims.log",
-    benchmark:
-        f"{BUILD}/benchmarks/09_claims.tsv"
-    shell:
-        papermill("09_claims")
+    rule:
+        name:
+            step.name
+        input:
+            step.source,
+            ["paper/claims.yaml"] if step.name == "claims" else [],
+            built(step.reads),
+        output:
+            built([*step.writes, f"{step.folder}/{step.notebook}.json"]),
+        params:
+            values=step.values(PARAMETERS, BUILD),
+            inherited=step.inherited(PARAMETERS),
+            code=step.code(),
+            files=image_files(DATA) if step.name == "data" else "",
+            lock=f"{BUILD}/.notebook-lock",
+        log:
+            notebook=f"{BUILD}/notebooks/{step.below}.ipynb",
+            text=f"{BUILD}/notebooks/{step.below}.log",
+        benchmark:
+            f"{BUILD}/benchmarks/{step.below}.tsv"
+        threads: workflow.cores if step.costly else 1
+        # --cwd makes it run where JupyterLab would; the executed copy is a log so that a failed one is kept.
+        shell:
+            "python -m fortify.workflow.locks {params.lock} papermill {input[0]} {log.notebook} --kernel python3"
+            " --cwd notebooks --no-progress-bar -y {params.values:q} >{log.text} 2>&1"
+            " || {{ tail -n 25 {log.text} >&2; exit 1; }}"
 
 
 rule html:
     input:
-        lib("site"),
-        f"{BUILD}/results/05_results.json",
-        f"{BUILD}/claims/09_claims.json",
+        built(["results/05_results.json", "claims/09_claims.json"]),
     output:
         f"{BUILD}/html/index.html",
     params:
         build=BUILD,
+        code=code_of("fortify.workflow.site"),
     shell:
         "python -m fortify.workflow.site {params.build} >/dev/null"
+
+
+# Tables and figures too: one that somebody removed is made again, though the pages are there. Paths and not
+# rules.x.output, which would let x run where only those after it may (make tables).
+WHOLE = [*TABLE1, *FIGURES, *LEDGER, *LEAKAGE, *AUDITS, "html/index.html"]
+
+
+rule audited:
+    input:
+        built([*TABLE1, *FIGURES, *AUDITS]),
 
 
 rule all:
     default_target: True
     input:
-        f"{BUILD}/html/index.html",
-        # Tables and figures too: one that somebody removed is made again, though the pages are there.
-        rules.results.output,
-        rules.claims.output,
-        LEAKAGE,
-        expand(f"{BUILD}/tables/audit_{{run}}.csv", run=FIRST_RUNS),
+        rules.audited.input if COMPANION else built(WHOLE),
+
+
+# Without what the claims read: Table 1 alone.
+CLAIMED = not COMPANION and PUBLISHED_RUNS and FIRST_RUNS and all(Path(p).is_file() for p in built(LEAKAGE))
+
+
+rule tables:
+    input:
+        built(WHOLE if CLAIMED else [*TABLE1, *FIGURES]),

@@ -23,7 +23,6 @@ import pandas as pd
 import torch
 
 from fortify.attacks import FGSM, PGD, craft
-from fortify.augmentation import Augmentation
 from fortify.data import load_iq_oth_nccd, to_tensor
 from fortify.files import find_root, write_csv
 from fortify.models import build_model, predict
@@ -31,30 +30,31 @@ from fortify.regions import crop_to_lungs
 from fortify.runtime import describe_device, pick_device
 from fortify.splits import grouped_split, near_duplicate_groups, random_split
 from fortify.training import Recipe, fit
-from fortify.workflow.profiles import load_profile
+from fortify.workflow.profiles import load_profile, with_inherited
 from fortify.workflow.publish import replace_section
 
-TURNS = dict(train_degrees=7.0, train_zoom=0.08, train_translate=0.06)
-LITTLE = dict(train_degrees=3.0, train_zoom=0.03, train_translate=0.02, train_gamma=0.1, train_gain=0.05)
-LITTLE |= dict(train_level=0.02, train_noise=0.0, train_blur=0.0, train_cutout=0.0)
-STRONG = dict(train_gamma=0.6, train_gain=0.3, train_level=0.15, train_noise=0.04)
-STRONG |= dict(train_blur=0.5, train_cutout=0.2)
-THIRDS = dict(fgsm_share=0.3333, pgd_share=0.3333, cw_share=0.3333)
-PGD_ALONE = dict(fgsm_share=0.0, pgd_share=1.0, cw_share=0.0)
+# Parts of the recipe.
+TURNS = dict(degrees=7.0, zoom=0.08, translate=0.06)
+LITTLE = dict(degrees=3.0, zoom=0.03, translate=0.02, gamma=0.1, gain=0.05, level=0.02, noise=0.0)
+STRONG = dict(gamma=0.6, gain=0.3, level=0.15, noise=0.04, blur=0.5, cutout=0.2)
 # The share of the epochs over which the budget grows; at 1 it is whole in the last epoch alone.
 EARLY, EARLIER, SLOWLY = dict(eps_warmup=0.3), dict(eps_warmup=0.2), dict(eps_warmup=1.0)
 SHORT, LONGER, LONGEST = dict(epochs=1 / 2), dict(epochs=2 / 3), dict(epochs=1.0)  # of the profile's
 MIXUP = dict(mixup=0.6667)  # of the epochs
 HALF, FASTER = dict(lr=0.5), dict(lr=1.0)  # of the profile's
-NO_ATTACK = dict(fgsm_share=0.0, pgd_share=0.0, cw_share=0.0)
 # In bfloat16, as they train on a GPU: in float32 a row takes hours on two cores.
-RESNET18, RESNET50 = (dict(arch=name, precision="bfloat16") for name in ("resnet18", "resnet50"))
+BFLOAT16 = dict(precision="bfloat16")
+# Shares of the batch.
+THIRDS = dict(fgsm=0.3333, pgd=0.3333, margin=0.3333)
+PGD_ALONE = dict(fgsm=0.0, pgd=1.0, margin=0.0)
+NO_ATTACK = dict(fgsm=0.0, pgd=0.0, margin=0.0)
 
 
-def at(train_eps_255, clean_share, **more):
+def at(train_eps_255, clean_share, *, shares=THIRDS, arch=None, **more):
     """What a variant sets: all that the names tell apart, so that no default changes their sense."""
-    said = dict(train_eps_255=train_eps_255, clean_share=clean_share, class_balance=0.0, mixup=0.0)
-    return said | EARLY | SHORT | HALF | THIRDS | more
+    recipe = dict(clean_share=clean_share, class_balance=0.0, mixup=0.0) | EARLY | SHORT | HALF | more
+    said = dict(train_eps_255=train_eps_255, train_shares=shares, train_recipe=recipe)
+    return said | (dict(arch=arch) if arch else {})
 
 
 VARIANTS = {  # the rest is the profile's
@@ -73,14 +73,18 @@ VARIANTS = {  # the rest is the profile's
     "4/255, none clean": at(4.0, 0.0),
     "8/255, none clean": at(8.0, 0.0),
     "4/255, all clean, class weights": at(4.0, 1.0, class_balance=1.0),
-    "4/255, PGD alone, none clean, strong window and level": at(4.0, 0.0, **PGD_ALONE, **STRONG),
+    "4/255, PGD alone, none clean, strong window and level": at(4.0, 0.0, shares=PGD_ALONE, **STRONG),
     "8/255, a quarter clean, turns and shifts too": at(8.0, 0.25, **TURNS),
     "8/255, a quarter clean, little augmentation": at(8.0, 0.25, **LITTLE),
     "8/255, a quarter clean, no moving average": at(8.0, 0.25, ema=0.0),
     "8/255, a quarter clean, whole budget at once": at(8.0, 0.25, eps_warmup=0.0),
-    "no attack, augmented alike": at(4.0, 1.0, **NO_ATTACK),
-    "ResNet-18, 16/255, a quarter clean, longest": at(16.0, 0.25, **LONGEST, **EARLIER, **RESNET18),
-    "ResNet-50, 16/255, a quarter clean, longest": at(16.0, 0.25, **LONGEST, **EARLIER, **RESNET50),
+    "no attack, augmented alike": at(4.0, 1.0, shares=NO_ATTACK),
+    "ResNet-18, 16/255, a quarter clean, longest": at(
+        16.0, 0.25, arch="resnet18", **LONGEST, **EARLIER, **BFLOAT16
+    ),
+    "ResNet-50, 16/255, a quarter clean, longest": at(
+        16.0, 0.25, arch="resnet50", **LONGEST, **EARLIER, **BFLOAT16
+    ),
 }
 BUDGETS_255 = (2, 4, 8)  # of the attacks on the test set
 STEPS = 20
@@ -89,26 +93,18 @@ STEPS = 20
 def changed(parameters, variant):
     """A profile's parameters of notebook 4, changed as the variant says, epochs and lr by a factor."""
     own = VARIANTS[variant]
-    epochs = max(1, round(own["epochs"] * parameters["epochs"]))
-    shares = {"epochs": epochs, "lr": own["lr"] * parameters["lr"]}
-    return parameters | own | shares
+    recipe = own["train_recipe"]
+    scaled = {"epochs": max(1, round(recipe["epochs"] * parameters["epochs"]))}
+    scaled |= {"lr": recipe["lr"] * parameters["lr"]}
+    return parameters | own | {"train_recipe": parameters["train_recipe"] | recipe | scaled}
 
 
 def recipe_of(p):
     """(Recipe, attacks with their shares, the attack on the validation set) of notebook 4's parameters."""
-    ranges = ("degrees", "translate", "gamma", "gain", "level", "noise", "blur", "cutout")
-    own = {name: p[f"train_{name}"] for name in ranges}
-    augmentation = Augmentation(flip=p["flip"], scale=p["train_zoom"], **own)
-    own = ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing", "clean_share")
-    own += ("eps_warmup", "mixup", "ema", "class_balance", "precision")
-    recipe = Recipe(**{name: p[name] for name in own}, augmentation=augmentation)
+    recipe = Recipe.from_parameters(p, **p["train_recipe"])
     pgd, judge = (PGD(p[name], steps=p["train_pgd_steps"]) for name in ("train_eps_255", "eps_255"))
-    shares = {
-        FGSM(pgd.eps_255): p["fgsm_share"],
-        pgd: p["pgd_share"],
-        replace(pgd, loss="margin"): p["cw_share"],
-    }
-    return recipe, {attack: share for attack, share in shares.items() if share > 0}, judge
+    attacks = {"fgsm": FGSM(pgd.eps_255), "pgd": pgd, "margin": replace(pgd, loss="margin")}
+    return recipe, {attacks[name]: share for name, share in p["train_shares"].items() if share > 0}, judge
 
 
 def digest(parameters):
@@ -116,17 +112,33 @@ def digest(parameters):
 
     A part of the recipe that is 0 is left out, so that a new part leaves the rows without it as they are.
     """
-    recipe, *attacked = recipe_of(parameters)
+    recipe, attacks, judge = recipe_of(parameters)
     parts = vars(recipe) | {"augmentation": None} | vars(recipe.augmentation)
+    parts["scale"] = parts.pop("zoom")  # its name in the first rows
+    attacked = [{_Named(attack): share for attack, share in attacks.items()}, _Named(judge)]
     everything = repr((parameters["arch"], sorted(item for item in parts.items() if item[1]), attacked))
     return hashlib.sha256(everything.encode()).hexdigest()[:12]
 
 
+class _Named:
+    """An attack by the parts that it had in the first rows, and any later one that is not 0."""
+
+    def __init__(self, attack):
+        self.attack = attack
+
+    def __repr__(self):
+        first = ("eps_255", "steps", "rel_stepsize", "random_start", "restarts", "loss")
+        own = {name: value for name, value in vars(self.attack).items() if name in first or value}
+        return f"{type(self.attack).__name__}({', '.join(f'{k}={v!r}' for k, v in own.items())})"
+
+
 def parameters_of(name):
-    """The parameters of every notebook in a profile."""
+    """The parameters of every notebook in a profile, with those that it takes from others."""
     root = find_root()
     notebooks = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
-    return load_profile(root / "notebooks" / "profiles" / f"{name}.yaml", notebooks)
+    return with_inherited(
+        load_profile(root / "notebooks" / "profiles" / f"{name}.yaml", notebooks), notebooks
+    )
 
 
 def profiled(name):
@@ -144,7 +156,7 @@ def profiled(name):
 def described(profile, parameters, slices, device):
     """What a row says of the run that it is of, for benchmarks of a profile's own recipe."""
     about = {"profile": profile, "arch": parameters["arch"], "recipe": digest(parameters)}
-    about |= {"epochs": parameters["epochs"], "side": slices.images.shape[1]}
+    about |= {"epochs": recipe_of(parameters)[0].epochs, "side": slices.images.shape[1]}
     return about | {"device": describe_device(torch.device(device)), "torch": torch.__version__}
 
 
@@ -302,7 +314,11 @@ def main():
             for seed in arguments.seeds:
                 own = changed(parameters, variant)
                 row = {"variant": variant, "split": split, "seed": seed, "arch": own["arch"], "side": side}
-                row |= {"recipe": digest(own), "epochs": own["epochs"], "device": describe_device(device)}
+                row |= {
+                    "recipe": digest(own),
+                    "epochs": recipe_of(own)[0].epochs,
+                    "device": describe_device(device),
+                }
                 row["val_attack"] = f"PGD-{own['train_pgd_steps']} at {own['eps_255']:g}/255"
                 row |= measure(own, slices, split, seed, device)
                 print(row, flush=True)

@@ -1,20 +1,28 @@
 """The workflow: papermill runs every notebook with the test profile, and redoes no more than it must."""
 
+import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from workflow import BUILD, ROOT, snakemake
+import yaml
+from workflow import BUILD, OPTIONS, ROOT, snakemake
 
 from fortify.data import Slices
 from fortify.evaluation import check_rows, read_rows
 from fortify.regions import lung_mask
-from fortify.workflow import publish
+from fortify.workflow.locks import wait_for_profile
+from fortify.workflow.notebooks import code_of, inherited_parameters
+from fortify.workflow.profiles import companion_profiles, load_profile
+from fortify.workflow.steps import STYLE, Step
 
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 SEED_ALONE = dict.fromkeys(("baseline", "attacks", "adversarial_training", "published_protocol"), 2)
 
 
@@ -100,6 +108,35 @@ def test_a_changed_parameter_redoes_only_what_depends_on_it(finished, change, re
     assert jobs(snakemake("--dry-run", config=("profile=test", change)).stdout) == redone
 
 
+def test_a_changed_parameter_redoes_those_that_inherit_it(finished):
+    """Notebook 4 does not declare ``lr``: by the rule's own parameters, whatever its inputs are."""
+    target = "build/test/random-s0/04_adversarial_training.json"
+    options = ("--dry-run", "--rerun-triggers", "params", "--allowed-rules", "adversarial_training", "--")
+    assert "Nothing to be done" in snakemake(target, *options).stderr
+    shown = snakemake(target, *options, config=("profile=test", "lr=0.5")).stdout
+    assert jobs(shown) == {"adversarial_training": 1}
+
+
+def test_a_step_holds_what_it_inherits_and_not_what_it_does_not():
+    parameters = load_profile(ROOT / "notebooks/profiles/laptop.yaml", NOTEBOOKS)
+
+    def inherited(notebook):
+        return Step("", notebook, "{run}", [], []).inherited(parameters)
+
+    training = inherited("04_adversarial_training")
+    assert training["02_baseline"].items() >= {"lr": 0.004, "epochs": 36}.items()
+    assert training["03_attacks"].items() >= {"pgd_restarts": 1, "cw_steps": 80}.items()
+    # A run's folder, split and seed are the workflow's, and differ by run.
+    assert {"run", "split", "seed"}.isdisjoint(training["02_baseline"])
+    # The leakage of one seed's models is not redone for a second seed.
+    assert inherited("07_leakage") == {
+        "01_data": {"splits": ["random", "grouped"]},
+        "03_attacks": {"eps_255": 4},
+        "02_baseline": {},
+    }
+    assert inherited("03_attacks") == {}
+
+
 def test_another_seed_leaves_the_finished_one(finished):
     two = ("profile=test", "seeds=[0,1]")
     try:
@@ -116,8 +153,8 @@ def test_tables_are_made_without_the_weights(finished, tmp_path):
     table.unlink()
     for path in weights:
         shutil.move(path, tmp_path / f"{path.parent.name}-{path.name}")
-    allowed = ("--allowed-rules", "results", "claims", "html", "all")
-    done = snakemake("--quiet", "rules", *allowed)
+    allowed = ("--allowed-rules", "results", "claims", "html", "tables")
+    done = snakemake("tables", "--quiet", "rules", *allowed, config=("profile=test", "finished=true"))
     for path in weights:
         shutil.move(tmp_path / f"{path.parent.name}-{path.name}", path)
     assert done.returncode == 0 and len(weights) == 8, done.stderr[-2000:]
@@ -131,14 +168,15 @@ def test_the_reference_run_is_five_seeds_on_both_splits():
     assert {rule: found[rule] for rule in (*per_run, *once)} == per_run | once
 
 
-@pytest.mark.parametrize("profile", publish.BESIDE)
-def test_what_stands_beside_is_a_table_1_with_its_audit(profile):
-    found = jobs(snakemake("audited", "--dry-run", "--forceall", config=(f"profile={profile}",)).stdout)
+@pytest.mark.parametrize("profile", companion_profiles(ROOT / "notebooks/profiles"))
+def test_a_companion_profile_is_a_table_1_with_its_audit(profile):
     per_run = dict.fromkeys(("baseline", "attacks", "adversarial_training"), 10)
-    assert found == per_run | {"data": 1, "results": 1, "robustness_audit": 2, "audited": 1}
+    own = per_run | {"data": 1, "results": 1, "robustness_audit": 2}
+    shown = snakemake("--dry-run", "--forceall", config=(f"profile={profile}",)).stdout
+    assert jobs(shown) == own | {"all": 1}
     command = ("make", "--no-print-directory", "-o", ".venv/.installed", "--dry-run", profile)
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
-    assert f" audited --config profile={profile} " in made
+    assert re.search(rf"&& snakemake +--config profile={profile} ", made)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +203,12 @@ def test_the_published_training_is_run_on_its_seeds_alone(changes, seeds):
     [
         (("profile=test", "esp_255=4"), "no notebook has a parameter esp_255"),
         (("profile=none",), "the profiles are"),
+        (
+            ("profile=test", "eps_255=8/255"),
+            "eps_255 (notebook 03_attacks) must be a number like 4.0, not the",
+        ),
+        (("profile=test", "seeds=0"), "must be a list like [0, 1, 2, 3, 4], not 0"),
+        (("profile=test", "flip=no way"), "must be true or false like True, not the text 'no way'"),
     ],
 )
 def test_what_does_not_fit_is_one_clear_error(config, message):
@@ -172,21 +216,229 @@ def test_what_does_not_fit_is_one_clear_error(config, message):
     assert refused.returncode != 0 and message in refused.stdout + refused.stderr
 
 
-def test_make_tables_takes_the_seeds_that_are_there(tmp_path):
+TABLE1 = ("normal_predictions.csv", "adversarial_predictions.csv", "normal_history.csv")
+TABLE1 += ("adversarial_history.csv", "02_baseline.json", "03_attacks.json", "04_adversarial_training.json")
+PUBLISHED = ("published_predictions.csv", "published_protocol.csv", "06_published_protocol.json")
+
+
+@pytest.fixture
+def cut(tmp_path):
+    """A checkout with runs that were cut between the splits: files of no content, for dry runs."""
+    for name in ("notebooks", "paper", "profiles"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "Snakefile", tmp_path)
     shutil.copy(ROOT / "Makefile", tmp_path)
-    for run in ("mine/random-s3", "mine/random-s11", "mine/grouped-s11", "lungs/random-s0"):
-        (tmp_path / "build" / run).mkdir(parents=True)
-        (tmp_path / "build" / run / "adversarial_predictions.csv").touch()
-    (tmp_path / "build/mine/random-s4").mkdir()  # unfinished
+    for run in ("random-s2", "random-s10", "grouped-s2"):
+        touch(tmp_path, *(f"{run}/{name}" for name in TABLE1))
+    touch(tmp_path, "grouped-s10/normal_predictions.csv", "grouped-s10/02_baseline.json")  # unfinished
+    touch(tmp_path, "data/slices.npz", "data/01_data.json")
+    return tmp_path
 
-    def make(*arguments):
-        own = ("make", "--no-print-directory", "-o", ".venv/.installed", "tables", *arguments)
-        return subprocess.run(own, cwd=tmp_path, capture_output=True, text=True)
 
-    shown = make("--dry-run", "PROFILE=mine").stdout
-    assert re.findall(r"--config profile=mine '(.*?)'", shown) == ["seeds=[3,11]"] * 2
-    assert "seeds=[3]" in make("--dry-run", "PROFILE=mine", "SEEDS=3").stdout
-    assert " all --allowed-rules" in shown
-    assert " results --allowed-rules" in make("--dry-run", "PROFILE=lungs").stdout  # it has no ledger
-    refused = make("PROFILE=none")
-    assert refused.returncode != 0 and "build/none holds no finished seed" in refused.stderr
+def touch(checkout, *names):
+    for name in names:
+        path = checkout / "build/test" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def tables(checkout, *config):
+    """What `make tables` would run, and with which inputs, in a dry run."""
+    allowed = ("--allowed-rules", "results", "claims", "html", "tables")
+    config = ("profile=test", "finished=true", *config)
+    done = snakemake("tables", "--dry-run", "-p", *allowed, config=config, cwd=checkout)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_make_tables_takes_what_is_whole_of_each_split(cut):
+    """A run that was cut after the random split of a seed: its tables need nothing of the grouped one."""
+    shown = tables(cut)
+    assert jobs(shown) == {"results": 1, "tables": 1}, "without what the claims read: Table 1 alone"
+    rows = set(re.findall(r"(\w+-s\d+)/adversarial_predictions.csv", shown))
+    assert rows == {"random-s2", "random-s10", "grouped-s2"}
+    data = snakemake("data", "--dry-run", "-p", config=("profile=test", "finished=true"), cwd=cut).stdout
+    assert re.search(r"seeds: \[(.*?)\]", data)[1] == "2, 10", "as numbers"
+    one = tables(cut, "seeds=[10]")
+    assert set(re.findall(r"(\w+-s\d+)/adversarial_predictions.csv", one)) == {"random-s10"}
+    assert "table1_grouped" not in one
+
+
+def test_make_tables_makes_the_claims_where_what_they_read_is_there(cut):
+    leaks = "leak_meter leak_summary leak_twins leak_tells groups group_sensitivity lungs_or_scanner"
+    touch(cut, *(f"tables/{name}.csv" for name in leaks.split()))
+    touch(cut, "tables/audit_random-s2.csv", *(f"random-s2/{name}" for name in PUBLISHED))
+    shown = tables(cut)
+    assert jobs(shown) == {"results": 1, "claims": 1, "html": 1, "tables": 1}
+    assert set(re.findall(r"(\w+-s\d+)/published_protocol.csv", shown)) == {"random-s2"}
+    # A companion profile has no claims, whatever is there.
+    profile = cut / "notebooks/profiles/test.yaml"
+    profile.write_text(profile.read_text() + "beside: true\n")
+    assert jobs(tables(cut)) == {"results": 1, "tables": 1}
+
+
+def test_make_tables_of_nothing_is_one_clear_error(cut):
+    shutil.rmtree(cut / "build")
+    config = ("profile=test", "finished=true")
+    refused = snakemake("tables", "--dry-run", config=config, cwd=cut)
+    assert refused.returncode != 0
+    assert "build/test holds no finished run; run that profile first" in refused.stdout + refused.stderr
+    own = ("make", "--no-print-directory", "-o", ".venv/.installed", "--dry-run", "tables", "PROFILE=test")
+    made = subprocess.run((*own, "SEEDS=2"), cwd=cut, capture_output=True, text=True).stdout
+    assert made.count("--config profile=test finished=true 'seeds=[2]'") == 2
+    assert "snakemake  tables --allowed-rules results claims html tables " in made
+
+
+def test_ones_own_images_as_the_readme_says(cut):
+    """Its command has the options of `make` without naming them, and is a Table 1 with its audit."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    printed = re.search(r"^\.venv/bin/(snakemake .*profile=mine)$", readme, re.MULTILINE)[1]
+    (cut / "notebooks/profiles/mine.yaml").write_text(
+        "title: my own\nbeside: true\ndataset: folder\ndata_dir: /nowhere\nct: false\nseeds: [0]\n"
+    )
+    command = [sys.executable, "-m", *printed.split(), "--dry-run"]
+    done = subprocess.run(command, cwd=cut, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "Using workflow specific profile profiles/default" in done.stderr
+    per_run = dict.fromkeys(("baseline", "attacks", "adversarial_training", "robustness_audit"), 2)
+    assert jobs(done.stdout) == per_run | {"data": 1, "results": 1, "all": 1}
+    options = yaml.safe_load((ROOT / "profiles/default/config.yaml").read_text())
+    assert options == {
+        "cores": "all",
+        "quiet": "rules",
+        "nolock": True,
+        "rerun-incomplete": True,
+        "max-checksum-file-size": 1_000_000_000,
+    }
+    assert f"{ROOT}/profiles/default" in OPTIONS
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert not re.search(r"--nolock|--rerun-incomplete|--max-checksum", makefile + readme)
+
+
+def test_another_notebook_costs_a_file_and_a_row(cut):
+    """One that reads an earlier one's parameters and a module of the library."""
+    parameters = nbformat.v4.new_code_cell('run = ""\nshine = 3', metadata={"tags": ["parameters"]})
+    code = 'from fortify.intervals import wilson\nparts = run.parameters("02_baseline", "epochs")'
+    cells = [parameters, nbformat.v4.new_code_cell(code)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), cut / "notebooks/10_more.ipynb")
+    snakefile = cut / "Snakefile"
+    row = (
+        'Step("more", "10_more", "{run}", ["{run}/normal.safetensors"], ["{run}/more.csv"]),\n]  # fmt: skip'
+    )
+    snakefile.write_text(snakefile.read_text().replace("]  # fmt: skip", row))
+    config = ("profile=test", "shine=4")
+    shown = snakemake("build/test/random-s0/more.csv", "--dry-run", "-p", config=config, cwd=cut)
+    assert jobs(shown.stdout) == {"data": 1, "baseline": 1, "more": 1}
+    assert "papermill notebooks/10_more.ipynb" in shown.stdout and "shine: 4" in shown.stdout
+
+
+def test_a_folder_is_cleared_but_for_the_locks_and_not_while_a_run_is_at_work(tmp_path):
+    build = tmp_path / "test"
+    with wait_for_profile(build):
+        (build / "tables").mkdir()
+        (build / "tables/a.csv").touch()
+        (build / "b").touch()
+        waiting = subprocess.Popen(
+            [sys.executable, "-c", f"from workflow import clear, Path; clear(Path({str(build)!r}))"],
+            cwd=ROOT / "tests",
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert "waiting for another run in this checkout" in waiting.stderr.readline()
+        assert (build / "tables/a.csv").exists()
+    assert waiting.wait() == 0
+    waiting.stderr.close()
+    assert sorted(os.listdir(build)) == [".lock", ".notebook-lock"]
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """A library of a few modules, and a notebook that imports one of them."""
+    package = tmp_path / "fortify"
+    (package / "inner").mkdir(parents=True)
+    modules = {
+        "__init__": '"""Words."""',
+        "work": "import fortify.style\nfrom fortify.inner.deep import depth\nfrom fortify.tools import bar",
+        "style": "import fortify.pens",
+        "pens": "COLOUR = 1",
+        "tools": "from fortify.unused import x\n\n\ndef bar():\n    pass\n\n\ndef seeded():\n    return 1",
+        "unused": "x = 1",
+        "inner/__init__": "",
+        "inner/deep": 'def depth():\n    """How deep."""\n    return 1  # metres',
+    }
+    for name, source in modules.items():
+        (package / f"{name}.py").write_text(source + "\n")
+    cells = [
+        nbformat.v4.new_code_cell("import numpy as np"),
+        nbformat.v4.new_code_cell("import fortify.work"),
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "n.ipynb")
+    monkeypatch.setattr("fortify.workflow.notebooks.PACKAGE", package)
+    return package
+
+
+def test_a_notebook_depends_on_what_it_imports_and_what_that_imports(library):
+    found = code_of(library.parent / "n.ipynb")
+    names = {"", ".work", ".style", ".pens", ".tools", ".unused", ".inner", ".inner.deep"}
+    assert found.keys() == {f"fortify{name}" for name in names}
+    left = code_of(library.parent / "n.ipynb", without=("fortify.style", "fortify.tools.bar"))
+    assert left.keys() == {f"fortify{name}" for name in ("", ".work", ".inner", ".inner.deep")}
+
+
+def test_words_about_code_change_nothing_and_code_does(library):
+    notebook, deep = library.parent / "n.ipynb", library / "inner/deep.py"
+    before = code_of(notebook)
+    deep.write_text('def depth():\n    """Deeper words."""\n\n    return 1\n')
+    assert code_of(notebook) == before
+    deep.write_text("def depth():\n    return 2\n")
+    after = code_of(notebook)
+    assert {name for name in before if before[name] != after[name]} == {"fortify.inner.deep"}
+
+
+def test_of_a_module_a_part_may_count_and_another_not(library):
+    work, tools = library / "work.py", library / "tools.py"
+    work.write_text("from fortify.tools import bar, seeded\n")
+    options = {"without": ("fortify.tools.bar",)}
+    before = code_of(library.parent / "n.ipynb", **options)
+    assert before.keys() >= {"fortify.tools"}
+    tools.write_text(tools.read_text().replace("pass", "print()"))
+    assert code_of(library.parent / "n.ipynb", **options) == before
+    tools.write_text(tools.read_text().replace("return 1", "return 2"))
+    assert code_of(library.parent / "n.ipynb", **options) != before
+
+
+def test_style_makes_no_costly_step_again_and_the_claims_know_their_figures():
+    """Of the notebooks as they are: those that train or attack depend on no figure, table or file's form."""
+    costly = code_of(ROOT / "notebooks/04_adversarial_training.ipynb", without=STYLE)
+    assert costly.keys() >= {"fortify.attacks", "fortify.training", "fortify.runtime", "fortify.objectives"}
+    assert not {"fortify.figures", "fortify.tables", "fortify.files", "fortify.runs"} & costly.keys()
+    cheap = code_of(ROOT / "notebooks/09_claims.ipynb")
+    assert cheap.keys() >= {"fortify.examined.figures", "fortify.figures", "fortify.examined.claims"}
+
+
+def test_what_a_notebook_inherits_is_read_in_its_source(tmp_path):
+    def found(*lines):
+        cells = [nbformat.v4.new_code_cell(line) for line in lines]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "n.ipynb")
+        return inherited_parameters(tmp_path / "n.ipynb")
+
+    assert found("x = 1", 'a = run.parameters("01_a", "b")["b"]') == {"01_a": ["b"]}
+    assert found('shared_parameters(runs, "01_a", "b", "c")', 'r.parameters("02_d")') == {
+        "01_a": ["b", "c"],
+        "02_d": [],
+    }
+    # All of them, whatever else is asked for by name.
+    assert found('r.parameters("02_d")', 'r.parameters("02_d", "b")') == {"02_d": []}
+    assert found('r.parameters("02_d", "b")', 'r.parameters("02_d")') == {"02_d": []}
+    with pytest.raises(ValueError, match="must name notebook and parameters literally"):
+        found("run.parameters(name)")
+
+
+def test_the_manifests_say_what_was_inherited(finished):
+    made = json.loads((BUILD / "random-s0/04_adversarial_training.json").read_text())
+    assert made["parameters"].keys().isdisjoint({"epochs", "cw_steps"})
+    assert (
+        made["inherited"]["02_baseline"]["epochs"] == 2 and made["inherited"]["03_attacks"]["cw_steps"] == 5
+    )
+    claims = json.loads((BUILD / "claims/09_claims.json").read_text())
+    assert claims["inherited"]["01_data"] == {"splits": ["random", "grouped"], "seeds": [0]}

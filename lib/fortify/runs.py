@@ -4,10 +4,12 @@ A *run* is one folder below ``build/<profile>/``. A notebook opens it with :func
 what the notebooks before it left there, and writes its own files through :func:`atomic_path`.
 """
 
+import ast
 import contextlib
 import hashlib
 import json
 import platform
+import re
 import subprocess
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -29,6 +31,10 @@ _WRITERS = (  # the first prefix that fits
     ("published", "06_published_protocol"),
     ("tone_curves", "06_published_protocol"),
 )
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+_KINDS |= {dict: "a mapping"}
+_PLAIN = (*_KINDS, tuple, type(None))
+_RUN = r"([a-z]+)-s(\d+)"  # a run's folder: split and seed
 _STAMPED = ("fortify", "torch", "torchvision", "foolbox", "pyautoattack")
 _STAMPED += ("numpy", "pandas", "scikit-learn", "scipy")
 
@@ -43,6 +49,9 @@ class Run:
     source: Path
     target: Path
     replaced: set = field(default_factory=set, compare=False)  # names read from what was made by hand instead
+    inherited: dict = field(
+        default_factory=dict, compare=False
+    )  # {notebook: parameters taken from its manifest}
 
     @property
     def profile(self):
@@ -55,13 +64,39 @@ class Run:
         beside = f" with {', '.join(sorted(self.replaced))} made by hand" if self.replaced else ""
         return self.source.parent.name + beside
 
-    def siblings(self, needs):
-        """The runs of the same profile that hold every file in ``needs``, sorted by name."""
+    def siblings(self, needs, *, splits=None, seeds=None):
+        """The runs of the same profile that hold every file in ``needs``, by split and seed (2 before 10).
+
+        ``splits`` and ``seeds`` leave out other runs, such as those of an earlier call with more seeds.
+        """
         if self.source.name == Path(BY_HAND).name:
             folders = [self.source]
         else:
-            folders = sorted(p for p in self.source.parent.iterdir() if p.is_dir())
-        return [Run(p, self.target, self.replaced) for p in folders if _holds(p, needs)]
+            folders = sorted((p for p in self.source.parent.iterdir() if p.is_dir()), key=run_order)
+        found = []
+        for folder in (p for p in folders if _holds(p, needs)):
+            stamps = {_stamp(folder, n) for n in needs} - {None}
+            of = re.fullmatch(_RUN, next((s[1] for s in stamps if s[1]), folder.name))
+            known = splits is None or (of and of[1] in splits)
+            if known and (seeds is None or (of and int(of[2]) in seeds)):
+                found.append(Run(folder, self.target, self.replaced, self.inherited))
+        return found
+
+    def parameters(self, notebook, *names):
+        """{name: value} of the parameters that ``notebook`` of this run had: all, or just ``names``.
+
+        They are read from its manifest, so that no later notebook declares them again. Name both as literals:
+        the workflow reads them in the notebook's source, and redoes it when one changes.
+        Raises FileNotFoundError where that notebook has not been run, and ValueError where it was run before
+        it had such a parameter; both name it.
+        """
+        path = self.read(f"data/{notebook}.json" if notebook == "01_data" else f"{notebook}.json")
+        made = json.loads(path.read_text(encoding="utf-8"))["parameters"]
+        if missing := [name for name in names if name not in made]:
+            raise ValueError(f"{path} has no {', '.join(missing)}: run notebook {notebook} again")
+        own = {name: made[name] for name in names or made}
+        self.inherited.setdefault(notebook, {}).update(own)
+        return own
 
     def read(self, name):
         """Path of an existing file ``name``.
@@ -85,6 +120,32 @@ class Run:
         path = _resolve(self.target, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+
+def shared_parameters(runs, notebook, *names):
+    """:meth:`Run.parameters` of several runs, which must agree: their results stand in one table.
+
+    Raises ValueError that names two runs which do not, or where there are none.
+    """
+    if not runs:
+        raise ValueError(f"there is no finished run to read {notebook}'s parameters from")
+    first = runs[0].parameters(notebook, *names)
+    for run in runs[1:]:
+        other = run.parameters(notebook, *names)
+        for name in first:
+            if other.get(name) != first[name]:
+                raise ValueError(
+                    f"{runs[0].source.name} is of {name} = {first[name]!r} and {run.source.name} of "
+                    f"{other.get(name)!r}: run notebook {notebook} again on one of them"
+                )
+    return first
+
+
+def run_order(path):
+    """Sorts runs by split, then by seed as a number; other folders by their names."""
+    name = Path(path).name
+    found = re.fullmatch(_RUN, name)
+    return (found[1], int(found[2])) if found else (name, -1)
 
 
 def open_run(run="", *, needs=()):
@@ -151,6 +212,8 @@ def _holds(folder, names):
 
 def _writer(name):
     """The notebook that writes the file ``name``; None for a file that none of them is known to write."""
+    if re.fullmatch(r"\d\d_\w+\.json", Path(name).name):  # a manifest
+        return Path(name).stem
     return next((notebook for prefix, notebook in _WRITERS if name.startswith(prefix)), None)
 
 
@@ -165,19 +228,70 @@ def _remedy(name):
     return "Run the notebooks before this one first, or `make demo` for all of them."
 
 
-def notebook_parameters(namespace):
-    """The plain literals of a notebook's namespace, as a dict: call it right after the parameters cell.
+def notebook_parameters(notebook, namespace):
+    """{name: value} of what the parameters cell of ``notebook`` ("02_baseline") declares, as it stands now.
 
-    Skips names that start with ``_``, constants in CAPITALS and IPython's own; modules, functions and classes
-    are no literals.
+    Call it with ``globals()`` right after that cell. Rerun later, when a set-up cell has made of a parameter
+    something else (a :class:`Run`, a device), it keeps what was recorded first, the dict ``parameters``.
+    Raises ValueError in one sentence where a value is of another type than the declared default.
     """
-    plain = (str, int, float, bool, list, tuple, dict, type(None))
-    own = {"In", "Out", "exit", "quit"}
-    return {
-        k: v
-        for k, v in namespace.items()
-        if isinstance(v, plain) and not (k.startswith("_") or k.isupper() or k in own)
-    }
+    earlier, found = namespace.get("parameters", {}), {}
+    for name, default in declared_parameters(find_root() / "notebooks" / f"{notebook}.ipynb").items():
+        value = namespace.get(name, default)
+        if not isinstance(value, _PLAIN) and name in earlier:
+            value = earlier[name]
+        try:
+            found[name] = checked_parameter(value, default, where=name)
+        except ValueError as error:
+            raise ValueError(f"{error}; to papermill say it as YAML: -y '{{{name}: ...}}'") from None
+    return found
+
+
+def declared_parameters(notebook):
+    """{name: default} of the cell tagged ``parameters``, which must hold plain literals, one a line.
+
+    ValueError for a file without that cell, or where it holds something else.
+    """
+    for cell in json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            try:
+                return literals("".join(cell["source"]))
+            except ValueError as error:
+                raise ValueError(f"{notebook}: {error}") from None
+    raise ValueError(f"{notebook} has no cell tagged parameters")
+
+
+def literals(source):
+    """{name: value} of lines of ``name = literal`` and comments. ValueError names a line that is not one."""
+    found = {}
+    for line in ast.parse(source).body:
+        try:
+            found[line.targets[0].id] = ast.literal_eval(line.value)
+        except (AttributeError, ValueError):
+            raise ValueError(f"{ast.unparse(line)} is no `name = literal`") from None
+    return found
+
+
+def checked_parameter(value, default, *, where):
+    """``value`` if it is of the default's type; else ValueError in one sentence, which starts with ``where``.
+
+    A whole number passes for a number. Each element of a list is checked, and in a mapping each value whose
+    name the default has too.
+    """
+    wrong = f"{where} must be {_KINDS[type(default)]} like {default!r}, not "
+    wrong += f"the text {value!r}" if isinstance(value, str) else repr(value)
+    if isinstance(default, float) and type(value) is int:
+        return value
+    if type(value) is not type(default) or (isinstance(default, list) and not value):
+        raise ValueError(wrong)
+    if isinstance(default, list):
+        return [checked_parameter(v, default[0], where=f"an element of {where}") for v in value]
+    if isinstance(default, dict):
+        return {
+            k: checked_parameter(v, default[k], where=f"{k} in {where}") if k in default else v
+            for k, v in value.items()
+        }
+    return value
 
 
 def banner(run, source, *, device=None, **facts):
@@ -194,14 +308,18 @@ def banner(run, source, *, device=None, **facts):
     return line
 
 
-def manifest(*, parameters, data_sha256, device):
-    """What a result needs to be traced: parameters, data hash, code, versions and machine, as a dict."""
+def manifest(*, parameters, data_sha256, device, inherited=None):
+    """What a result needs to be traced: parameters, data hash, code, versions and machine, as a dict.
+
+    ``inherited`` is :attr:`Run.inherited`, what it took of other notebooks' parameters.
+    """
     versions = {"python": platform.python_version()}
     for package in _STAMPED:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     return {
         "parameters": parameters,
+        "inherited": inherited or {},
         "data_sha256": data_sha256,
         "device": describe_device(device),
         "versions": versions,

@@ -3,6 +3,7 @@
 python -m fortify.workflow.locks LOCK COMMAND...   runs a command that holds the lock to its end
 """
 
+import contextlib
 import fcntl
 import os
 import sys
@@ -12,18 +13,38 @@ from pathlib import Path
 def wait_for_lock(path, *, what, shared=False):
     """Hold the lock file ``path`` until the returned file is closed or the process ends, however it ends.
 
-    While another process holds it this waits, and says so on stderr: ``what`` is at work. Any number of
-    processes hold it together if it is ``shared`` to each.
+    While another process holds it this waits, and says so: ``what`` is at work. Any number of processes hold
+    it together if it is ``shared`` to each.
     """
     path, kind = Path(path), fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a")
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"waiting for {what} to end (it holds {path})", file=sys.stderr, flush=True)
-        fcntl.flock(file, kind)
-    return file
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say(f"waiting for {what} to end (it holds {path})")
+            fcntl.flock(file, kind)
+        # Somebody may have removed the folder meanwhile: a file that is gone locks nobody out.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()
+
+
+def _say(message):
+    """On stderr, and where that is caught (by a test runner, into a log) on the terminal too."""
+    print(message, file=sys.stderr, flush=True)
+    if not os.isatty(2):
+        with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:
+            print(message, file=terminal, flush=True)
+
+
+def wait_for_profile(build):
+    """Hold the lock of a profile's folder, once no notebook of an earlier workflow is at work in it."""
+    lock = wait_for_lock(Path(build) / ".lock", what="another run in this checkout")
+    wait_for_lock(Path(build) / ".notebook-lock", what="a notebook whose run was killed").close()
+    return lock
 
 
 def run_locked(path, command):

@@ -1,46 +1,26 @@
 """Profiles: flat YAML files of notebook parameters, checked against what the notebooks declare."""
 
-import ast
 import contextlib
 from pathlib import Path
 
-import nbformat
 import yaml
+
+from fortify.runs import checked_parameter, declared_parameters
+from fortify.workflow.notebooks import inherited_parameters
+
+ABOUT = {"title": str, "beside": bool}  # what a profile says of itself: no parameters
 
 
 class ProfileError(ValueError):
     """A profile does not fit the notebooks; the message names the file, the parameter and the remedy."""
 
 
-def literals(source):
-    """{name: value} of lines of ``name = literal`` and comments. ValueError names a line that is not one."""
-    found = {}
-    for line in ast.parse(source).body:
-        try:
-            found[line.targets[0].id] = ast.literal_eval(line.value)
-        except (AttributeError, ValueError):
-            raise ValueError(f"{ast.unparse(line)} is no `name = literal`") from None
-    return found
+def read_profile(path):
+    """(parameters, about) of a YAML file, unchecked but for its form.
 
-
-def declared_parameters(notebook):
-    """{name: default} of the cell tagged ``parameters``, which must hold plain literals, one a line."""
-    for cell in nbformat.read(notebook, as_version=4).cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            try:
-                return literals(cell.source)
-            except ValueError as error:
-                raise ProfileError(f"{notebook}: {error}") from None
-    raise ProfileError(f"{notebook} has no cell tagged parameters")
-
-
-def load_profile(path, notebooks, *, changes=None):
-    """Read a profile: {notebook stem: {name: value}}, each notebook with just the parameters it declares.
-
-    ``notebooks`` are paths; ``changes`` {name: value} go over the file's values. A name that neither has
-    keeps the notebook's default, so that the result holds every parameter. Raises ProfileError for a file
-    that is missing or is no flat mapping, a name that no notebook declares, and a value of another type than
-    the default.
+    ``about`` holds its ``title``, a line for readers, and ``beside``: whether it is a companion profile,
+    whose Table 1 and audit stand beside another's. Raises ProfileError for a file that is missing or no flat
+    mapping, and where these two are no text and no boolean.
     """
     path = Path(path)
     if not path.is_file():
@@ -52,8 +32,32 @@ def load_profile(path, notebooks, *, changes=None):
         raise ProfileError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ProfileError(f"{path} must be lines of `name: value`, not {type(values).__name__}")
-    values |= changes or {}
-    declared = {Path(n).stem: declared_parameters(n) for n in notebooks}
+    about = {"beside": False, "title": ""} | {k: v for k, v in values.items() if k in ABOUT}
+    for name, kind in ABOUT.items():
+        if not isinstance(about[name], kind):
+            raise ProfileError(f"{path}: {name} must be {kind.__name__}, not {about[name]!r}")
+    return {k: v for k, v in values.items() if k not in ABOUT}, about
+
+
+def companion_profiles(folder):
+    """{name: title} of the profiles in ``folder`` whose results stand beside another's."""
+    found = {path.stem: read_profile(path)[1] for path in sorted(Path(folder).glob("*.yaml"))}
+    return {name: about["title"] for name, about in found.items() if about["beside"]}
+
+
+def load_profile(path, notebooks, *, changes=None):
+    """Read a profile: {notebook stem: {name: value}}, each notebook with just the parameters it declares.
+
+    ``notebooks`` are paths; ``changes`` {name: value} go over the file's values. A name that neither has
+    keeps the notebook's default, so that the result holds every parameter. Raises ProfileError for a file
+    that :func:`read_profile` refuses, a name that no notebook declares, and a value of another type than the
+    default.
+    """
+    values = read_profile(path)[0] | (changes or {})
+    try:
+        declared = {Path(n).stem: declared_parameters(n) for n in notebooks}
+    except ValueError as error:
+        raise ProfileError(str(error)) from None
     known = {name for parameters in declared.values() for name in parameters}
     unknown = sorted(map(str, set(values) - known))
     if unknown:
@@ -63,20 +67,33 @@ def load_profile(path, notebooks, *, changes=None):
     for stem, parameters in declared.items():
         for name, default in parameters.items():
             if name in values:
-                parameters[name] = _typed(values[name], default, where=f"{path}: {name} (notebook {stem})")
+                where = f"{path}: {name} (notebook {stem})"
+                try:
+                    parameters[name] = checked_parameter(
+                        _numbers(values[name], default), default, where=where
+                    )
+                except ValueError as error:
+                    raise ProfileError(str(error)) from None
     return declared
 
 
-def _typed(value, default, *, where):
-    """``value`` if it is of the default's type, each element of a list too; an integer passes for a float."""
-    if isinstance(default, list):
-        if not isinstance(value, list) or not value:
-            raise ProfileError(f"{where} must be a list like {default}, not {value!r}")
-        return [_typed(v, default[0], where=where) for v in value]
-    if isinstance(default, float) and isinstance(value, str):  # YAML reads 5e-5, without a dot, as text
+def with_inherited(parameters, notebooks):
+    """``parameters`` of :func:`load_profile` with, for each notebook, those that it takes from others too."""
+    whole = {}
+    for path in sorted(map(Path, notebooks)):  # in their order: what one inherits is passed on
+        own = {}
+        for stem, names in inherited_parameters(path).items():
+            own |= {name: whole[stem][name] for name in names or parameters[stem]}
+        whole[path.stem] = own | parameters[path.stem]
+    return whole
+
+
+def _numbers(value, default):
+    """YAML reads 5e-5, without a dot, as text: where a number is expected, in a mapping too, it is one."""
+    if isinstance(value, dict):
+        default = default if isinstance(default, dict) else {}
+        return {k: _numbers(v, default.get(k, 0.0)) for k, v in value.items()}
+    if isinstance(default, float) and isinstance(value, str):
         with contextlib.suppress(ValueError):
-            value = float(value)
-    fits = type(value) is type(default) or (type(value) is int and type(default) is float)
-    if not fits:
-        raise ProfileError(f"{where} must be {type(default).__name__} like {default!r}, not {value!r}")
+            return float(value)
     return value

@@ -19,14 +19,14 @@ import nbformat
 import pandas as pd
 
 from fortify.files import atomic_path, find_root, write_text
-from fortify.workflow.profiles import ProfileError, literals, load_profile
-
-BESIDE = {  # profiles whose Table 1 stands beside another's
-    "lungs": "slices cropped to the lungs",
-    "paper_lungs": "ResNet-50 at 224 px, slices cropped to the lungs",
-    "resnet18": "ResNet-18 in place of ResNet-50",
-}
-NOT_BESIDE = ("06_published_protocol", "07_leakage", "09_claims")  # of the paper and of whole slices
+from fortify.runs import literals, run_order
+from fortify.workflow.profiles import (
+    ProfileError,
+    companion_profiles,
+    load_profile,
+    read_profile,
+    with_inherited,
+)
 
 
 class PublishError(RuntimeError):
@@ -36,18 +36,31 @@ class PublishError(RuntimeError):
 def executed_notebooks(build, stems):
     """{stem: path} of the executed copies: of notebooks run once per split and seed, the first run's.
 
-    The first is random-s0 where there is one: the paper's split.
+    The first is the lowest seed of those in the tables on the random split, where there is one: the paper's
+    split. A stem that has not been executed is left out.
     """
+    runs = [*sorted(published_runs(build), key=lambda run: (not run.startswith("random"), run_order(run)))]
     found = {}
     for stem in stems:
-        candidates = [*build.glob(f"notebooks/{stem}.ipynb")]
-        candidates += sorted(
-            build.glob(f"notebooks/*/{stem}.ipynb"), key=lambda p: (p.parts[-2][0] != "r", str(p))
-        )
-        if not candidates:
-            raise PublishError(f"{build}/notebooks holds no executed {stem}; run that profile first")
-        found[stem] = candidates[0]
+        places = [build / "notebooks" / f"{stem}.ipynb"]
+        places += [build / "notebooks" / run / f"{stem}.ipynb" for run in runs]
+        if there := [path for path in places if path.is_file()]:
+            found[stem] = there[0]
     return found
+
+
+def published_runs(build):
+    """Names of the runs that the tables are of, by split and seed: those of notebook 1's splits and seeds.
+
+    A folder of runs may hold others, of an earlier call with more seeds.
+    """
+    found = sorted((path.parent.name for path in build.glob("*/02_baseline.json")), key=run_order)
+    made = build / "data" / "01_data.json"
+    if not made.is_file():
+        raise PublishError(f"{made} is missing; run that profile first")
+    own = json.loads(made.read_text(encoding="utf-8"))["parameters"]
+    wanted = {f"{split}-s{seed}" for split in own["splits"] for seed in own["seeds"]}
+    return [run for run in found if run in wanted]
 
 
 def source_sha256(notebook):
@@ -125,6 +138,25 @@ def published_folders(root, profile):
     return root / "figures" / below, root / "paper" / "tables" / below
 
 
+def awaiting(root):
+    """{stem: why} of the committed notebooks whose outputs are not of the code above them, as they say."""
+    notebooks = {
+        p.stem: nbformat.read(p, as_version=4) for p in sorted((root / "notebooks").glob("[0-9]*.ipynb"))
+    }
+    found = {
+        stem: notebook.metadata.get("fortify", {}).get("awaiting") for stem, notebook in notebooks.items()
+    }
+    return {stem: why for stem, why in found.items() if why}
+
+
+def awaiting_line(root):
+    """README's line on :func:`awaiting`; none where every notebook shows its own outputs. Markdown."""
+    stems = awaiting(root)
+    if not stems:
+        return ""
+    return f"Notebooks {', '.join(stem[:2] for stem in stems)} await {next(iter(stems.values()))}.\n"
+
+
 def shown_profile(root):
     """The profile that the committed notebooks are a run of; PublishError where they are not of one."""
     paths = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
@@ -141,18 +173,27 @@ def commit(build):
     where readers look; returns what was written.
 
     Only the ``paper`` profile writes ``figures/`` and ``paper/tables/`` themselves; any other writes to
-    their subfolder of its name, so that nothing smaller passes for the reference run. One of ``BESIDE``
-    leaves the notebooks as they are, and README shows its Table 1 below that of their profile.
+    their subfolder of its name, so that nothing smaller passes for the reference run. What an earlier publish
+    left there goes. A companion profile leaves the notebooks as they are, and README shows its Table 1 below
+    that of their profile.
     """
     build, root = Path(build).resolve(), find_root()
     profile = build.name
     figures, tables = published_folders(root, profile)
-    shown = shown_profile(root) if profile in BESIDE else profile
+    companion = profile in companion_profiles(root / "notebooks" / "profiles")
+    shown = shown_profile(root) if companion else profile
     sources = {p.stem: p for p in sorted((root / "notebooks").glob("[0-9]*.ipynb"))}
-    if profile in BESIDE:
-        sources = {stem: path for stem, path in sources.items() if stem not in NOT_BESIDE}
-    ready = {}
-    for stem, path in executed_notebooks(build, sources).items():
+    executed, ready = executed_notebooks(build, sources), {}
+    last = "table1.txt" if companion else "claims.md"
+    missing = [] if companion else sorted(sources.keys() - executed.keys())
+    if missing or not executed:
+        raise PublishError(
+            f"{build}/notebooks holds no executed {', '.join(missing) or 'notebook'}; run that profile first"
+        )
+    if not (build / "tables" / last).is_file():
+        what = "Table 1" if companion else "ledger of claims"
+        raise PublishError(f"{build}/tables holds no {what}; run that profile to its end first")
+    for stem, path in executed.items():
         source = nbformat.read(sources[stem], as_version=4)
         published = with_outputs(source, nbformat.read(path, as_version=4), profile=profile)
         ready[sources[stem]] = text = nbformat.writes(published) + "\n"
@@ -161,17 +202,20 @@ def commit(build):
             raise PublishError(
                 f"the executed {stem} shows a path of this machine; publish from clean outputs"
             )
-    if profile not in BESIDE and not (build / "tables" / "claims.md").is_file():
-        raise PublishError(f"{build}/tables holds no ledger of claims; run that profile to its end first")
-    written = [] if profile in BESIDE else list(ready)
+    written = [] if companion else list(ready)
     for path in written:  # only once all of them have passed
         write_text(path, ready[path])
+    others = {path.stem for path in (root / "notebooks" / "profiles").glob("*.yaml")} - {profile}
+    runs = published_runs(build)
     for kind, folder in (("figures", figures), ("tables", tables)):
-        if profile != "paper":  # whose folders hold the others'
-            shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        written += [Path(shutil.copy(p, folder)) for p in _of_first_seeds(_whole_files(build / kind))]
-    for path in per_example_results(build):
+        for path in folder.iterdir():
+            if path.is_file():
+                path.unlink()
+            elif profile != "paper" or path.name not in others:  # whose folders hold the others'
+                shutil.rmtree(path)
+        written += [Path(shutil.copy(p, folder)) for p in _of_first_seed(_whole_files(build / kind), runs)]
+    for path in per_example_results(build, runs):
         packed = tables / "runs" / path.relative_to(build)
         if path.suffix == ".csv":
             packed = packed.with_suffix(".csv.gz")
@@ -183,39 +227,42 @@ def commit(build):
     return written
 
 
-def per_example_results(build):
-    """The splits, every run's rows by image, histories and manifests: what the tables are made of."""
-    runs = [path.parent for path in sorted(build.glob("*/02_baseline.json"))]
-    found = sorted((build / "data").glob("splits/[!.]*.csv"))
-    return found + [p for run in runs for p in _whole_files(run) if p.suffix in (".csv", ".json")]
+def per_example_results(build, runs):
+    """The splits, the runs' rows by image, histories and manifests: what the tables are made of."""
+    found = [build / "data" / "splits" / f"{run}.csv" for run in runs]
+    found = [path for path in found if path.is_file()]
+    return found + [p for run in runs for p in _whole_files(build / run) if p.suffix in (".csv", ".json")]
 
 
-def _of_first_seeds(paths):
-    """Without the files of single runs, ``<name>_<split>-s<seed>``, but those of the first seed there is."""
-    seed_of = {p: int(found[1]) for p in paths if (found := re.search(r"_[a-z]+-s(\d+)$", p.stem))}
-    first = min(seed_of.values(), default=None)
-    return [p for p in paths if seed_of.get(p, first) == first]
+def _of_first_seed(paths, runs):
+    """Without the files of single runs, ``<name>_<split>-s<seed>``, but of the first seed of ``runs``."""
+    seed_of = {p: found for p in paths if (found := re.search(r"_([a-z]+-s(\d+))$", p.stem))}
+    seeds = {p: int(found[2]) for p, found in seed_of.items() if found[1] in runs}
+    first = min(seeds.values(), default=None)
+    return [p for p in paths if p not in seed_of or seeds.get(p) == first is not None]
 
 
 def _whole_files(folder):
-    """Sorted; without what a killed writer left half-written: see ``runs.atomic_path``."""
+    """Sorted; without what a killed writer left half-written: see ``files.atomic_path``."""
     return sorted(p for p in folder.glob("[!.]*") if p.is_file())
 
 
 def update_readme(root, profile):
-    """Rewrite README.md's ``generated`` sections, results and claims, from the tables of ``profile``."""
+    """Rewrite README.md's ``generated`` sections of results, claims and notebooks that await a run.
+
+    They are made of the tables of ``profile``.
+    """
     readme = root / "README.md"
     figures, tables = published_folders(root, profile)
     relative = figures.relative_to(root)
 
+    profiles = root / "notebooks" / "profiles"
     parts = _tables1(tables)
-    what = {
-        "paper": "the reference run: ResNet-50 at 224 px, on a GPU",
-        "laptop": "a small ResNet at 112 px, on a CPU",
-    }
-    sentence = f"From the `{profile}` profile ({what.get(profile, 'see its YAML')})."
+    sentence = f"From the `{profile}` profile ({read_profile(profiles / f'{profile}.yaml')[1]['title']})."
     if profile != "paper":
         sentence += " **Not** the reference run (`make paper`), which has yet to be published here."
+        if (published_folders(root, "paper")[1] / "table1_random.md").is_file():
+            sentence = sentence.replace("has yet to be published here", "is in [paper/tables](paper/tables)")
     sentence += (
         " Intervals are of the networks trained here. The sd over seeds says how far apart runs are: each "
         "seed is another training on another split (grouped: another fold)."
@@ -225,9 +272,9 @@ def update_readme(root, profile):
     parts.append(
         f"![Accuracy against the attack budget, both splits]({relative / 'robustness_curves.png'})\n"
     )
-    for name, words in BESIDE.items():
+    for name, title in companion_profiles(profiles).items():
         of_name = published_folders(root, name)[1]
-        beside = _tables1(of_name, f", {words} (`{name}` profile)")
+        beside = _tables1(of_name, f", {title} (`{name}` profile)")
         parts += [*beside, _audited(of_name)] if beside else []
     text = _replaced(readme.read_text(encoding="utf-8"), "results", "\n".join(parts))
     claims = (tables / "claims.md").read_text(encoding="utf-8")
@@ -235,6 +282,7 @@ def update_readme(root, profile):
     words = "One slice: original, clamped, tanh, published PGD and correct PGD, with predictions and changes"
     pictures = [f"![{words}]({relative / path.name})\n" for path in strip[:1]]
     text = _replaced(text, "claims", "\n".join([*pictures, claims]))
+    text = _replaced(text, "awaiting", awaiting_line(root))
     write_text(readme, text)
 
 
@@ -242,7 +290,7 @@ def _audited(tables):
     """What notebook 8 says against Table 1: the checks that failed. Markdown."""
     failed = []
     for split in ("random", "grouped"):
-        for path in sorted(tables.glob(f"audit_{split}-s*.csv")):
+        for path in sorted(tables.glob(f"audit_{split}-s*.csv"), key=_seed_of):
             where = f"{split} split, seed {path.stem.partition('-s')[2]}"
             for row in pd.read_csv(path).query("verdict == 'fail'").itertuples():
                 found = row.measured if pd.isna(row.note) else row.note
@@ -251,6 +299,10 @@ def _audited(tables):
     if failed:
         said += " Where a check of the attacks fails, the accuracy under attack is an upper bound."
     return said + "\n"
+
+
+def _seed_of(path):
+    return int(path.stem.rpartition("-s")[2])
 
 
 def _tables1(folder, suffix=""):
@@ -294,9 +346,9 @@ def pdf(profile, target=None):
     inputs["ablation"] = profile if (root / f"benchmarks/ablation_{profile}.csv").exists() else "laptop"
     reference = profile == "paper" and (root / "benchmarks/grouping_cuda.csv").exists()
     inputs["grouping"] = "cuda" if reference else "cpu"  # of the same profile where it has been measured
-    beside = {
-        name: published_parameters(root, name) for name in BESIDE if published_folders(root, name)[1].is_dir()
-    }
+    companions = companion_profiles(root / "notebooks" / "profiles")
+    companions = [name for name in companions if published_folders(root, name)[1].is_dir()]
+    beside = {name: published_parameters(root, name) for name in companions}
     inputs["beside"] = json.dumps(beside)  # the profiles whose tables may stand beside this one's
     options = {"root": root, "sys_inputs": inputs, "ignore_system_fonts": True, "timestamp": 0}
     try:
@@ -311,11 +363,13 @@ def pdf(profile, target=None):
 def published_parameters(root, profile):
     """{notebook: parameters} of a profile as its published runs had them; seeds are those that are there.
 
-    Raises PublishError where the manifest of a run (of notebooks 02 to 04, 06 and 08) has another value: the
-    tables are of it, not of today's profile. A parameter that is newer than a run is not in its manifest.
+    Each notebook's are its own and those that it takes from others. Raises PublishError where the manifest of
+    a run (of notebooks 02 to 04, 06 and 08) has another value: the tables are of it, not of today's profile.
+    A parameter that is newer than a run is not in its manifest.
     """
     notebooks = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
     parameters = load_profile(root / "notebooks" / "profiles" / f"{profile}.yaml", notebooks)
+    parameters = with_inherited(parameters, notebooks)
     seeds = {}  # of each notebook
     for path in sorted((published_folders(root, profile)[1] / "runs").glob("*-s*/[0-9]*.json")):
         ran, today = json.loads(path.read_text(encoding="utf-8"))["parameters"], parameters[path.stem]

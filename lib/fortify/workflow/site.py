@@ -34,7 +34,10 @@ PAGE = """
 {%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
 {%- block body_header -%}{{ super() }}
-<p style="margin:1em 4em"><a href="index.html"><u>Table 1 and all notebooks</u></a></p>
+<p style="margin:1em 4em"><a href="index.html"><u>Table 1 and all notebooks</u></a>
+{%- if (nb.metadata.fortify or {}).awaiting %} · This notebook awaits
+{{ nb.metadata.fortify.awaiting | escape }}.{% endif -%}
+</p>
 {%- endblock -%}
 """
 
@@ -67,6 +70,8 @@ def _site(target, notebooks, tables, figures, profile, pdf=None):
     exporter, listed, shown = _exporter(), [], {}
     for name, (path, run) in notebooks.items():
         notebook = nbformat.read(path, as_version=4)
+        if pdf is None:  # a finished profile's: what the committed copy awaits has just been run
+            notebook.metadata.get("fortify", {}).pop("awaiting", None)
         page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": _title(notebook)}})
         write_text(target / f"{name}.html", page)
         listed.append((name, run, notebook))
@@ -130,7 +135,11 @@ def _index(tables, profile, listed, cards, pdf):
     items = []
     for name, run, notebook in listed:
         words = html.escape(f"{_title(notebook)} ({run})" if run else _title(notebook))
-        items.append(f'<li><a href="{name}.html">{words}</a><br>{html.escape(_question(notebook))}</li>')
+        why = notebook.metadata.get("fortify", {}).get("awaiting")
+        note = f'<br><span class="note">Awaits {html.escape(why)}.</span>' if why else ""
+        items.append(
+            f'<li><a href="{name}.html">{words}</a><br>{html.escape(_question(notebook))}{note}</li>'
+        )
     files = ", ".join(f'<a href="tables/{p.name}">{p.stem}</a>' for p in sorted(tables.glob("[!.]*.csv")))
     paper = f'<p><a href="{pdf.name}">The paper (PDF)</a></p>' if pdf is not None else ""
     warning = "" if profile == "paper" else " It is not the reference run (profile <b>paper</b>)."
