@@ -44,7 +44,7 @@ from fortify.augmentation import Augmentation
 from fortify.checkpoint import TrainingState
 from fortify.figures import DOUBLE, save, styled
 from fortify.files import find_root
-from fortify.fused import Twin
+from fortify.fused import FusedModel
 from fortify.models import build_model
 from fortify.runtime import describe_device, frozen
 from fortify.scoring import evaluate
@@ -76,7 +76,7 @@ def fortify_attacks(model, x):
 
 
 def low_attacks(model, x, *, compiled=False):
-    twin = Twin(model, x[:1], autocast=True, compiled=compiled)
+    fused = FusedModel(model, x[:1], autocast=True, compiled=compiled)
 
     def pgd(steps):
         attack = PGD(EPS_255, steps=steps)
@@ -84,7 +84,7 @@ def low_attacks(model, x, *, compiled=False):
         def run(images, labels):
             noise = torch.rand_like(images) * 2 - 1
             with frozen(model), torch.autocast(x.device.type, torch.bfloat16):
-                return craft_parts(model, [(attack, images, labels, noise)], twin=twin.refresh())[0].detach()
+                return craft_parts(model, [(attack, images, labels, noise)], fused=fused.refresh())[0].detach()
 
         return run
 
@@ -194,7 +194,7 @@ def training(name, attacks, model, x, y, steps):
     """One step of AdamW on the batch and its attacked copy, on a model of the library's own."""
     optimizer = torch.optim.AdamW(model.parameters())
     if name in FASTER:  # the step of `fit` itself, with an augmentation that does nothing
-        still = Augmentation(flip=False, degrees=0, scale=0, translate=0)
+        still = Augmentation(flip=False, degrees=0, zoom=0, translate=0)
         precision = "auto" if name == OURS else "bfloat16"
         if x.is_cuda:  # as `fit` does first
             model.to(memory_format=torch.channels_last)
@@ -202,8 +202,8 @@ def training(name, attacks, model, x, y, steps):
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
         state, greys = TrainingState(model, optimizer, schedule), (x * 255).round().byte()
         weight, shares = torch.ones(model.num_classes, device=x.device), {PGD(EPS_255, steps=steps): 1.0}
-        twin = Twin(model, x[:1], autocast=_autocasts(recipe, x.device), compiled=name == COMPILED)
-        return lambda: _epoch(state, greys, y, weight, recipe, shares, twin, 0)
+        fused = FusedModel(model, x[:1], autocast=_autocasts(recipe, x.device), compiled=name == COMPILED)
+        return lambda: _epoch(state, greys, y, weight, recipe, shares, fused, 0)
     pgd = attacks["pgd"](steps)
 
     def step():

@@ -26,10 +26,12 @@ def known(model, images, labels, count=24):
 
 @pytest.mark.parametrize("attack", [*LINF, CW_FEW], ids=repr)
 def test_stays_in_bounds_and_reports_what_the_model_says(model, images, labels, attack):
-    adversarial, success = craft(model, images, labels, attack)
+    adversarial, predictions, probabilities, success = craft(model, images, labels, attack)
     assert adversarial.shape == images.shape and adversarial.dtype == torch.float32
     assert adversarial.min() >= 0 and adversarial.max() <= 1
-    assert torch.equal(success, predict(model, adversarial).argmax(1) != labels)
+    seen = predict(model, adversarial, batch_size=64)
+    assert torch.equal(predictions, seen.argmax(1)) and torch.equal(probabilities, seen.amax(1))
+    assert torch.equal(success, predictions != labels)
     if not isinstance(attack, CW):
         linf_255, _ = perturbation_norms(images, adversarial)
         assert linf_255.max() <= attack.eps_255 + ONE_ULP
@@ -80,7 +82,7 @@ def test_restarts_take_everything_else_as_it_is_given(model, images, labels):
     attack = PGD(4, steps=3, rel_stepsize=0.2, random_start=False, loss="margin")
 
     def ask(module, args, _):
-        if module is model:  # not its twin
+        if module is model:  # not the fused one
             asked.append(len(args[0]))
 
     hook = model.register_forward_hook(ask)
@@ -89,8 +91,8 @@ def test_restarts_take_everything_else_as_it_is_given(model, images, labels):
     hook.remove()
     assert torch.equal(again.images, first.images), "no random start: nothing new to find"
     standing = (~first.success).sum().item()
-    assert alone == [1, 10, 10, 4] and 10 < standing < 20
-    assert asked[len(alone) :] == [*alone, 1, 10, standing - 10]
+    assert alone == [16, 10, 10, 4] and 10 < standing < 20
+    assert asked[len(alone) :] == [*alone, 10, standing - 10], "it is looked at once"
 
 
 def test_restarts_end_where_nothing_stands(model, images, labels):
@@ -119,8 +121,13 @@ def test_norms_are_those_of_each_image():
 
 
 def test_an_unknown_attack_is_named(model, images, labels):
-    with pytest.raises(TypeError, match="unknown attack .*use FGSM, PGD or CW"):
+    with pytest.raises(TypeError, match="is no attack: it has no norm, minimum_norm, foolbox"):
         craft(model, images[:2], labels[:2], type("Odd", (), {"name": "odd", "eps_255": 4})())
+    nothing = {"name": "odd", "norm": "linf", "minimum_norm": False, "foolbox": None}
+    with pytest.raises(TypeError, match="it has no eps_255"):
+        craft(model, images[:2], labels[:2], type("Odd", (), nothing)())
+    with pytest.raises(TypeError, match="attacks with a budget are of norm linf, not l2"):
+        craft(model, images[:2], labels[:2], type("Odd", (), nothing | {"norm": "l2", "eps_255": 4})())
 
 
 def test_restarts_only_add(model, images, labels):
@@ -143,7 +150,7 @@ def test_cw_goes_beyond_the_boundary_by_its_confidence(model, images, labels):
     x, y = known(model, images, labels)
     few = dict(binary_search_steps=3, steps=60, stepsize=0.05)
     for confidence in (0.0, 1.0):
-        found, success = craft(model, x, y, CW(**few, confidence=confidence))
+        found, _, _, success = craft(model, x, y, CW(**few, confidence=confidence))
         with torch.no_grad():
             least = margin(model(found[success]), y[success]).min()
         assert success.any() and confidence <= least + 1e-4 < confidence + 0.5
@@ -173,7 +180,7 @@ def test_failed_cw_returns_the_clean_image(model, images, labels):
         binary_search_steps=1, steps=1, stepsize=1e-6, initial_const=1e-6
     ).run(fmodel, x, fb.criteria.Misclassification(y))
     assert (raw == 0).all(), "Foolbox returns black images here: the trap that craft is there for"
-    adversarial, success = craft(model, x, y, weak)
+    adversarial, _, _, success = craft(model, x, y, weak)
     assert torch.equal(adversarial, x)
     assert not success.any()
 
@@ -187,7 +194,7 @@ def test_a_cw_that_fails_on_some_images_keeps_those_clean(model, images, labels)
     )
     black = (raw == 0).flatten(1).all(1)
     assert 10 < black.sum() < 86 and (predict(model, raw).argmax(1) != y)[black].any()
-    adversarial, success = craft(model, x, y, CW(**few), batch_size=96)
+    adversarial, _, _, success = craft(model, x, y, CW(**few), batch_size=96)
     assert torch.equal(adversarial[black], x[black]) and not success[black].any()
     assert success[~black].all()
 
@@ -263,8 +270,11 @@ def test_start_noise_moves_craft_batch(model, images, labels):
         (lambda x, y: (x * 0 + (1 + 2**-23), y), r"these reach 1\.00000012 to 1\.00000012: clamp them"),
         (lambda x, y: (x * 0 + 1.5, y), r"\[0, 1\]; these reach 1\.5 to 1\.5"),
         (lambda x, y: (x.clone().fill_(torch.nan), y), r"\[0, 1\]"),
-        (lambda x, y: (x.squeeze(1), y), r"\(N, 1, H, W\) in \[0, 1\], not \(4, 32, 32\) torch.float32"),
-        (lambda x, y: (x.expand(-1, 3, -1, -1), y), r"\(N, 1, H, W\)"),
+        (lambda x, y: (x.squeeze(1), y), r"\(N, C, H, W\) in \[0, 1\], not \(4, 32, 32\) torch.float32"),
+        (
+            lambda x, y: (x.expand(-1, 3, -1, -1), y),
+            r"takes grey images of shape \(B, 1, H, W\), not \(4, 3, 32, 32\)",
+        ),
         (lambda x, y: ((x * 255).byte(), y), "to_tensor"),
         (lambda x, y: (x, y[:-1]), r"one an image, not \(3,\) torch.int64"),
         (lambda x, y: (x, y.float()), "integers"),

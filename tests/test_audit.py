@@ -77,7 +77,8 @@ def verdict(id, model, data, suite=SUITE, **options):
 
 def nothing(model, images, labels, attack, **_):
     """An attack that does nothing, and says so truly."""
-    return Adversarial(images, predict(model, images).argmax(1) != labels)
+    probabilities, predictions = predict(model, images).max(1)
+    return Adversarial(images, predictions, probabilities, predictions != labels)
 
 
 def test_every_mutant_is_caught(zoo):
@@ -435,7 +436,7 @@ def test_unusable_input_says_what_to_do(model, data, images):
     with pytest.raises(ValueError, match="one label and one group for each image"):
         AuditData(data.images, data.labels[:3])
     for wrong in (data.images[:, 0], (data.images * 255).byte()):
-        with pytest.raises(ValueError, match=r"images must be float \(N, 1, H, W\) in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"images must be float \(N, C, H, W\) in \[0, 1\]"):
             AuditData(wrong, data.labels)
     for wrong, reach in ((data.images * 255, "these reach 0 to 255"), (data.images.log(), "reach -inf to")):
         with pytest.raises(ValueError, match=rf"images must lie in \[0, 1\]; .*{reach}"):

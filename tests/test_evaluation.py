@@ -224,10 +224,13 @@ def test_spread_over_seeds_is_the_sample_standard_deviation():
     assert table.seeds.tolist() == [2] * 6
 
 
-def test_combined_and_worst_need_all_three_attacks():
-    rows = make_rows()
-    table = summary(rows[rows.attack.ne("cw")]).loc["random", "normal", "adaptive"]
-    assert list(table.index) == ["clean", "pgd", "fgsm"]
+def test_combined_and_worst_need_all_attacks_of_the_table():
+    both = pd.concat([make_rows(), make_rows().assign(model="adversarial")], ignore_index=True)
+    table = summary(both[both.attack.ne("cw") | both.model.eq("normal")]).loc["random"]
+    assert list(table.loc["adversarial", "adaptive"].index) == ["clean", "pgd", "fgsm"]
+    assert list(table.loc["normal", "adaptive"].index) == ["clean", "pgd", "fgsm", "cw", "combined", "worst"]
+    alone = summary(make_rows().query("attack != 'cw'")).loc["random", "normal", "adaptive"]
+    assert alone.n["combined"] == 8, "those that are there are all"
 
 
 def test_cw_at_a_budget_switches_exactly_at_its_norm():
@@ -244,7 +247,7 @@ def test_a_failed_cw_is_the_clean_prediction_at_every_budget():
         assert at.loc["cw"].tolist()[:3] == at.loc["clean"].tolist()[:3]
     changed = rows.copy()
     changed.loc[rows.attack.eq("cw") & rows.label.eq(2), "l2"] = 0.1
-    with pytest.raises(ValueError, match="1 of 16 rows are a failed CW"):
+    with pytest.raises(ValueError, match="1 of 16 rows are of a failed minimum-norm attack"):
         evaluation.check_rows(changed)
 
 
@@ -404,18 +407,21 @@ def _set(rows, where, **values):
         (lambda r: r.iloc[:-1], "'cw'.* 3 images, not the 4 clean"),
         (lambda r: r[r.attack.ne("clean")], "not the 0 clean"),
         (
-            lambda r: _set(r, lambda r: r.attack.eq("pgd"), attack="bim"),
-            "4 of 16 rows name an attack that evaluation.ATTACKS lacks",
+            lambda r: _set(r, lambda r: r.attack.eq("pgd"), attack="worst"),
+            "4 of 16 rows name a summary where an attack belongs",
         ),
         (
             lambda r: _set(r, lambda r: r.attack.eq("pgd"), protocol="both"),
             "4 of 16 rows name an unknown protocol",
         ),
         (lambda r: _set(r, lambda r: r.attack.eq("clean"), protocol="static"), "4 of 16 rows are clean but"),
-        (lambda r: _set(r, lambda r: r.attack.eq("cw"), eps_255=1.0), "4 of 16 rows are CW with"),
         (
-            lambda r: _set(r, lambda r: r.attack.eq("pgd"), eps_255=np.nan),
-            "4 of 16 rows are FGSM or PGD without",
+            lambda r: _set(r, lambda r: r.attack.eq("cw") & r["index"].eq(r["index"].min()), eps_255=1.0),
+            "1 of 16 rows have an eps_255, where others of their attack, a minimum-norm one, have none",
+        ),
+        (
+            lambda r: _set(r, lambda r: r.attack.eq("pgd"), eps_255=-1.0),
+            "4 of 16 rows are of an attack without an eps_255 above 0",
         ),
         (lambda r: r.assign(success=~r.success), "16 of 16 rows have a success"),
         (
@@ -435,8 +441,17 @@ def test_reading_tables_takes_no_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_a_new_attack_is_pooled_at_its_budget(monkeypatch):
-    monkeypatch.setattr(evaluation, "ATTACKS", (*evaluation.ATTACKS, "bim"))
+def test_budgets_are_never_pooled_and_every_class_needs_its_name():
+    rows = pd.concat([make_rows(), make_rows(eps=2.0).query("attack in ('fgsm', 'pgd')")], ignore_index=True)
+    with pytest.raises(ValueError, match="several times under one attack, as at several budgets"):
+        evaluation.accuracy_table(rows, class_names=NAMES)
+    at = evaluation.at_budget(rows, eps_255=2, cw_l2=1)
+    with pytest.raises(ValueError, match="class_names has 2 names, but the rows hold class 2"):
+        evaluation.accuracy_table(at, class_names=NAMES[:2])
+    assert evaluation.accuracy_table(at, class_names=NAMES).n.max() == 12
+
+
+def test_a_new_attack_is_pooled_at_its_budget():
     rows = make_rows(HAND | {"bim": (0, 0, 0, 0)})
     larger = make_rows({"bim": (1, 0, 0, 0)}, eps=2.0)
     table = summary(pd.concat([rows, larger], ignore_index=True)).loc["random", "normal", "adaptive"]

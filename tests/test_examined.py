@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fortify.examined import matrix as matrix_of
 from fortify.examined import protocol as published
 from fortify.examined.figures import Panel, matrix_dots, protocol_strip
 from fortify.examined.protocol import (
@@ -177,7 +178,7 @@ def rows(model, images, labels):
     )
     from fortify.attacks import CW
 
-    attacks = [*published.matrix_attacks([1, 4], pgd_steps=2), CW(1, 3)]
+    attacks = [*matrix_of.matrix_attacks([1, 4], pgd_steps=2), CW(1, 3)]
     correct, _ = evaluate(model, images[index], labels[index], attacks, model_name="normal", **ids)
     return protocol, correct
 
@@ -211,7 +212,7 @@ def test_scoring_works_inside_no_grad_and_leaves_the_mode(model, images, labels,
 
 def test_matrix_has_every_evaluation_once_and_counts_the_rows(rows):
     protocol, correct = rows
-    table = published.matrix(protocol, correct, class_names=NAMES, budgets_255=[1, 4], cw_l2=0.5)
+    table = matrix_of.matrix(protocol, correct, class_names=NAMES, budgets_255=[1, 4], cw_l2=0.5)
     names = ["clean", "clamp alone", "tanh alone", "published PGD", "published FGSM", "published CW"]
     names += ["published combined", "FGSM 1/255", "FGSM 4/255", "PGD 1/255", "PGD 4/255"]
     names += ["CW L2 0.25", "CW L2 0.5", "CW L2 1"]
@@ -244,10 +245,10 @@ def test_findings_state_the_counts_of_the_matrix(rows):
     correct = pd.concat([of(correct, m, 5 * i + 1) for i, m in enumerate(every)])
     moved = protocol.attack.eq("published_cw") & protocol.model.eq("published")
     protocol.loc[moved, "l2"] += 1
-    table = published.matrix(protocol, correct, class_names=NAMES, budgets_255=[1, 4], cw_l2=0.5)
-    first, second, third, fourth = published.findings(protocol, table, eps_255=4, class_names=NAMES)
+    table = matrix_of.matrix(protocol, correct, class_names=NAMES, budgets_255=[1, 4], cw_l2=0.5)
+    first, second, third, fourth = matrix_of.findings(protocol, table, eps_255=4, class_names=NAMES)
     assert first.count("(58/60)") == 2
-    measures = published.attack_measures(protocol).set_index(["measure", "model"])
+    measures = matrix_of.attack_measures(protocol).set_index(["measure", "model"])
     stuck, every_stuck = (measures.loc[("CW equal to tanh", m)] for m in ("normal", "all"))
     assert (stuck.n, every_stuck.n) == (60, 240) and every_stuck.k == 3 * stuck.k > 0
     assert f"({stuck.k:.0f}/60) of the normal" in second and f"({every_stuck.k:.0f}/240)" in second

@@ -13,6 +13,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from fortify import figures
+from fortify.evaluation import TRAININGS
 
 NAMES = ("benign", "malignant", "normal")
 RNG = np.random.default_rng(0)
@@ -277,7 +278,7 @@ def test_the_two_models_differ_in_grey():
     def luminance(colour):
         return np.dot(mpl.colors.to_rgb(colour), (0.2126, 0.7152, 0.0722))
 
-    assert luminance(figures.COLOURS["normal"]) - luminance(figures.COLOURS["adversarial"]) > 0.25
+    assert luminance(TRAININGS["normal"].colour) - luminance(TRAININGS["adversarial"].colour) > 0.25
 
 
 def test_training_curves_are_in_percent_and_mark_the_kept_epoch():

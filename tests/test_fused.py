@@ -1,4 +1,4 @@
-"""The twin is the model's function, or the model itself; the loop for training batches is Foolbox's."""
+"""The fused is the model's function, or the model itself; the loop for training batches is Foolbox's."""
 
 import shutil
 
@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from fortify.attacks import CW, FGSM, PGD, craft, craft_batch, craft_parts
-from fortify.fused import GreyStem, Twin
-from fortify.models import GreyNormalise, build_model, predict
+from fortify.fused import FusedModel, GreyStem
+from fortify.models import Normalise, build_model, predict
 from fortify.runtime import frozen
 
 THREE = (FGSM(4), PGD(4, steps=3), PGD(2, steps=5, loss="margin"))
@@ -39,19 +39,19 @@ ARCHS = ("resnet_small", "resnet18", "resnet50", "densenet121", "mobilenet_v2", 
 def test_same_logits_and_same_gradients(arch):
     model, x = lived_in(arch)
     model, x = model[:2].double(), x.double()  # without the layer that rounds logits to float32
-    twin = Twin(model, x[:1]).net
-    assert twin is not model, "nothing was folded"
-    assert torch.allclose(twin(x), model(x), rtol=1e-9, atol=1e-12)
-    ours, theirs = input_gradient(twin, x), input_gradient(model, x)
+    fused = FusedModel(model, x[:1]).net
+    assert fused is not model, "nothing was folded"
+    assert torch.allclose(fused(x), model(x), rtol=1e-9, atol=1e-12)
+    ours, theirs = input_gradient(fused, x), input_gradient(model, x)
     assert (ours - theirs).norm() < 1e-9 * theirs.norm()
-    assert not any(p.requires_grad for p in twin.parameters())
-    assert not any(module.training for module in twin.modules())
+    assert not any(p.requires_grad for p in fused.parameters())
+    assert not any(module.training for module in fused.modules())
 
 
 def test_nothing_is_left_to_fold_in_the_resnets():
     for arch in ("resnet_small", "resnet18", "resnet50"):
         model, x = lived_in(arch)
-        left = [type(m).__name__ for m in Twin(model, x[:1]).net.modules()]
+        left = [type(m).__name__ for m in FusedModel(model, x[:1]).net.modules()]
         assert "BatchNorm2d" not in left and left.count("GreyStem") == 1
 
 
@@ -59,7 +59,7 @@ def test_nothing_is_left_to_fold_in_the_resnets():
 @pytest.mark.parametrize(("size", "pad"), [(7, 3), (3, 1), (4, 1), (5, 2), (2, 0), (6, 2)])
 def test_grey_stem_is_the_three_channel_convolution(size, pad, side):
     torch.manual_seed(0)
-    conv, normalise = nn.Conv2d(3, 8, size, stride=2, padding=pad), GreyNormalise()
+    conv, normalise = nn.Conv2d(3, 8, size, stride=2, padding=pad), Normalise()
     assert GreyStem.fits(conv)
     stem, x = GreyStem(normalise, conv), torch.rand(2, 1, side, side + 2)
     assert torch.allclose(stem(x), conv(normalise(x)), rtol=1e-5, atol=1e-5)
@@ -72,15 +72,15 @@ def test_grey_stem_is_the_three_channel_convolution(size, pad, side):
 
 def test_refresh_takes_over_what_training_changed():
     model, x = lived_in("resnet_small")
-    twin = Twin(model, x[:1])
-    before = twin.net(x)
+    fused = FusedModel(model, x[:1])
+    before = fused.net(x)
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     nn.functional.cross_entropy(model(x), torch.tensor([0, 1, 2, 0, 1, 2])).backward()
     optimizer.step()
     model.eval()
     assert not torch.allclose(before, model(x), atol=1e-3)
-    assert torch.allclose(twin.refresh()(x), model(x), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(fused.refresh()(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("arch", ["resnet_small", "resnet18", "convnext_tiny"])
@@ -88,7 +88,7 @@ def test_weights_rounded_beforehand_are_those_that_autocast_rounds(arch):
     """Bit for bit, before and after a step of training; what autocast leaves in float32 stays so."""
     model, x = lived_in(arch)
     x, y = x[:2], torch.tensor([0, 1])
-    plain, rounded = Twin(model, x[:1]), Twin(model, x[:1], autocast=True)
+    plain, rounded = FusedModel(model, x[:1]), FusedModel(model, x[:1], autocast=True)
     assert rounded.net is not model
     kinds = {
         type(m)
@@ -101,11 +101,11 @@ def test_weights_rounded_beforehand_are_those_that_autocast_rounds(arch):
     for _ in range(2):
         with frozen(model), torch.autocast("cpu", torch.bfloat16):
             ours, theirs = (
-                craft_parts(model, [(PGD(4, steps=2), x, y, noise)], twin=twin.refresh())[0]
-                for twin in (rounded, plain)
+                craft_parts(model, [(PGD(4, steps=2), x, y, noise)], fused=fused.refresh())[0]
+                for fused in (rounded, plain)
             )
             assert torch.equal(rounded.net(x), plain.net(x))
-            stems = [m for twin in (rounded, plain) for m in twin.net.modules() if isinstance(m, GreyStem)]
+            stems = [m for fused in (rounded, plain) for m in fused.net.modules() if isinstance(m, GreyStem)]
             assert all(stem(x).dtype == torch.bfloat16 for stem in stems), "the largest activation of all"
         assert torch.equal(ours, theirs)
         with torch.no_grad():
@@ -117,15 +117,15 @@ def test_weights_rounded_beforehand_are_those_that_autocast_rounds(arch):
 def test_a_compiled_twin_walks_alike_and_is_compiled_once_for_sizes_that_differ_by_an_image():
     model, x = lived_in("resnet_small", 32)
     y, noise = torch.tensor([0, 1, 2, 0, 1, 2]), torch.rand(x.shape) * 2 - 1
-    plain, compiled, sizes = Twin(model, x[:1]), Twin(model, x[:1], compiled=True), []
+    plain, compiled, sizes = FusedModel(model, x[:1]), FusedModel(model, x[:1], compiled=True), []
     plain.net.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     counters = torch._dynamo.utils.counters["stats"]
     before = counters["unique_graphs"]
     for n in (6, 5, 6, 3):
         with frozen(model):
             ours, theirs = (
-                craft_parts(model, [(PGD(4, steps=2), x[:n], y[:n], noise[:n])], twin=twin.refresh())[0]
-                for twin in (compiled, plain)
+                craft_parts(model, [(PGD(4, steps=2), x[:n], y[:n], noise[:n])], fused=fused.refresh())[0]
+                for fused in (compiled, plain)
             )
         assert sizes[-1] == n and ours.shape == theirs.shape and not torch.equal(ours, x[:n])
         same = (ours - theirs).abs() < 1e-6  # a gradient of about nothing may have either sign
@@ -167,7 +167,7 @@ def test_what_cannot_be_folded_is_attacked_itself():
     uncopyable, _ = lived_in("resnet_small", 32)
     uncopyable.trace = (x.requires_grad_() * 2).sum()  # deepcopy refuses tensors that have a history
     for model in (backwards.eval(), noisy.eval(), uncopyable):
-        assert Twin(model, x[:1].detach()).net is model
+        assert FusedModel(model, x[:1].detach()).net is model
 
 
 def test_what_cannot_be_folded_is_found_out_before_training_too():
@@ -177,14 +177,14 @@ def test_what_cannot_be_folded_is_found_out_before_training_too():
     backwards(x)
     for model, folds in ((backwards, False), (apart, True)):
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        assert (Twin(model, x[:1]).net is not model) == folds
+        assert (FusedModel(model, x[:1]).net is not model) == folds
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_an_untrained_model_has_its_twin(arch):
     model, x = build_model(arch, num_classes=3, seed=0).eval(), torch.rand(1, 1, 64, 64)
-    assert Twin(model, x).net is not model
+    assert FusedModel(model, x).net is not model
 
 
 def test_hooked_and_parametrised_layers_stay_as_they_are():
@@ -192,7 +192,7 @@ def test_hooked_and_parametrised_layers_stay_as_they_are():
     seen = []
     model[1].stem[0].register_forward_hook(lambda *_: seen.append(1))
     nn.utils.parametrizations.spectral_norm(model[1].stages[0].conv1)
-    net = Twin(model.eval(), x[:1]).net
+    net = FusedModel(model.eval(), x[:1]).net
     kinds = [type(m) for m in net.modules()]
     assert net is not model and kinds.count(nn.BatchNorm2d) == 2 and GreyStem not in kinds
     seen.clear()
@@ -201,21 +201,21 @@ def test_hooked_and_parametrised_layers_stay_as_they_are():
 
 
 def test_attacks_walk_on_the_twin(model, images, labels):
-    """The model is asked about the first image, for labels and twin, and about what was found; no more."""
+    """The model is asked at first, and about what was found; the fused one is compared at both, no more."""
     asked = []
     hook = model.register_forward_hook(lambda module, *_: asked.append(module is model))
     craft(model, images[:8], labels[:8], PGD(4, steps=3))
     hook.remove()
-    assert asked.count(True) == 2 and asked.count(False) == 1 + 3
+    assert asked.count(True) == 2 and asked.count(False) == 1 + 3 + 1
 
 
 def test_the_model_judges_what_its_twin_finds(model, images, labels):
-    """Where the two differ, success is what the model says, and a CW that only fools the twin has failed."""
+    """Where the two differ, success is what the model says, and a CW that only fools the fused has failed."""
     right = predict(model, images).argmax(1) == labels
     x, y = images[right][:16], labels[right][:16]
     wrong = build_model("resnet_small", num_classes=3, seed=5).eval()
     with frozen(model):
-        found = craft_batch(model, x, y, CW(2, 20, 0.05), twin=wrong)
+        found = craft_batch(model, x, y, CW(2, 20, 0.05), fused=wrong)
         fooled = model(found).argmax(1) != y
     assert torch.equal(found[~fooled], x[~fooled])
     assert not fooled.all(), "the other net's attacks must not all transfer, or this tests nothing"
@@ -260,7 +260,7 @@ def test_parts_of_a_batch_come_back_each_in_its_place(model, images, labels):
 
 
 def test_parts_walk_on_the_twin_and_the_model_judges_cw(model, images, labels):
-    net, asked = Twin(model, images[:1]).net, []
+    net, asked = FusedModel(model, images[:1]).net, []
     hooks = [m.register_forward_hook(lambda module, *_: asked.append(module is net)) for m in (net, model)]
     cw, x, y = CW(2, 3, 0.05), images[:4], labels[:4]
     for attacks, on_twin, on_model in (
@@ -270,7 +270,7 @@ def test_parts_walk_on_the_twin_and_the_model_judges_cw(model, images, labels):
     ):
         asked.clear()
         with frozen(model):
-            found = craft_parts(model, [(a, x, y, torch.zeros_like(x)) for a in attacks], twin=net)
+            found = craft_parts(model, [(a, x, y, torch.zeros_like(x)) for a in attacks], fused=net)
         assert len(found) == len(attacks)
         assert (asked.count(True), asked.count(False)) == (on_twin, on_model), attacks
     for hook in hooks:

@@ -91,6 +91,8 @@ def refused(call, *arguments):
 @pytest.mark.parametrize("wrong", IMAGES | VALUES)
 @pytest.mark.parametrize("name", BOTH)
 def test_images(model, name, wrong):
+    if name == "AuditData" and wrong == "colour":
+        pytest.skip("no model, so any number of channels, until audit")
     x = (IMAGES | VALUES)[wrong]
     assert "image" in refused(BOTH[name], model, x, Y[: len(x)] if wrong == "none" else Y)
 

@@ -84,11 +84,13 @@ def test_a_written_split_is_read_as_it_was(tmp_path, data, seed):
     assert again.names == slices.names and np.array_equal(again.groups, groups)
 
 
+budgets = st.just(0.0) | st.floats(0.1, 64)  # grey levels; less is refused as one in units of [0, 1]
+
 attacks = st.one_of(
-    st.builds(FGSM, st.floats(0, 64)),
+    st.builds(FGSM, budgets),
     st.builds(
         PGD,
-        st.floats(0, 64),
+        budgets,
         steps=st.integers(1, 4),
         rel_stepsize=st.none() | st.floats(0.01, 3),
         random_start=st.booleans(),
@@ -141,7 +143,7 @@ def test_an_attack_does_not_depend_on_the_batches(model, images, labels, seed, b
         Augmentation,
         flip=st.booleans(),
         degrees=st.floats(0, 180),
-        scale=st.floats(0, 0.9),
+        zoom=st.floats(0, 0.9),
         translate=st.floats(0, 1),
         gamma=st.floats(0, 3),
         gain=st.floats(0, 2),
@@ -242,7 +244,8 @@ def test_a_row_that_is_lost_repeated_or_altered_is_noticed(made, data):
     ):
         altered = rows.copy()
         altered.loc[at, column] = value
-        with pytest.raises(ValueError, match="the first is"):
+        message = "images, not the" if column == "attack" else "the first is"
+        with pytest.raises(ValueError, match=message):
             check_rows(altered)
 
 

@@ -5,12 +5,11 @@ import pandas as pd
 import pytest
 import torch
 
-from fortify import attacks
-from fortify import fused as folding
+from fortify import attacks, scoring
 from fortify.attacks import CW, FGSM, PGD, craft
 from fortify.evaluation import COLUMNS, at_budget, check_rows
 from fortify.figures import pick_example
-from fortify.fused import Twin
+from fortify.fused import FusedModel
 from fortify.models import build_model, predict
 from fortify.scoring import evaluate, score, score_static
 
@@ -123,13 +122,13 @@ def test_crafting_is_by_the_seed_and_the_batch_that_are_given(model, images, lab
         asked.append(options)
         return craft(*arguments, **options)
 
-    monkeypatch.setattr(attacks, "craft", asked_for)
+    monkeypatch.setattr(scoring, "craft", asked_for)
     ids = IDS | {"seed": 3}
     keep = {"found": attack}
     _, kept = evaluate(model, images[part], labels[part], [attack], index=part, keep=keep, **ids)
     evaluate(model, images[part], labels[part], [attack], index=part, batch_size=7, **ids)
-    twins = [options.pop("twin") for options in asked]
-    assert twins[0] is not twins[1] and model not in twins
+    nets = [options.pop("fused") for options in asked]
+    assert nets[0] is not nets[1] and model not in nets
     assert asked == [{"seed": 3, "batch_size": size, "progress": True} for size in (64, 7)]
     assert np.array_equal(
         kept["found"], craft(model, images[part], labels[part], attack, seed=3).images.numpy()
@@ -138,29 +137,42 @@ def test_crafting_is_by_the_seed_and_the_batch_that_are_given(model, images, lab
 
 def test_all_attacks_of_an_evaluation_walk_on_one_twin(model, images, labels, part, monkeypatch):
     made, asked = [], []
-    monkeypatch.setattr(folding, "Twin", lambda *a, **o: made.append(Twin(*a, **o)) or made[-1])
-    monkeypatch.setattr(attacks, "craft", lambda *a, **o: asked.append(o["twin"]) or craft(*a, **o))
+    monkeypatch.setattr(attacks, "FusedModel", lambda *a, **o: made.append(FusedModel(*a, **o)) or made[-1])
+    monkeypatch.setattr(scoring, "craft", lambda *a, **o: asked.append(o["fused"]) or craft(*a, **o))
     rows, _ = evaluate(model, images[part], labels[part], ATTACKS, index=part, **IDS)
-    assert len(made) == 1 and all(twin is made[0].net for twin in asked) and len(asked) == len(ATTACKS)
+    assert len(made) == 1 and all(fused is made[0].net for fused in asked) and len(asked) == len(ATTACKS)
     monkeypatch.undo()
     for attack in ATTACKS:
         alone = craft(model, images[part], labels[part], attack)
         assert np.array_equal(rows.success[rows.attack == attack.name], alone.success)
 
 
-def test_a_cw_that_scoring_reads_rightly_is_a_failed_one(model, images, labels, part, monkeypatch):
-    """As where another batch size rounds an image on the boundary back: the clean image stands."""
-    x, y, cw = images[part], labels[part], ATTACKS[2]
-    found = craft(model, x, y, cw)
-    assert found.success[:2].all(), "the first two must be broken, or this tests nothing"
-    back = found.images.clone()
-    back[0] = (x[0] + 1e-4).clamp(0, 1)  # read as the clean image is
-    monkeypatch.setattr(attacks, "craft", lambda *_, **__: attacks.Adversarial(back, found.success))
-    rows, kept = evaluate(model, x, y, [cw], index=part, keep={"cw": cw}, **IDS)
-    check_rows(rows)
-    own = rows[rows.attack == "cw"].reset_index(drop=True)
-    assert not own.success[0] and own.l2[0] == 0 and np.array_equal(kept["cw"][0], x[0].numpy())
-    assert np.array_equal(kept["cw"][1:], back[1:].numpy()) and own.success[1]
+def test_rows_are_the_predictions_of_the_crafting_and_nothing_is_predicted_twice(
+    model, images, labels, part, monkeypatch
+):
+    """One pass of the model over each attacked image, whose prediction the row holds."""
+    asked = []
+    hook = model.register_forward_hook(lambda module, *_: asked.append(module is model))
+    rows, _ = evaluate(model, images[part], labels[part], ATTACKS[:2], index=part, **IDS)
+    hook.remove()
+    assert asked.count(True) == 1 + 1 + 2, "a look at the model, the clean images, each attack's images once"
+    for attack in ATTACKS[:2]:
+        own, found = rows[rows.attack == attack.name], craft(model, images[part], labels[part], attack)
+        assert own.prediction.tolist() == found.predictions.tolist()
+        assert own.probability.tolist() == found.probabilities.tolist()
+
+
+def test_a_failed_cw_is_the_clean_image_with_its_prediction_whatever_the_batch(model, images, labels, part):
+    few = CW(binary_search_steps=1, steps=3, stepsize=0.02, initial_const=0.1)
+    for size in (64, 7):
+        rows, kept = evaluate(model, images, labels, [few], keep={"cw": few}, batch_size=size, **IDS)
+        check_rows(rows)
+        own = rows[rows.attack == "cw"].reset_index(drop=True)
+        clean = rows[rows.attack == "clean"].reset_index(drop=True)
+        failed = ~own.success
+        assert 10 < failed.sum() < 110 and (own.l2[failed] == 0).all()
+        assert np.array_equal(kept["cw"][failed], images.numpy()[failed])
+        assert own.probability[failed].equals(clean.probability[failed])
 
 
 def test_an_index_of_another_length_is_named(model, images, labels):

@@ -1,7 +1,5 @@
 """Table 1: the printed numbers, ours beside them, and the same strings in every format."""
 
-import importlib
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -26,7 +24,8 @@ def accuracy(*, splits=("random",), seeds=1, protocols=("adaptive",)):
                     sd = np.nan if seeds == 1 else 0.0123
                     rows.append((split, model, protocol, attack, k, n, k / n, low, high, 160, seeds, sd))
     names = "split model protocol attack k n accuracy low high images seeds sd"
-    return pd.DataFrame(rows, columns=names.split()).assign(group_low=np.nan, group_high=np.nan)
+    table = pd.DataFrame(rows, columns=names.split()).assign(group_low=np.nan, group_high=np.nan)
+    return table.assign(minimum_norm=table.attack.eq("cw"))
 
 
 WORDS = {"split": "random", "eps_255": 1, "cw_l2": 0.5, "source": "100 % phantoms_of & #1", "profile": "test"}
@@ -96,15 +95,20 @@ def test_intervals_by_groups_are_shown_where_there_are_any(tmp_path):
 
 
 def test_the_caption_says_what_a_reader_must_know():
-    text = tables.caption(**WORDS, protocol="adaptive", seeds=1)
+    def words(protocol, seeds):
+        own = accuracy(protocols=(protocol,), seeds=seeds)
+        table = tables.table1(own, split="random", protocol=protocol)
+        return tables.caption(table, **WORDS, protocol=protocol)
+
+    text = words("adaptive", 1)
     for said in (
         "random split", "adaptive attacks (crafted on the model under test)", "Linf budget 1/255",
         "L2 budget 0.5, image in [0, 1]", "1 seed;", "95 % Wilson", "each image counted once",
         "Images: 100 % phantoms_of & #1.", "Profile: test.", "Menasagi et al.",
     ):  # fmt: skip
         assert said in text
-    assert "3 seeds;" in tables.caption(**WORDS, protocol="static", seeds=3)
-    assert "crafted on the normally trained model" in tables.caption(**WORDS, protocol="static", seeds=3)
+    assert "3 seeds;" in words("static", 3)
+    assert "crafted on the normally trained model" in words("static", 3)
 
 
 def test_the_three_files_hold_the_same_table(tmp_path):
@@ -112,7 +116,9 @@ def test_the_three_files_hold_the_same_table(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"table1_random.{s}" for s in ("csv", "md", "tex")]
     csv, md, tex = (paths[s].read_text(encoding="utf-8") for s in ("csv", "md", "tex"))
     pd.testing.assert_frame_equal(
-        pd.read_csv(paths["csv"]), tables.table1(accuracy(), split="random"), rtol=1e-8
+        pd.read_csv(paths["csv"]),
+        tables.table1(accuracy(), split="random").drop(columns="minimum_norm"),
+        rtol=1e-8,
     )
     assert csv.startswith(
         "model,attack,k,n,accuracy_percent,low_percent,high_percent,"
@@ -154,7 +160,7 @@ def test_latex_uses_booktabs_and_escapes():
 
 def test_text_fits_a_terminal_and_is_aligned():
     shown = tables.layout1(tables.table1(accuracy(seeds=3), split="random"))
-    title = tables.caption(**WORDS, protocol="adaptive", seeds=3)
+    title = tables.caption(tables.table1(accuracy(seeds=3), split="random"), **WORDS)
     text = tables.to_text(shown, title=title)
     assert max(map(len, text.splitlines())) <= 100
     assert " ".join(text.split("\n\n")[0].split()) == title
@@ -259,16 +265,19 @@ def test_text_to_the_letter():
 
 
 def test_the_caption_to_the_letter():
-    assert tables.caption(**WORDS, protocol="static", seeds=3, by_groups=False) == (
+    table = tables.table1(accuracy(protocols=("static",), seeds=3), split="random", protocol="static")
+    words = tables.caption(table, **WORDS, protocol="static")
+    assert words == (
         "Accuracy on the test set in percent, random split, static attacks (crafted on the normally trained "
         "model). FGSM and PGD: Linf budget 1/255. CW: L2 budget 0.5, image in [0, 1]. Combined: pooled over "
         "the attacks. 3 seeds; 95 % Wilson intervals, each image counted once. Images: 100 % "
         "phantoms_of & #1. Profile: test. Printed: Menasagi et al., Fortifying Deep Learning Models Against "
         "Adversarial Threats using Adversarial Training, Table 1."
     )
-    assert tables.caption(**WORDS, protocol="static", seeds=3) == tables.caption(
-        **WORDS, protocol="static", seeds=3, by_groups=False
-    ).replace("once.", "once; by groups: bootstrap of whole groups of near-duplicates.")
+    by_groups = tables.caption(table.assign(group_low_percent=1.0), **WORDS, protocol="static")
+    assert by_groups == words.replace(
+        "once.", "once; by groups: bootstrap of whole groups of near-duplicates."
+    )
 
 
 def test_a_static_table_of_several_seeds_is_that_in_its_files(tmp_path):
@@ -276,7 +285,8 @@ def test_a_static_table_of_several_seeds_is_that_in_its_files(tmp_path):
     table.loc[table.protocol.eq("static"), "k"] += 1
     paths = tables.write_table1(tmp_path, table, protocol="static", **WORDS)
     md, tex = (paths[s].read_text(encoding="utf-8") for s in ("md", "tex"))
-    words = tables.caption(**WORDS, protocol="static", seeds=3, by_groups=False)
+    own = tables.table1(table, split="random", protocol="static")
+    words = tables.caption(own, **WORDS, protocol="static")
     assert words in md and r"\label{tab:table1_random_static}" in tex
     assert "150/160" in md and "150/160" in tex and "149/160" not in md
     assert pd.read_csv(paths["csv"]).k[0] == 150
@@ -299,17 +309,22 @@ def test_the_matrix_is_laid_out_in_its_order_one_split_alone():
     ]
 
 
-def test_a_new_attack_has_its_column(monkeypatch):
-    """Its name in ATTACKS is all that tables, curves and captions need; the paper prints nothing for it."""
-    monkeypatch.setattr(evaluation, "ATTACKS", (*evaluation.ATTACKS, "bim"))
-    importlib.reload(tables)
-    try:
-        both = accuracy()
-        ours = pd.concat([both, both[both.attack.eq("pgd")].assign(attack="bim")])
-        shown = tables.layout1(tables.table1(ours, split="random"))
-        assert list(shown.columns[2:]) == ["Clean", "PGD", "FGSM", "CW", "BIM", "Combined"]
-        assert shown.BIM[shown[""].eq("printed (%)")].tolist() == ["–", "–"]
-        assert "BIM, FGSM and PGD: Linf budget" in tables.caption(**WORDS, protocol="static", seeds=3)
-    finally:
-        monkeypatch.undo()
-        importlib.reload(tables)
+def test_a_new_attack_has_its_column():
+    """It is in the rows: that is all that tables and captions need; the paper prints nothing for it."""
+    both = accuracy()
+    ours = pd.concat([both, both[both.attack.eq("pgd")].assign(attack="bim")])
+    table = tables.table1(ours, split="random")
+    shown = tables.layout1(table)
+    assert list(shown.columns[2:]) == ["Clean", "PGD", "FGSM", "CW", "BIM", "Combined"]
+    assert shown.BIM[shown[""].eq("printed (%)")].tolist() == ["–", "–"]
+    assert "BIM, FGSM and PGD: Linf budget" in tables.caption(table, **WORDS)
+
+
+def test_a_new_training_has_its_row(monkeypatch):
+    monkeypatch.setitem(evaluation.TRAININGS, "trades", evaluation.Training("black", "x", table1=True))
+    both = accuracy()
+    ours = pd.concat([both, both[both.model.eq("adversarial")].assign(model="trades")])
+    shown = tables.layout1(tables.table1(ours, split="random"))
+    assert [name for name in shown.Training if name] == ["normal", "adversarial", "trades"]
+    with pytest.raises(ValueError, match="lacks trades/clean"):
+        tables.table1(both, split="random")

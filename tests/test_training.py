@@ -7,14 +7,15 @@ import pytest
 import torch
 
 import fortify.training as training
-from fortify import checkpoint
+from fortify import checkpoint, objectives
 from fortify.attacks import CW, FGSM, PGD, craft
 from fortify.augmentation import Augmentation, augment
-from fortify.fused import Twin
+from fortify.fused import FusedModel
 from fortify.models import build_model, predict
+from fortify.objectives import Step
 from fortify.training import Recipe, class_weights, fit
 
-STILL = Augmentation(flip=False, degrees=0, scale=0, translate=0)
+STILL = Augmentation(flip=False, degrees=0, zoom=0, translate=0)
 THIRDS = {FGSM(4): 1 / 3, PGD(4, steps=2): 1 / 3, PGD(4, steps=2, loss="margin"): 1 / 3}
 
 
@@ -53,11 +54,13 @@ def test_adversarial_training_holds_where_normal_training_falls(phantoms, images
 def test_precision_is_float32_on_a_cpu_unless_asked_for_and_weights_and_validation_always(parts, monkeypatch):
     found, histories, rounded = {}, {}, []
 
-    def twin(*arguments, autocast, **options):
+    def fused(*arguments, autocast=None, **options):
+        if autocast is None:  # that of the validation
+            return FusedModel(*arguments, **options)
         rounded.append(autocast)
-        return Twin(*arguments, autocast=autocast, **options)
+        return FusedModel(*arguments, autocast=autocast, **options)
 
-    monkeypatch.setattr(training, "Twin", twin)
+    monkeypatch.setattr(training, "FusedModel", fused)
     for precision in ("auto", "float32", "bfloat16"):
         model, recipe = small(), Recipe(epochs=2, batch_size=16, lr=3e-3, precision=precision)
         histories[precision] = fit(
@@ -79,7 +82,9 @@ def test_precision_is_float32_on_a_cpu_unless_asked_for_and_weights_and_validati
 
 def test_attacks_walk_on_compiled_code_where_asked_for(parts, monkeypatch):
     asked = []
-    monkeypatch.setattr(training, "Twin", lambda *a, **o: asked.append(o.pop("compiled")) or Twin(*a, **o))
+    monkeypatch.setattr(
+        training, "FusedModel", lambda *a, **o: asked.append(o.pop("compiled")) or FusedModel(*a, **o)
+    )
     for options in ({}, {"compiled": True}):
         fit(small(), *parts, Recipe(epochs=1, batch_size=16), attacks=THIRDS, progress=False, **options)
     assert asked == [False, True]
@@ -209,8 +214,12 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_batch_and_checkpoint(parts, 
 
 def test_the_batch_holds_the_shares_asked_for(model, images, labels):
     x, y = images[:30], labels[:30]
-    generator = torch.Generator().manual_seed(0)
-    joined, joined_labels = training._with_attacked(model, x, y, 0.5, THIRDS, Twin(model, x[:1]), generator)
+
+    def crafted(parts):
+        return [craft(model, *part, attack).images for attack, *part in parts]
+
+    step = Step(model, x, y, THIRDS, clean_share=0.5, craft=crafted, loss=None, mix=None)
+    joined, joined_labels = objectives.joined(step)
     assert len(joined) == len(joined_labels) == 15 + 30
     assert torch.equal(joined[:15], x[:15])
     moved = (joined[15:] - x).flatten(1).abs().amax(1) * 255
@@ -219,15 +228,15 @@ def test_the_batch_holds_the_shares_asked_for(model, images, labels):
 
 
 def test_attacks_walk_on_the_present_weights(parts, monkeypatch):
-    """A twin that is not refreshed would attack the network as it was before training."""
+    """A fused that is not refreshed would attack the network as it was before training."""
     walked = []
     craft_parts = training.craft_parts
 
-    def spied(model, parts, *, twin):
+    def spied(model, parts, *, fused):
         x = parts[0][1]
         with torch.no_grad():
-            walked.append((twin(x) - model(x)).abs().max().item())
-        return craft_parts(model, parts, twin=twin)
+            walked.append((fused(x) - model(x)).abs().max().item())
+        return craft_parts(model, parts, fused=fused)
 
     monkeypatch.setattr(training, "craft_parts", spied)
     fit(small(), *parts, Recipe(epochs=2, batch_size=16), attacks=THIRDS, progress=False)
@@ -238,9 +247,9 @@ def test_budgets_grow_over_the_first_epochs(parts, monkeypatch):
     budgets = []
     craft_parts = training.craft_parts
 
-    def spied(model, parts, *, twin):
+    def spied(model, parts, *, fused):
         budgets.append([attack.eps_255 for attack, *_ in parts])
-        return craft_parts(model, parts, twin=twin)
+        return craft_parts(model, parts, fused=fused)
 
     monkeypatch.setattr(training, "craft_parts", spied)
     recipe = Recipe(epochs=4, batch_size=80, eps_warmup=0.5)
@@ -260,18 +269,18 @@ def test_every_image_is_mixed_with_another_in_one_share(images):
 
 
 def test_the_loss_of_mixed_images_is_mixed_as_they_are(parts, monkeypatch):
-    seen, mixed_of, with_attacked = {}, training._mixed, training._with_attacked
+    seen, mixed_of, joined = {}, training._mixed, objectives.joined
 
     def spied(x, generator):
         seen["mixed"] = mixed_of(x, generator)
         return seen["mixed"]
 
     def labelled(*arguments):
-        x, seen["y"] = with_attacked(*arguments)
+        x, seen["y"] = joined(*arguments)
         return x, seen["y"]
 
     monkeypatch.setattr(training, "_mixed", spied)
-    monkeypatch.setattr(training, "_with_attacked", labelled)
+    monkeypatch.setattr(objectives, "joined", labelled)
     recipe = Recipe(epochs=1, batch_size=len(parts[0]), mixup=1.0, label_smoothing=0, clean_share=0.5)
     history = fit(small(), *parts, recipe, attacks=THIRDS, progress=False)
     (x, others, share), y = seen["mixed"], seen["y"]
@@ -344,9 +353,9 @@ def test_class_weights_are_inverse_frequencies_with_mean_one_over_examples():
     [
         ({"attacks": {FGSM(4): 0.7, PGD(4): 0.7}}, "sum to at most 1"),
         ({"attacks": {FGSM(4): 0}}, "positive"),
-        ({"recipe": Recipe(clean_share=0)}, "nothing to train on"),
-        ({"recipe": Recipe(clean_share=0.01, batch_size=8)}, "of a batch of 8 are no image"),
-        ({"recipe": Recipe(clean_share=0), "attacks": {FGSM(4): 0.001}}, "nothing to train on"),
+        ({"recipe": Recipe(clean_share=0)}, "fewer than two images"),
+        ({"recipe": Recipe(clean_share=0.01, batch_size=8)}, "of a batch of 8 are fewer than two images"),
+        ({"recipe": Recipe(clean_share=0), "attacks": {FGSM(4): 0.001}}, "fewer than two images"),
         ({"attacks": {PGD(4, restarts=5): 1}}, "restarts=1"),
     ],
 )
@@ -405,7 +414,7 @@ def test_views_differ_between_images_and_seeds_and_stay_in_range(images):
 def test_flips_are_exact_mirror_images(images):
     same = images[5:6].expand(32, -1, -1, -1).contiguous()
     views = augment(
-        same, Augmentation(degrees=0, scale=0, translate=0), generator=torch.Generator().manual_seed(0)
+        same, Augmentation(degrees=0, zoom=0, translate=0), generator=torch.Generator().manual_seed(0)
     )
     mirrors = [images[5], images[5].flip(1), images[5].flip(2), images[5].flip(1, 2)]
     nearest = [min(range(4), key=lambda m: (v - mirrors[m]).abs().max()) for v in views]
@@ -415,7 +424,7 @@ def test_flips_are_exact_mirror_images(images):
 
 def test_level_and_gain_move_greys_within_their_ranges():
     grey = torch.full((200, 1, 8, 8), 0.5)
-    still = dict(flip=False, degrees=0, scale=0, translate=0)
+    still = dict(flip=False, degrees=0, zoom=0, translate=0)
     for change, low, high in (
         (dict(level=0.1), 0.4, 0.6),
         (dict(gain=0.2), 0.4, 0.6),
@@ -429,7 +438,7 @@ def test_level_and_gain_move_greys_within_their_ranges():
 
 def test_smoothing_keeps_the_mean_and_takes_the_noise(images):
     noisy = (images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
-    smooth = Augmentation(flip=False, degrees=0, scale=0, translate=0, blur=1.0)
+    smooth = Augmentation(flip=False, degrees=0, zoom=0, translate=0, blur=1.0)
     views = augment(noisy, smooth, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(views.mean((1, 2, 3)), noisy.mean((1, 2, 3)), atol=5e-3)
     inner, side = (slice(None), 0, slice(1, -1), slice(1, -1)), noisy.shape[-1] - 2
@@ -439,7 +448,7 @@ def test_smoothing_keeps_the_mean_and_takes_the_noise(images):
         for j, v in enumerate((0.25, 0.5, 0.25))
     )
     assert torch.allclose(views[inner], expected, atol=1e-4)
-    half = Augmentation(flip=False, degrees=0, scale=0, translate=0, blur=0.5)
+    half = Augmentation(flip=False, degrees=0, zoom=0, translate=0, blur=0.5)
     views = augment(noisy, half, generator=torch.Generator().manual_seed(0))
     changed = ((views - noisy).flatten(1).abs().amax(1) > 0.01).float().mean()
     assert 0.3 < changed < 0.7
@@ -447,7 +456,7 @@ def test_smoothing_keeps_the_mean_and_takes_the_noise(images):
 
 def test_a_square_of_the_share_asked_for_is_cut_out():
     white = torch.ones(300, 1, 40, 40)
-    cut = Augmentation(flip=False, degrees=0, scale=0, translate=0, cutout=0.25)
+    cut = Augmentation(flip=False, degrees=0, zoom=0, translate=0, cutout=0.25)
     holes = 1 - augment(white, cut, generator=torch.Generator().manual_seed(0))
     areas = holes.round().sum((1, 2, 3))
     assert areas.max() == 100, "10 of 40 pixels a side, where the square is whole"

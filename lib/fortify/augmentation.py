@@ -17,7 +17,7 @@ class Augmentation:
 
     flip: bool = True  # left-right and up-down, each with probability 1/2
     degrees: float = 7.0  # rotation, either way
-    scale: float = 0.08  # zoom by 1 +- scale
+    zoom: float = 0.08  # by 1 +- zoom
     translate: float = 0.06  # shift as a share of the side, either way
     gamma: float = 0.0  # grey ** g, g in 1/(1 + gamma) .. 1 + gamma (log-uniform)
     gain: float = 0.0  # grey * (1 +- gain)
@@ -45,7 +45,7 @@ def augment(images, augmentation, *, generator):
     x = _affine(
         images,
         angle=uniform(math.radians(a.degrees)),
-        scale=1 + uniform(a.scale),
+        scale=1 + uniform(a.zoom),
         shift=torch.stack([uniform(2 * a.translate), uniform(2 * a.translate)], 1),
         mirror=torch.stack([uniform(1.0), uniform(1.0)], 1).sign() if a.flip else None,
     )

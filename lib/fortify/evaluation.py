@@ -1,10 +1,14 @@
 """From one row per attacked image to accuracies, confusion matrices and robustness scores.
 
 A *rows* table has the columns ``COLUMNS`` and one row per (model, split, seed, attack, protocol, budget,
-image). Every number of the paper is derived from such tables; that takes no model.
+image). A row without a budget is of a minimum-norm attack. Every number of the paper is derived from such
+tables; that takes no model, and no list of attacks: the rows name them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,16 +19,16 @@ _DTYPES = {
     "model": "str",  # how it was trained: "normal" or "adversarial"
     "split": "str",  # "random" or "grouped"
     "seed": "int64",
-    "attack": "str",  # "clean" or one of ATTACKS
+    "attack": "str",  # "clean" or the attack's name
     "protocol": "str",  # "adaptive": crafted on this model, as clean rows are; "static": on the normal model
-    "eps_255": "float64",  # Linf budget in grey levels; 0 for clean, NaN for CW, which has none
+    "eps_255": "float64",  # Linf budget in grey levels; 0 for clean, NaN for minimum-norm attacks
     "index": "int64",  # position of the image in the slices, whatever the split
     "label": "int64",
     "prediction": "int64",
     "probability": "float64",  # of the predicted class
     "success": "bool",  # prediction != label
     "linf_255": "float64",  # largest change of a pixel, in grey levels
-    "l2": "float64",  # norm of the change, image in [0, 1]; 0 for a failed CW, which keeps the clean image
+    "l2": "float64",  # of the change, image in [0, 1]; 0 for a failed minimum-norm attack (clean image)
 }
 COLUMNS = tuple(_DTYPES)
 
@@ -45,15 +49,40 @@ TRAININGS = {
     "tone curves": Training("#a569bd", "D"),
     "adversarial": Training("#0b4f8a", "o", table1=True),
 }
-ATTACKS = ("pgd", "fgsm", "cw")  # the columns of Table 1, in the paper's order; all but CW have Linf budgets
+_PAPER = ("pgd", "fgsm", "cw")  # the paper's attacks in its order; any other comes after them
 
 _MODEL = ["model", "split", "seed"]
 _GROUP = ["split", "model", "protocol", "attack"]
 _ORDER = (*TRAININGS, "random", "grouped", "adaptive", "static")
-_RANK = {name: i for i, name in enumerate((*_ORDER, "clean", *ATTACKS, "combined", "worst"))}
+_OTHER = "any other attack"
+_RANK = {name: i for i, name in enumerate((*_ORDER, "clean", *_PAPER, _OTHER, "combined", "worst"))}
 
 
-def read_rows(path):
+def typed(rows: pd.DataFrame) -> pd.DataFrame:
+    """A rows table with the types of ``COLUMNS``."""
+    return rows.astype(_DTYPES)
+
+
+def attacks_in(rows: pd.DataFrame) -> dict[str, bool]:
+    """{attack: whether it is a minimum-norm attack} of the ``attack`` column, the paper's order first.
+
+    ``rows`` is a rows table, or what :func:`at_budget` or :func:`accuracy_table` made of one.
+    """
+    if "minimum_norm" in rows:
+        kinds = rows.groupby("attack", sort=False).minimum_norm.any()
+    elif "eps_255" not in rows:
+        raise ValueError("the table says of no attack whether it has a budget: no column minimum_norm")
+    else:
+        kinds = rows.eps_255.isna().groupby(rows.attack, sort=False).any()
+    known = {name: i for i, name in enumerate(_PAPER)}
+    names = sorted(
+        (name for name in kinds.index if name not in ("clean", "combined", "worst")),
+        key=lambda name: known.get(name, len(known)),
+    )
+    return {name: bool(kinds[name]) for name in names}
+
+
+def read_rows(path: str | Path) -> pd.DataFrame:
     """Read a rows table from CSV; ValueError naming the first column that is not as ``COLUMNS`` has it."""
     try:
         rows = pd.read_csv(path)
@@ -72,14 +101,15 @@ def read_rows(path):
             raise ValueError(
                 f"{path}: column {column!r} must hold {dtype} in every row; it reads as {holds}."
             )
-    return rows.astype(_DTYPES)
+    return typed(rows)
 
 
-def check_rows(rows):
+def check_rows(rows: pd.DataFrame) -> None:
     """Raise ValueError unless ``rows`` is complete and consistent; the message shows the first fault.
 
     Each row is unique; an image has one label; ``success`` is ``prediction != label``; each attack at each
-    budget covers the images of the clean rows; a failed adaptive CW has the clean prediction and L2 0.
+    budget covers the images of the clean rows; an attack has a budget in all rows or in none; one that has
+    none (minimum-norm) and fails has, adaptive, the clean prediction and L2 0.
     """
 
     def refuse(bad, what):
@@ -88,13 +118,14 @@ def check_rows(rows):
                 f"{bad.sum()} of {len(rows)} rows {what}; the first is {rows[bad].iloc[0].to_dict()}."
             )
 
-    clean, cw, adaptive = rows.attack.eq("clean"), rows.attack.eq("cw"), rows.protocol.eq("adaptive")
-    known = ", ".join(ATTACKS)
-    refuse(~rows.attack.isin(("clean", *ATTACKS)), f"name an attack that evaluation.ATTACKS lacks ({known})")
+    clean, adaptive = rows.attack.eq("clean"), rows.protocol.eq("adaptive")
+    free = rows.eps_255.isna()
+    refuse(rows.attack.isin(("combined", "worst", "")), "name a summary where an attack belongs")
     refuse(~adaptive & rows.protocol.ne("static"), "name an unknown protocol")
     refuse(clean & (~adaptive | rows.eps_255.ne(0)), "are clean but not adaptive at eps_255 0")
-    refuse(cw & rows.eps_255.notna(), "are CW with an eps_255")
-    refuse(~clean & ~cw & ~rows.eps_255.gt(0), "are FGSM or PGD without an eps_255 above 0")
+    mixed = free.groupby(rows.attack).transform("any") & ~free
+    refuse(mixed, "have an eps_255, where others of their attack, a minimum-norm one, have none")
+    refuse(~clean & ~free & ~rows.eps_255.gt(0), "are of an attack without an eps_255 above 0")
     refuse(rows.duplicated([*_MODEL, "attack", "protocol", "eps_255", "index"]), "repeat another row")
     refuse(rows.groupby("index").label.transform("nunique").gt(1), "give one image several labels")
     refuse(rows.success.ne(rows.prediction.ne(rows.label)), "have a success that is not prediction != label")
@@ -103,8 +134,9 @@ def check_rows(rows):
         for attack, part in group.groupby(["attack", "protocol", "eps_255"], dropna=False):
             if set(part["index"]) != reference:
                 raise ValueError(f"{name} {attack}: {len(part)} images, not the {len(reference)} clean ones.")
-    failed = cw & adaptive & ~rows.success
-    refuse(failed & (rows.l2.ne(0) | rows.prediction.ne(_clean_prediction(rows))), "are a failed CW, altered")
+    failed = free & adaptive & ~rows.success
+    altered = rows.l2.ne(0) | rows.prediction.ne(_clean_prediction(rows))
+    refuse(failed & altered, "are of a failed minimum-norm attack, altered")
 
 
 def _clean_prediction(rows):
@@ -123,32 +155,40 @@ def _serve_static(rows):
     return pd.concat([rows, shared.assign(protocol="static")], ignore_index=True)
 
 
-def at_budget(rows, *, eps_255, cw_l2):
+def at_budget(rows: pd.DataFrame, *, eps_255: float, cw_l2: float) -> pd.DataFrame:
     """One prediction per (model, split, seed, protocol, attack, index), at one budget, with its label.
 
-    FGSM and PGD at exactly ``eps_255`` grey levels. CW where its L2 norm is at most ``cw_l2``, else the
-    clean prediction: what is left to an adversary with that budget. Clean rows serve both protocols, and so
-    do attacks on the normal model, where static ones are crafted.
-    Raises ValueError listing the available budgets where FGSM or PGD lack this one, and for a negative one.
+    Attacks with a budget at exactly ``eps_255`` grey levels. A minimum-norm attack (CW) where its L2 norm is
+    at most ``cw_l2``, else the clean prediction: what is left to an adversary with that budget. Clean rows
+    serve both protocols, and so do attacks on the normal model, where static ones are crafted. The column
+    ``minimum_norm`` says of which kind the attack is.
+    Raises ValueError listing the available budgets where an attack lacks this one, and for a negative one.
     """
     if not (eps_255 >= 0 and cw_l2 >= 0):
         raise ValueError(f"eps_255 and cw_l2 must be at least 0, not {eps_255} and {cw_l2}")
     check_rows(rows)
     rows = rows.reset_index(drop=True)
-    linf = ~rows.attack.isin(("clean", "cw"))
+    free = rows.eps_255.isna()
+    linf = ~free & rows.attack.ne("clean")
     exact = linf & np.isclose(rows.eps_255, eps_255, rtol=1e-6, atol=0)
     for group, part in rows[linf].groupby([*_MODEL, "protocol", "attack"]):
         if not exact[part.index].any():
             available = ", ".join(f"{eps:g}" for eps in sorted(part.eps_255.unique()))
             raise ValueError(f"No rows at eps_255={eps_255:g} for {group}; available: {available}.")
-    beyond = rows.attack.eq("cw") & rows.l2.gt(cw_l2)
+    beyond = free & rows.l2.gt(cw_l2)
     prediction = np.where(beyond, _clean_prediction(rows), rows.prediction)
-    rows = _serve_static(rows.assign(prediction=prediction)[exact | ~linf])
-    return _sorted(rows[[*_MODEL, "protocol", "attack", "index", "label", "prediction"]])
+    rows = _serve_static(rows.assign(prediction=prediction, minimum_norm=free)[exact | ~linf])
+    columns = [*_MODEL, "protocol", "attack", "index", "label", "prediction", "minimum_norm"]
+    return _sorted(rows[columns])
 
 
-def paired_gain(rows_at_budget, groups, *, models=("normal", "adversarial")):
-    """How many more of the same images the second of two ``models`` reads than the first: a tidy table.
+def paired_gain(
+    rows_at_budget: pd.DataFrame,
+    groups: Sequence[Any],
+    *,
+    models: tuple[str, str] = ("normal", "adversarial"),
+) -> pd.DataFrame:
+    """How many more of the same images the second of two ``models`` classifies correctly: a tidy table.
 
     From the adaptive rows of :func:`at_budget`, one row per (split, attack): ``n``, ``k_<model>`` of both and
     their difference in points, ``gain_percent``, with the interval ``low_percent``, ``high_percent`` of a
@@ -173,22 +213,39 @@ def paired_gain(rows_at_budget, groups, *, models=("normal", "adversarial")):
     return _sorted(pd.DataFrame(table))
 
 
-def accuracy_table(rows_at_budget, *, class_names, groups=None, pooled=None):
+def accuracy_table(
+    rows_at_budget: pd.DataFrame,
+    *,
+    class_names: Sequence[str],
+    groups: Sequence[Any] | None = None,
+    pooled: Sequence[str] | None = None,
+) -> pd.DataFrame:
     """Accuracy per (split, model, protocol, attack), as fractions, from the rows of :func:`at_budget`.
 
-    Beside clean and each attack: *combined* pools the attacks ``pooled``, by default :data:`ATTACKS` (k of 3n
-    predictions, as the paper's Table 1); *worst* counts an image only if it is right under all of them. Both
-    need all of them.
+    Beside clean and each attack: *combined* pools the attacks ``pooled``, by default all in the table (k of
+    3n predictions with three, as the paper's Table 1); *worst* counts an image only if it is classified
+    correctly under all of them. Both need all of them.
     Seeds are pooled, ``sd`` is over their accuracies (ddof 1, NaN with one). The interval (``low``,
     ``high``) counts each of the distinct ``images`` once, with k rounded, because three attacked copies of
     an image, or several seeds' predictions of it, are not independent. Nor are the slices of a scan, which
     it takes as if they were: ``group_low`` and ``group_high`` do not (:func:`cluster_interval`); they are NaN
     without ``groups``, the group (N,) of every slice. ``recall_<class>`` is NaN for a class without images,
     which ``balanced_accuracy``, their mean, leaves out. The recall of the malignant class is the sensitivity.
+    Raises ValueError where the rows hold an image several times under one attack, as at several budgets, or
+    where ``class_names`` lacks a class that they hold.
     """
     rows = rows_at_budget.assign(correct=rows_at_budget.prediction.eq(rows_at_budget.label))
     image = [*_MODEL, "protocol", "index"]
-    pooled = ATTACKS if pooled is None else pooled
+    if rows.duplicated([*image, "attack"]).any():
+        raise ValueError(
+            "the rows hold an image several times under one attack, as at several budgets, which no accuracy "
+            "pools; choose one: at_budget(rows, eps_255=..., cw_l2=...)"
+        )
+    highest = int(rows[["label", "prediction"]].max().max())
+    if highest >= len(class_names):
+        raise ValueError(f"class_names has {len(class_names)} names, but the rows hold class {highest}")
+    kinds = attacks_in(rows)
+    pooled = tuple(kinds) if pooled is None else pooled
     attacked = rows[rows.attack.isin(pooled)]
     attacked = attacked[attacked.groupby(image).attack.transform("nunique").eq(len(pooled))]
     worst = attacked.groupby([*image, "label"], as_index=False).correct.all().assign(attack="worst")
@@ -200,7 +257,8 @@ def accuracy_table(rows_at_budget, *, class_names, groups=None, pooled=None):
         if groups is not None:
             own = np.asarray(groups)[part["index"]]
             line["group_low"], line["group_high"] = cluster_interval(part.correct.to_numpy(bool), own)
-        table.append(line | {"balanced_accuracy": recall.mean()} | recalls)
+        line |= {"balanced_accuracy": recall.mean()} | recalls
+        table.append(line | {"minimum_norm": kinds.get(line["attack"], False)})
     return _sorted(pd.DataFrame(table))
 
 
@@ -214,16 +272,19 @@ def _summary(group, part):
 
 
 def _sorted(table):
-    """In the paper's order (normal before adversarial; clean, PGD, FGSM, CW), then by budget and image."""
+    """In the paper's order (normal before adversarial; clean, PGD, FGSM, CW), then by budget and image.
+
+    Other trainings and attacks keep their place among themselves, after those and before their summaries.
+    """
     by = [column for column in (*_GROUP, "seed", "eps_255", "index") if column in table]
 
     def rank(column):
-        return column.map(_RANK).fillna(len(_RANK)) if column.name in _GROUP else column
+        return column.map(_RANK).fillna(_RANK[_OTHER]) if column.name in _GROUP else column
 
     return table.sort_values(by, key=rank, kind="stable", ignore_index=True)
 
 
-def confusion(rows_at_budget, *, num_classes):
+def confusion(rows_at_budget: pd.DataFrame, *, num_classes: int) -> dict[tuple, np.ndarray]:
     """Matrices {(split, model, protocol, attack): int64 (true class, predicted class)}, summed over seeds."""
     matrices = {}
     for group, part in rows_at_budget.groupby(_GROUP, sort=False):
@@ -232,7 +293,7 @@ def confusion(rows_at_budget, *, num_classes):
     return matrices
 
 
-def curve(rows):
+def curve(rows: pd.DataFrame) -> pd.DataFrame:
     """Accuracy against ``eps_255`` per (split, model, protocol, Linf attack), clean at 0.
 
     Columns and intervals are those of :func:`accuracy_table`, fractions and grey levels.
@@ -240,14 +301,14 @@ def curve(rows):
     check_rows(rows)
     rows = _serve_static(rows.assign(correct=~rows.success))
     clean = rows[rows.attack.eq("clean")]
-    linf = [attack for attack in ATTACKS if attack != "cw"]
+    linf = [attack for attack, minimum_norm in attacks_in(rows).items() if not minimum_norm]
     points = pd.concat([*(clean.assign(attack=attack) for attack in linf), rows[rows.attack.isin(linf)]])
     attacked = points.groupby([*_MODEL, "protocol", "attack"]).eps_255.transform("max").gt(0)
     grouped = points[attacked].groupby([*_GROUP, "eps_255"])
     return _sorted(pd.DataFrame([_summary(key[:-1], part) | {"eps_255": key[-1]} for key, part in grouped]))
 
 
-def robustness_scores(rows):
+def robustness_scores(rows: pd.DataFrame) -> pd.DataFrame:
     """Robustness in one row per (split, model), under adaptive attacks, seeds pooled.
 
     ``mean_robust_accuracy``: the PGD accuracies at the budgets ``eps_grid`` (grey levels, without 0),

@@ -4,6 +4,7 @@ No function draws on the screen or leaves a pyplot figure open. Images are float
 """
 
 import functools
+import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,12 +16,11 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.ticker import FixedLocator, NullLocator
 from scipy.ndimage import uniform_filter
 
-from fortify.evaluation import ATTACKS, TRAININGS
+from fortify.evaluation import TRAININGS, attacks_in
 from fortify.files import atomic_path
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
 SINGLE, DOUBLE = 3.4, 7.0  # inches: one column of the page, and two
-NAMES = {"clean": "clean"} | {attack: attack.upper() for attack in ATTACKS}
 WRONG = "#b91c1c"
 
 
@@ -36,8 +36,17 @@ class Example:
     attacked: np.ndarray | None = None
     prediction: int | None = None
     probability: float | None = None
-    attack: str | None = None  # "fgsm", "pgd" or "cw"
-    eps_255: float | None = None  # Linf budget in grey levels; None or NaN for CW
+    attack: str | None = None  # its name
+    eps_255: float | None = None  # Linf budget in grey levels; None or NaN for a minimum-norm attack
+
+
+def _title(attack):
+    """An attack as tables and figures write it."""
+    return attack if attack == "clean" else attack.upper()
+
+
+def _has_budget(example):
+    return example.eps_255 is not None and not np.isnan(example.eps_255)
 
 
 def styled(function):
@@ -196,8 +205,8 @@ def prediction_panel(examples):
         _verdict(row[0], example.clean, example, example.clean_prediction, example.clean_probability)
         show_image(row[1], delta * factor, vmin=-0.5, vmax=0.5)
         size = f"largest change {np.abs(delta).max() * 255:.2f}/255, $L_2$ {np.linalg.norm(delta):.2f}"
-        budget = "minimum norm" if example.attack == "cw" else f"$L_\\infty$ at most {example.eps_255:g}/255"
-        row[1].set_xlabel(f"{NAMES[example.attack]}, {budget}\n{size}")
+        within = f"$L_\\infty$ at most {example.eps_255:g}/255" if _has_budget(example) else "minimum norm"
+        row[1].set_xlabel(f"{_title(example.attack)}, {within}\n{size}")
         _verdict(row[2], example.attacked, example, example.prediction, example.probability)
     titles = ("clean image", f"perturbation ×{factor:g}", "attacked image")
     for ax, title in zip(axes[0], titles, strict=True):
@@ -235,8 +244,8 @@ def perturbation_closeups(examples, *, crop=None):
         edge = Rectangle((left - 0.5, top - 0.5), side, side, fill=False, lw=1.2, ec="#ffd60a")
         axes[0, column].add_patch(edge)
     for ax, example in zip(axes[0, 1:], examples, strict=True):
-        budget = "" if example.attack == "cw" else f", {example.eps_255:g}/255"
-        ax.set_title(f"{NAMES[example.attack]}{budget}")
+        budget = f", {example.eps_255:g}/255" if _has_budget(example) else ""
+        ax.set_title(f"{_title(example.attack)}{budget}")
     axes[0, 0].set(title="clean image", ylabel="whole slice")
     axes[1, 0].set_ylabel("the square, enlarged")
     extend = "both" if size.max() > limit else "neither"
@@ -252,7 +261,7 @@ def confusion_matrices(matrices, *, split, class_names, protocol="adaptive"):
     ``matrices`` is what :func:`fortify.evaluation.confusion` returns.
     """
     models = [m for m in TRAININGS if (split, m, protocol, "clean") in matrices]
-    attacks = [a for a in ("clean", *ATTACKS) if (split, models[0], protocol, a) in matrices]
+    attacks = [key[3] for key in matrices if key[:3] == (split, models[0], protocol)]
     fig, axes = image_grid(len(models), len(attacks), DOUBLE, top=0.3, aspect=0.9)
     for row, model in zip(axes, models, strict=True):
         for ax, attack in zip(row, attacks, strict=True):
@@ -265,7 +274,7 @@ def confusion_matrices(matrices, *, split, class_names, protocol="adaptive"):
         row[0].set_yticks(range(len(class_names)), class_names)
         row[0].set_ylabel(f"{model} training\ntrue class")
     for ax, attack in zip(axes[0], attacks, strict=True):
-        ax.set_title(NAMES[attack])
+        ax.set_title(_title(attack))
     for ax in axes[-1]:
         ax.set_xticks(range(len(class_names)), class_names, rotation=35, ha="right", rotation_mode="anchor")
         ax.set_xlabel("predicted class")
@@ -283,14 +292,15 @@ def robustness_curves(curve, *, protocol="adaptive", majority=None):
     curve = curve[curve.protocol.eq(protocol)]
     if curve.empty:
         raise ValueError(f"The curve has no {protocol} rows.")
-    splits = curve.split.unique()
+    splits, dashed = curve.split.unique(), itertools.cycle([(0, (3, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1))])
+    looks = {attack: "-" if i == 0 else next(dashed) for i, attack in enumerate(attacks_in(curve))}
     fig = Figure(figsize=(SINGLE if len(splits) == 1 else DOUBLE, 2.7), layout="constrained")
     axes = fig.subplots(1, len(splits), sharey=True, squeeze=False)[0]
     for ax, split in zip(axes, splits, strict=True):
         for (model, attack), line in curve[curve.split.eq(split)].groupby(["model", "attack"], sort=False):
-            colour, dashes = TRAININGS[model].colour, "-" if attack == "pgd" else (0, (3, 1.5))
+            colour, dashes = TRAININGS[model].colour, looks[attack]
             ax.fill_between(line.eps_255, 100 * line.low, 100 * line.high, color=colour, alpha=0.13, lw=0)
-            face = colour if attack == "pgd" else "white"
+            face = colour if dashes == "-" else "white"
             marks = {
                 "color": colour,
                 "ls": dashes,
@@ -298,7 +308,7 @@ def robustness_curves(curve, *, protocol="adaptive", majority=None):
                 "mfc": face,
                 "clip_on": False,
             }
-            ax.plot(line.eps_255, 100 * line.accuracy, label=f"{model}, {NAMES[attack]}", **marks)
+            ax.plot(line.eps_255, 100 * line.accuracy, label=f"{model}, {_title(attack)}", **marks)
         if majority is not None:
             ax.axhline(100 * majority[split], color="0.4", lw=0.8, ls=":", label="largest class")
         budgets = sorted(curve.eps_255[curve.split.eq(split) & curve.eps_255.gt(0)].unique())
@@ -350,10 +360,12 @@ def training_curves(history):
 def pick_example(rows, slices, *, label, attack=None, eps_255=None, attacked=None):
     """A typical image of class ``label`` as an :class:`Example`, by a rule and not by eye.
 
-    The first that the rows' model reads rightly when clean and on which the ``attack`` ends as on most such
-    images of the class (a tie counts as misread). Where it reads none rightly, the first of the class.
-    ``rows`` are one model's on one split and seed; ``attacked`` (N, 1, H, W) are that attack's images in the
-    order of the clean rows (CW has no ``eps_255``). Raises ValueError when the class is not in the rows.
+    The first that the rows' model classifies correctly when clean and on which the ``attack`` ends as on most
+    such images of the class (a tie counts as misclassified). Where it classifies none correctly, the first of
+    the class.
+    ``rows`` are one model's on one split and seed; ``attacked`` (N, C, H, W) are that attack's images in the
+    order of the clean rows (a minimum-norm attack has no ``eps_255``). Raises ValueError when the class is
+    not in the rows.
     """
     clean = rows[rows.attack.eq("clean")].reset_index(drop=True)
     own = clean[clean.label.eq(label)]
@@ -361,7 +373,8 @@ def pick_example(rows, slices, *, label, attack=None, eps_255=None, attacked=Non
         raise ValueError(f"no test image of class {slices.class_names[label]!r}")
     candidates = own[~own.success] if (~own.success).any() else own.head(1)
     if attack is not None:
-        budget = rows.eps_255.isna() if attack == "cw" else np.isclose(rows.eps_255, eps_255)
+        budget = rows.eps_255.isna()  # a minimum-norm attack has none
+        budget = budget if eps_255 is None else budget | np.isclose(rows.eps_255, eps_255)
         found = rows[rows.attack.eq(attack) & rows.protocol.eq("adaptive") & budget].set_index("index")
         missing = set(candidates["index"]) - set(found.index)
         if missing or not found.index.is_unique:
@@ -378,10 +391,10 @@ def pick_example(rows, slices, *, label, attack=None, eps_255=None, attacked=Non
     )
     if attack is None:
         return example
-    after = found.loc[seen["index"]]
+    after, image = found.loc[seen["index"]], attacked[position]
     return replace(
         example,
-        attacked=attacked[position, 0],
+        attacked=image[0] if len(image) == 1 else np.moveaxis(image, 0, -1),
         prediction=after.prediction,
         probability=after.probability,
         attack=attack,

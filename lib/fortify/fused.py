@@ -1,62 +1,73 @@
-"""A twin of a model to craft attacks on: the same function in eval mode, in less time.
+"""A fused model to follow when crafting attacks: the same function in eval mode, in less time.
 
-In eval mode the BatchNorm after a convolution is a fixed scale and shift of each channel: the twin has it
-folded into the convolution's weights. Its first convolution reads the one grey channel (:class:`GreyStem`),
-its weights have no gradients, its tensors lie channels last, as convolutions like them. Its logits are the
-model's to rounding: attacks walk on the twin, the model itself judges what they find.
+In eval mode the BatchNorm after a convolution is a fixed scale and shift of each channel: the fused model has
+it in the convolution's weights. Its first convolution takes the one grey channel (:class:`GreyStem`), its
+weights have no gradients, its tensors lie channels last, as convolutions like them. Its logits are the
+model's to rounding: attacks follow its gradients, and the model itself says what they achieved.
 """
 
 import contextlib
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from fortify.models import GreyNormalise
+from fortify.models import Guarded, Normalise
 from fortify.runtime import eval_mode, float32_convolutions
 
 
-class Twin:
-    """``twin.net`` computes what ``model`` does in eval mode; :meth:`refresh` takes over its present weights.
+class FusedModel:
+    """``net`` computes what ``model`` does in eval mode; :meth:`refresh` takes over its present weights.
 
-    ``example`` is a batch that the model takes, on its device; ``logits``, the model's on it in eval mode,
-    spare it a pass. Where the twin does not give these, as with a model that is random or uses its layers in
-    another order than it lists them, and where a model cannot be copied, ``net`` is the model itself.
+    ``examples`` (B, C, H, W) are images that the model takes, on its device, unlike each other: the two are
+    compared on all of them; ``logits``, the model's on them in eval mode, spare it a pass. Where the fused
+    net does not give these, as with a model that is random or uses its layers in another order than it lists
+    them, and where a model cannot be copied, ``net`` is the model itself.
     ``autocast=True`` keeps the weights that autocast rounds to bfloat16 so rounded: it rounds those without
-    gradients anew in every pass. Such a twin is for use under that autocast alone, and gives the same there.
+    gradients anew in every pass. Such a net is for use under that autocast alone, and gives the same there.
     ``compiled=True`` passes it through :func:`torch.compile`, for a GPU. That takes a C++ compiler,
     and its time for each of the few sizes of batch that it meets (:class:`Padded`).
     """
 
     @torch.inference_mode(False)  # its tensors are for gradients, wherever it is made
-    def __init__(self, model, example, *, logits=None, autocast=False, compiled=False):
-        self.net, self._plain, self._folded, self._stems = model, [], [], []
-        # Copied are the modules; the tensors are new and empty until _fold fills them.
+    def __init__(
+        self,
+        model: nn.Module,
+        examples: Tensor,
+        *,
+        logits: Tensor | None = None,
+        autocast: bool = False,
+        compiled: bool = False,
+    ):
+        self.net, self._plain, self._fused, self._stems = model, [], [], []
+        if isinstance(model, torch.jit.ScriptModule):
+            return  # its code is fixed: there are no layers to change
+        # Copied are the modules; the tensors are new and empty until _fuse fills them.
         room = {id(own): _room(own) for module in model.modules() for own in _tensors(module)}
         try:
             net = copy.deepcopy(model, room)
-        except (RuntimeError, TypeError):  # holds what torch or Python cannot copy
+        except Exception:  # it holds what torch or Python cannot copy, and says so in many ways
             return
         both, absorbed = list(zip(model.modules(), net.modules(), strict=True)), set()
         for own_parent, parent in both:
             pairs = zip(_conv_then_batchnorm(own_parent), _conv_then_batchnorm(parent), strict=True)
-            for (conv, norm, name), (twin, twin_norm, _) in pairs:
-                if twin.bias is None:
-                    twin.bias = nn.Parameter(torch.zeros_like(norm.running_mean), requires_grad=False)
+            for (conv, norm, name), (target, target_norm, _) in pairs:
+                if target.bias is None:
+                    target.bias = nn.Parameter(torch.zeros_like(norm.running_mean), requires_grad=False)
                 setattr(parent, name, nn.Identity())
-                self._folded.append((twin, conv, norm))
-                absorbed |= {twin, twin_norm}
-        for own, twin in both:
-            if twin not in absorbed:
-                self._plain += zip(_tensors(twin), _tensors(own), strict=True)
+                self._fused.append((target, conv, norm))
+                absorbed |= {target, target_norm}
+        for own, target in both:
+            if target not in absorbed:
+                self._plain += zip(_tensors(target), _tensors(own), strict=True)
         self._stems = [stem for parent in net.modules() for stem in _take_grey(parent)]
         net.eval()  # the new layers too
-        if self._is_right(model, net, example, logits):
+        if self._is_right(model, net, examples, logits):
             self.net = net
         else:
-            self._plain, self._folded, self._stems = [], [], []
+            self._plain, self._fused, self._stems = [], [], []
         if autocast and self.net is net:
             # Stems make their kernels of these convolutions' weights, which would else be rounded twice.
             apart = {stem.conv for stem in self._stems}
@@ -66,29 +77,31 @@ class Twin:
                     for tensor in _tensors(module):
                         tensor.data = tensor.data.bfloat16()
         if compiled and self.net is net:
-            self.net = Padded(self.net)
+            self.net = Padded(net)
+        if autocast and self.net is not model:
+            self.net = Guarded(self.net, dtype=torch.float32)  # autocast rounds what it takes, where it must
 
-    def refresh(self):
+    def refresh(self) -> nn.Module:
         """Take over the weights and statistics that the model has now, and return ``net``."""
-        self._fold()
+        self._fuse()
         return self.net
 
-    def _is_right(self, model, net, example, logits):
-        """Whether the folded ``net`` gives the model's logits; leaves it folded of the present weights."""
-        fresh = [norm for _, _, norm in self._folded if not norm.running_mean.any()]
+    def _is_right(self, model, net, examples, logits):
+        """Whether the fused ``net`` gives the model's logits; leaves it fused of the present weights."""
+        fresh = [norm for _, _, norm in self._fused if not norm.running_mean.any()]
         if fresh:  # untrained, a BatchNorm changes nothing and would fit anywhere: see what others would do
             with _other_statistics(fresh):
-                self._fold()
-                if not _same_logits(model, net, example, None):
+                self._fuse()
+                if not _agree(model, net, examples, None):
                     return False
-        self._fold()
-        return _same_logits(model, net, example, logits)
+        self._fuse()
+        return _agree(model, net, examples, logits)
 
     @torch.no_grad()
-    def _fold(self):
+    def _fuse(self):
         for target, source in self._plain:
             target.copy_(source)
-        for target, conv, norm in self._folded:
+        for target, conv, norm in self._fused:
             weight, bias = fuse_conv_bn_weights(
                 conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
             )
@@ -116,7 +129,7 @@ class Padded(nn.Module):
 
 
 class GreyStem(nn.Module):
-    """GreyNormalise and the strided three-channel convolution after it, as one convolution of the grey image.
+    """Normalise and the strided three-channel convolution after it, as one convolution of the grey image.
 
     The convolution is linear and its three inputs are one grey: its kernel is the sum of the three, each over
     its standard deviation. What the means contribute, and the border, where zero padding comes after the
@@ -148,7 +161,7 @@ class GreyStem(nn.Module):
         return F.pixel_unshuffle(grey, 2).contiguous(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def refresh(self):
+    def refresh(self) -> nn.Module:
         """Take over the present weights of ``conv``."""
         self.kernel.copy_(self._kernel())
         for size in self.offsets:
@@ -187,8 +200,10 @@ def _conv_then_batchnorm(parent):
 
 
 def _take_grey(parent):
-    """[the GreyStem] put into ``parent``, a Sequential that starts with GreyNormalise; [] if none fits."""
-    if not (isinstance(parent, nn.Sequential) and len(parent) > 1 and type(parent[0]) is GreyNormalise):
+    """[the GreyStem] put into ``parent``, a Sequential that starts with grey Normalise; [] if none fits."""
+    if not (isinstance(parent, nn.Sequential) and len(parent) > 1 and type(parent[0]) is Normalise):
+        return []
+    if parent[0].channels != 1:
         return []
     for owner in parent[1].modules():
         for name, child in owner.named_children():
@@ -234,7 +249,12 @@ def _other_statistics(norms):
             tensor.copy_(value)
 
 
-def _same_logits(model, net, example, logits):
-    with eval_mode(model), torch.no_grad(), float32_convolutions(example.device):
-        logits = model(example) if logits is None else logits
-        return bool((logits - net(example)).abs().max() <= 1e-3 * logits.abs().max())
+def _agree(model, net, examples, logits):
+    with eval_mode(model), torch.no_grad(), float32_convolutions(examples.device):
+        logits = Guarded.of(model)(examples) if logits is None else logits
+        return same_logits(logits, Guarded.of(net)(examples))
+
+
+def same_logits(logits: Tensor, others: Tensor) -> bool:
+    """Whether two nets gave the same logits (B, classes) of the same images, to rounding. False for NaN."""
+    return bool((logits - others).abs().max() <= 1e-3 * logits.abs().max())

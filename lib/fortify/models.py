@@ -1,9 +1,19 @@
-"""Classifiers that take grey images in [0, 1]: torchvision nets with normalisation as their first layer."""
+"""Classifiers of images in [0, 1]: torchvision nets with normalisation as their first layer, and anybody's.
+
+What this project builds takes grey slices (one channel), or three channels where asked. :func:`predict` and
+:class:`Guarded` take any classifier of images (N, C, H, W).
+"""
 
 import contextlib
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from fortify.files import read_safetensors, write_safetensors
 from fortify.runtime import device_of, eval_mode, float32_convolutions, seeded
@@ -12,20 +22,26 @@ from fortify.runtime import device_of, eval_mode, float32_convolutions, seeded
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class GreyNormalise(nn.Module):
-    """(B, 1, H, W) in [0, 1] -> (B, 3, H, W): repeat the grey channel and normalise each copy.
+class Normalise(nn.Module):
+    """(B, channels, H, W) in [0, 1] -> (B, 3, H, W), normalised; one grey channel is repeated.
 
     As the network's first layer it keeps every attack and every budget in grey levels.
     """
 
-    def __init__(self):
+    def __init__(self, channels: int = 1):
         super().__init__()
+        if channels not in (1, 3):
+            raise ValueError(f"the networks built here take 1 or 3 channels, not {channels}")
+        self.channels = channels
         self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, x):
-        if x.ndim != 4 or x.shape[1] != 1:
-            raise ValueError(f"the model takes grey images of shape (B, 1, H, W), not {tuple(x.shape)}")
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            kind = "grey images" if self.channels == 1 else "images"
+            raise ValueError(
+                f"the model takes {kind} of shape (B, {self.channels}, H, W), not {tuple(x.shape)}"
+            )
         return (x - self.mean) / self.std
 
 
@@ -88,13 +104,22 @@ class SmallResNet(nn.Module):
         return self.fc(self.stages(self.stem(x)).mean((2, 3)))
 
 
-def build_model(arch, *, num_classes, weights=None, seed=None):
-    """A classifier (B, 1, H, W) float in [0, 1] -> logits (B, num_classes).
+def build_model(
+    arch: str,
+    *,
+    num_classes: int,
+    weights: str | None = None,
+    seed: int | None = None,
+    channels: int = 1,
+) -> nn.Sequential:
+    """A classifier (B, channels, H, W) float in [0, 1] -> logits (B, num_classes).
 
     ``arch`` is ``"resnet_small"`` or any torchvision classification net by name (``"resnet50"``).
     ``weights="imagenet"`` downloads torchvision's default weights, all but the classifying layer;
     None is from scratch. ``seed`` fixes the initial weights and leaves the global generator untouched.
-    Raises ValueError for an unknown name, OSError where the weights cannot be downloaded.
+    ``channels`` is 1, as the paper's slices have, or 3.
+    Raises ValueError for an unknown name or another number of channels, OSError where the weights
+    cannot be downloaded.
     """
     if weights not in (None, "imagenet"):
         raise ValueError(f'weights must be None or "imagenet", not {weights!r}')
@@ -105,8 +130,8 @@ def build_model(arch, *, num_classes, weights=None, seed=None):
             net = SmallResNet(num_classes)
         else:
             net = _torchvision_net(arch, num_classes, weights)
-    model = nn.Sequential(GreyNormalise(), net, Float32())
-    model.arch, model.num_classes = arch, num_classes
+    model = nn.Sequential(Normalise(channels), net, Float32())
+    model.arch, model.num_classes, model.channels = arch, num_classes, channels
     return model
 
 
@@ -132,29 +157,114 @@ def _torchvision_net(arch, num_classes, weights):
     return net
 
 
-def predict(model, images, *, batch_size=256):
-    """Class probabilities (N, num_classes), float32 on the CPU, of images (N, 1, H, W) float in [0, 1].
+def predict(model: nn.Module, images: Any, *, batch_size: int = 256) -> Tensor:
+    """Class probabilities (N, classes), float32 on the CPU, of images (N, C, H, W) float in [0, 1].
 
-    In eval mode whatever the model's state, which is as before on return; images are taken in the weights'
-    type, and a GPU's convolutions are of that too (:func:`float32_convolutions`).
-    Raises ValueError for another shape or type; greys of 0..255 are taken for very bright ones.
+    ``images`` may be a Dataset or DataLoader too, of images or of (image, label) pairs. In eval mode whatever
+    the model's state, which is as before on return, as the images are. The model may be of any floating type
+    and return its logits in a tuple or dict (:class:`Guarded`); a GPU's convolutions are of the weights' own
+    type (:func:`fortify.runtime.float32_convolutions`).
+    Raises ValueError for another shape or type, or a model without a logit for each class; intensities of
+    0..255 are taken for very bright ones.
     """
+    images, _ = collected(images, None)
     if images.ndim != 4 or not images.is_floating_point():
         kind = f"{tuple(images.shape)} {images.dtype}"
-        raise ValueError(f"images must be float (N, 1, H, W) in [0, 1], not {kind}; see data.to_tensor")
-    device, dtype = device_of(model), next((p.dtype for p in model.parameters()), torch.float32)
+        raise ValueError(f"images must be float (N, C, H, W) in [0, 1], not {kind}; see data.to_tensor")
+    device, judge = device_of(model), Guarded.of(model)
     with eval_mode(model), torch.no_grad(), float32_convolutions(device):
-        parts = [model(x.to(device, dtype)).float().softmax(1).cpu() for x in images.split(batch_size)]
+        # The type first: some devices know no float64.
+        parts = [judge(x.to(torch.float32).to(device)).softmax(1).cpu() for x in images.split(batch_size)]
     return torch.cat(parts)
 
 
-def save_model(path, model, *, info=None):
+def collected(images: Any, labels: Any) -> tuple[Tensor, Any]:
+    """(images as one tensor, labels) of tensors, arrays or lists, or of a Dataset or DataLoader.
+
+    A Dataset or DataLoader yields images (C, H, W), or (image, label) pairs, which give the labels where
+    ``labels`` is None; a DataLoader yields batches of them, in its own order. TypeError for anything else.
+    """
+    source = images
+    if isinstance(images, Dataset):
+        source = DataLoader(images, batch_size=64)
+    if not isinstance(source, DataLoader):
+        if isinstance(images, np.ndarray) and images.dtype == np.uint16:
+            images = images.astype(np.int64)  # torch does little with unsigned types
+        return torch.as_tensor(images), labels
+    if labels is not None:
+        raise TypeError("a Dataset or DataLoader brings its own labels: pass labels=None")
+    batches = list(source)
+    if not batches:
+        raise ValueError("no images were given")
+    if isinstance(batches[0], Tensor):
+        return torch.cat(batches), None
+    if not isinstance(batches[0], list | tuple) or len(batches[0]) < 2:
+        kind = type(batches[0]).__name__
+        raise TypeError(f"a Dataset or DataLoader must yield (image, label) pairs, not {kind}")
+    return tuple(torch.cat([torch.as_tensor(batch[k]) for batch in batches]) for k in (0, 1))
+
+
+class Guarded(nn.Module):
+    """A classifier as attacks and tables need it, whatever ``model`` is like: float32 logits (B, classes).
+
+    The model gets a copy of its input, which it may write into, in its weights' floating type. Logits in a
+    tuple or dict are taken where there is one tensor of that shape, or one called ``logits``.
+    """
+
+    def __init__(self, model: nn.Module, *, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.model = model
+        floats = (p.dtype for p in itertools.chain(model.parameters(), model.buffers()))
+        first = next((found for found in floats if found.is_floating_point), torch.float32)
+        self.dtype = first if dtype is None else dtype
+        self.training = False  # of the wrapper alone: Foolbox warns of one in train mode
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Guarded":
+        """``model`` guarded, itself if it is already."""
+        return model if isinstance(model, cls) else cls(model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return logits_of(self.model(x.to(self.dtype, copy=True)), len(x))
+
+
+def logits_of(output: Any, n: int) -> Tensor:
+    """The logits (n, classes), float32, in what a classifier returned for ``n`` images.
+
+    Raises TypeError where it is not clear which tensor they are, ValueError for another shape.
+    """
+    if not isinstance(output, Tensor):
+        named = isinstance(output, Mapping)
+        parts = dict(output) if named else dict(enumerate(output if isinstance(output, list | tuple) else ()))
+        fitting = {k: v for k, v in parts.items() if isinstance(v, Tensor) and v.ndim == 2 and len(v) == n}
+        chosen = fitting.get("logits") if len(fitting) > 1 else next(iter(fitting.values()), None)
+        if chosen is None:
+            kind = f"{type(output).__name__} with {', '.join(map(str, parts)) or 'nothing in it'}"
+            raise TypeError(
+                f"the model returns a {kind}, not logits ({n}, classes). Wrap it in a torch.nn.Module whose "
+                "forward returns the logits alone."
+            )
+        output = chosen
+    if output.ndim != 2 or len(output) != n:
+        raise ValueError(f"the model returns {tuple(output.shape)} for {n} images, not logits ({n}, classes)")
+    if output.shape[1] < 2:
+        raise ValueError(
+            "the model has one output; attacks and tables need a logit for each class. Of a binary net with "
+            "the logit z return torch.cat([torch.zeros_like(z), z], 1), of one with a probability p "
+            "torch.cat([1 - p, p], 1).log()."
+        )
+    return output.float()
+
+
+def save_model(path: str | Path, model: nn.Module, *, info: Mapping[str, Any] | None = None) -> None:
     """Write weights, architecture and ``info`` (a JSON-able dict) as safetensors, atomically."""
     metadata = {"arch": model.arch, "num_classes": model.num_classes, "info": info or {}}
+    if model.channels != 1:
+        metadata["channels"] = model.channels
     write_safetensors(path, model.state_dict(), metadata)
 
 
-def load_model(path, *, device="cpu"):
+def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> nn.Sequential:
     """Read a model that :func:`save_model` wrote; returns it in eval mode on ``device``, with ``.info``.
 
     Safetensors only: nothing is unpickled. Raises ValueError for a damaged or foreign file.
@@ -162,7 +272,8 @@ def load_model(path, *, device="cpu"):
     tensors, metadata = read_safetensors(path)
     if "arch" not in metadata:
         raise ValueError(f"{path} holds no model of this project (no architecture in its metadata)")
-    model = build_model(metadata["arch"], num_classes=metadata["num_classes"])
+    kind = {"num_classes": metadata["num_classes"], "channels": metadata.get("channels", 1)}
+    model = build_model(metadata["arch"], **kind)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

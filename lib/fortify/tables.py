@@ -6,15 +6,13 @@ A *display* table holds strings only, so that its precision is the same wherever
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from fortify.evaluation import ATTACKS
+from fortify.evaluation import TRAININGS, attacks_in
 from fortify.files import write_csv, write_text
 
-COLUMNS = ("clean", *ATTACKS, "combined")  # of Table 1, in its order
-TITLES = {"clean": "Clean", **{attack: attack.upper() for attack in ATTACKS}, "combined": "Combined"}
-MODELS = ("normal", "adversarial")
 BY_GROUPS = "95 %, by groups"  # the line of cluster intervals
 
 PRINTED_SOURCE = (
@@ -24,38 +22,47 @@ PRINTED_SOURCE = (
 # Test accuracy in %; the paper states no norm, budget, number of steps, split sizes or seeds.
 PRINTED = pd.DataFrame(
     [(93.12, 43.08, 45.9, 40.9, 43.29), (95.0, 93.2, 95.0, 92.8, 93.6)],
-    index=pd.Index(MODELS, name="model"),
+    index=pd.Index(("normal", "adversarial"), name="model"),
     columns=pd.Index(("clean", "pgd", "fgsm", "cw", "combined"), name="attack"),
 )
 
 
-def table1(accuracy, *, split, protocol="adaptive"):
+def columns1(accuracy: pd.DataFrame) -> dict[str, str]:
+    """The columns of Table 1 with their titles: clean, every attack of the table in its order, combined."""
+    attacks = {name: name.upper() for name in attacks_in(accuracy)}
+    return {"clean": "Clean"} | attacks | {"combined": "Combined"}
+
+
+def table1(accuracy: pd.DataFrame, *, split: str, protocol: str = "adaptive") -> pd.DataFrame:
     """Table 1 as tidy rows (model, attack): ours in %, k of n and interval, and the ``printed`` value
     (NaN for an attack that the paper has not).
 
-    ``accuracy`` is :func:`fortify.evaluation.accuracy_table`. Raises ValueError naming what it lacks.
+    ``accuracy`` is :func:`fortify.evaluation.accuracy_table`. The rows are the trainings of
+    :data:`fortify.evaluation.TRAININGS` that Table 1 shows. Raises ValueError naming what it lacks.
     """
     ours = accuracy[accuracy.split.eq(split) & accuracy.protocol.eq(protocol)].set_index(["model", "attack"])
-    wanted = pd.MultiIndex.from_product([MODELS, COLUMNS], names=["model", "attack"])
+    models = [name for name, training in TRAININGS.items() if training.table1]
+    wanted = pd.MultiIndex.from_product([models, columns1(accuracy)], names=["model", "attack"])
     missing = wanted.difference(ours.index)
     if len(missing):
         raise ValueError(f"Table 1 ({split} split, {protocol}) lacks {', '.join(map('/'.join, missing))}.")
     fractions = ["accuracy", "low", "high", "group_low", "group_high", "sd"]
-    table = ours.loc[wanted, ["k", "n", *fractions, "seeds"]]
+    table = ours.loc[wanted, ["k", "n", *fractions, "seeds", "minimum_norm"]]
     table[fractions] *= 100
     table["printed"] = PRINTED.stack()
     return table.reset_index().rename(columns={name: f"{name}_percent" for name in fractions})
 
 
-def layout1(table):
+def layout1(table: pd.DataFrame) -> pd.DataFrame:
     """The display table of :func:`table1`, in the layout of the paper, percent to one decimal.
 
     Each training has the lines accuracy, its intervals (the one by groups where there are any), k/n, where
     there are several seeds their sd, and printed.
     """
     lines = []
-    for model in MODELS:
-        cells = table[table.model.eq(model)].set_index("attack").loc[list(COLUMNS)].reset_index()
+    titles = columns1(table)
+    for model in table.model.unique():
+        cells = table[table.model.eq(model)].set_index("attack").loc[list(titles)].reset_index()
         shown = {
             "accuracy (%)": cells.accuracy_percent.map("{:.1f}".format),
             "95 % interval": [f"{c.low_percent:.1f}–{c.high_percent:.1f}" for c in cells.itertuples()],
@@ -70,10 +77,10 @@ def layout1(table):
             del shown[BY_GROUPS]
         for i, (name, values) in enumerate(shown.items()):
             lines.append([model if i == 0 else "", name, *values])
-    return pd.DataFrame(lines, columns=["Training", "", *TITLES.values()])
+    return pd.DataFrame(lines, columns=["Training", "", *titles.values()])
 
 
-def accuracy_layout(accuracy):
+def accuracy_layout(accuracy: pd.DataFrame) -> pd.DataFrame:
     """A display table of :func:`fortify.evaluation.accuracy_table`: a line per model, protocol and attack."""
     recalls = [column for column in accuracy if column.startswith("recall_")]
 
@@ -96,7 +103,7 @@ def accuracy_layout(accuracy):
     return shown
 
 
-def matrix_layout(table, *, split):
+def matrix_layout(table: pd.DataFrame, *, split: str) -> pd.DataFrame:
     """A display table of :func:`fortify.examined.matrix.matrix`: a line an evaluation, a column a training.
 
     Each cell is the accuracy in %, its 95 % interval and k/n.
@@ -112,29 +119,47 @@ def matrix_layout(table, *, split):
     return pivot.loc[own.evaluation.unique(), own.model.unique()].rename_axis(columns=None).reset_index()
 
 
-def caption(*, split, protocol, eps_255, cw_l2, seeds, source, profile, by_groups=True):
+def caption(
+    table: pd.DataFrame,
+    *,
+    split: str,
+    protocol: str = "adaptive",
+    eps_255: float,
+    cw_l2: float,
+    source: str,
+    profile: str,
+) -> str:
     """The sentences under Table 1: what was measured, on which images (``source``), and how far to trust it.
 
-    ``eps_255``: Linf budget in grey levels; ``cw_l2``: L2 budget, image in [0, 1]; ``seeds``: their number;
-    ``by_groups``: whether the table has the intervals by groups.
+    ``table`` is :func:`table1`'s. ``eps_255``: Linf budget in grey levels; ``cw_l2``: L2 budget of
+    minimum-norm attacks, image in [0, 1].
     """
     crafted = {
         "adaptive": "crafted on the model under test",
         "static": "crafted on the normally trained model",
     }
+    by_groups = table.group_low_percent.notna().any()
     drawn = "; by groups: bootstrap of whole groups of near-duplicates" if by_groups else ""
-    *some, last = sorted(TITLES[attack] for attack in ATTACKS if attack != "cw")
+    kinds, seeds = attacks_in(table), int(table.seeds.max())
+    linf, free = (sorted(name.upper() for name in kinds if kinds[name] == kind) for kind in (False, True))
+    budgets = [f"{_listed(linf)}: Linf budget {eps_255:g}/255."] if linf else []
+    budgets += [f"{_listed(free)}: L2 budget {cw_l2:g}, image in [0, 1]."] if free else []
     return (
         f"Accuracy on the test set in percent, {split} split, {protocol} attacks ({crafted[protocol]}). "
-        f"{', '.join(some)} and {last}: Linf budget {eps_255:g}/255. CW: L2 budget {cw_l2:g}, "
-        "image in [0, 1]. "
+        f"{' '.join(budgets)} "
         f"Combined: pooled over the attacks. {seeds} seed{'s' if seeds != 1 else ''}; 95 % Wilson "
         f"intervals, each image counted once{drawn}. Images: {source}. Profile: {profile}. "
         f"Printed: {PRINTED_SOURCE}."
     )
 
 
-def to_markdown(display, *, caption=None, left=2):
+def _listed(names):
+    """``A, B and C``."""
+    *some, last = names
+    return f"{', '.join(some)} and {last}" if some else last
+
+
+def to_markdown(display: pd.DataFrame, *, caption: str | None = None, left: int = 2) -> str:
     """A display table as a GitHub Markdown table, its first ``left`` columns to the left, the rest right."""
     header = list(display.columns)
     rule = ["---" if i < left else "---:" for i in range(len(header))]
@@ -143,7 +168,7 @@ def to_markdown(display, *, caption=None, left=2):
     return "\n".join([*lines, *(["", caption] if caption else [])]) + "\n"
 
 
-def to_latex(display, *, caption=None, label=None):
+def to_latex(display: pd.DataFrame, *, caption: str | None = None, label: str | None = None) -> str:
     """A display table as a LaTeX table (booktabs), special characters escaped."""
     styler = display.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
     text = styler.to_latex(
@@ -157,7 +182,7 @@ def to_latex(display, *, caption=None, label=None):
     return text.replace("–", "--")
 
 
-def to_text(display, *, title, width=100):
+def to_text(display: pd.DataFrame, *, title: str, width: int = 100) -> str:
     """A display table for a terminal, aligned, under its wrapped title; cells wrap to stay in ``width``."""
     rows = [list(map(str, display.columns)), *display.astype(str).to_numpy().tolist()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -178,25 +203,24 @@ def to_text(display, *, title, width=100):
     return "\n".join(lines) + "\n"
 
 
-def write_table1(folder, accuracy, *, split, protocol="adaptive", eps_255, cw_l2, source, profile):
+def write_table1(
+    folder: str | Path,
+    accuracy: pd.DataFrame,
+    *,
+    split: str,
+    protocol: str = "adaptive",
+    **facts: Any,
+) -> dict[str, Path]:
     """Write ``table1_<split>`` (static: ``table1_<split>_static``) as .csv, .md and .tex; return their paths.
 
-    The CSV holds :func:`table1`'s numbers; the other two its layout with the :func:`caption`.
+    The CSV holds :func:`table1`'s numbers; the other two its layout with the :func:`caption`, which takes
+    ``facts``: eps_255, cw_l2, source and profile.
     """
     table = table1(accuracy, split=split, protocol=protocol)
     name = f"table1_{split}" + ("" if protocol == "adaptive" else f"_{protocol}")
     paths = {suffix: Path(folder) / f"{name}.{suffix}" for suffix in ("csv", "md", "tex")}
-    words = caption(
-        split=split,
-        protocol=protocol,
-        eps_255=eps_255,
-        cw_l2=cw_l2,
-        seeds=int(table.seeds.max()),
-        source=source,
-        profile=profile,
-        by_groups=bool(table.group_low_percent.notna().any()),
-    )
-    write_csv(paths["csv"], table)
+    words = caption(table, split=split, protocol=protocol, **facts)
+    write_csv(paths["csv"], table.drop(columns="minimum_norm"))
     write_text(paths["md"], to_markdown(layout1(table), caption=words))
     write_text(paths["tex"], to_latex(layout1(table), caption=words, label=f"tab:{name}"))
     return paths

@@ -1,17 +1,23 @@
 """One training loop: without attacks it is normal training, with them adversarial training."""
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fortify.attacks import check_labels, craft, craft_parts
+from fortify.attacks import SMALLEST_BUDGET_255, Attack, check_labels, craft, craft_parts
 from fortify.augmentation import Augmentation, augment
 from fortify.checkpoint import TrainingState, fingerprint, stop_if_not_finite
-from fortify.fused import Twin
-from fortify.models import predict
+from fortify.data import Slices
+from fortify.fused import FusedModel
+from fortify.models import Guarded, predict
+from fortify.objectives import Mix, Objective, Step
 from fortify.runtime import device_of, frozen, progress_bar, seeded
 
 
@@ -43,7 +49,7 @@ class Recipe:
     class_balance: float = 0.0
     mixup: float = 0.0
     precision: str = "auto"
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self):
         if self.epochs < 1 or self.batch_size < 2:
@@ -61,41 +67,60 @@ class Recipe:
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f'precision must be "auto", "float32" or "bfloat16", not {self.precision!r}')
 
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any], **changes: Any) -> "Recipe":
+        """The recipe that a notebook's parameters describe, then ``changes`` of it.
+
+        Entries named like a field of :class:`Recipe` or :class:`Augmentation` are taken, the others of
+        ``parameters`` ignored. ValueError for a change that names no field.
+        """
+        own, views = ({f.name for f in fields(kind)} for kind in (cls, Augmentation))
+        own = own - {"augmentation"}
+        if unknown := sorted(changes.keys() - own - views):
+            known = ", ".join(sorted(own | views))
+            raise ValueError(f"a recipe has no {', '.join(unknown)}; it has {known}")
+        values = {k: v for k, v in parameters.items() if k in own | views} | changes
+        augmentation = Augmentation(**{k: v for k, v in values.items() if k in views})
+        return cls(**{k: v for k, v in values.items() if k in own}, augmentation=augmentation)
+
 
 def fit(
-    model,
-    train,
-    val,
-    recipe,
+    model: nn.Module,
+    train: Slices,
+    val: Slices,
+    recipe: Recipe,
     *,
-    attacks=None,
-    val_attack=None,
-    seed=0,
-    checkpoints=None,
-    compiled=False,
-    progress=True,
-):
+    attacks: Mapping[Attack, float] | None = None,
+    objective: Objective | None = None,
+    val_attack: Attack | None = None,
+    seed: int = 0,
+    checkpoints: str | Path | None = None,
+    compiled: bool = False,
+    progress: bool = True,
+) -> pd.DataFrame:
     """Train ``model`` in place on ``train``; it ends in eval mode with the weights that ``val`` chose.
 
-    ``train`` and ``val`` are :class:`fortify.data.Slices`. ``attacks`` maps an attack to the share of
-    every batch it attacks, for example ``{FGSM(4): 1/3, PGD(4, steps=4): 1/3, PGD(4, steps=4,
-    loss="margin"): 1/3}``: as in the paper, they are crafted on the current model, in eval mode with
-    frozen weights (on its :class:`fortify.fused.Twin`), and joined with the clean images into one
-    forward. None is normal training. PGD takes one start here: ``restarts`` above 1 is a ValueError.
+    ``train`` and ``val`` are :class:`fortify.data.Slices` of the same classes. ``attacks`` maps an attack to
+    the share of every batch it attacks, for example ``{FGSM(4): 1/3, PGD(4, steps=4): 1/3, PGD(4, steps=4,
+    loss="margin"): 1/3}``: they are crafted on the current model, in eval mode with frozen weights (on its
+    :class:`fortify.fused.FusedModel`). None is normal training. PGD takes one start here: ``restarts`` above
+    1 is a ValueError. ``objective`` says what is made of them (:mod:`fortify.objectives`); None is the
+    paper's :class:`fortify.objectives.Mix`, which joins them with the clean images into one forward.
 
     The epoch with the highest validation accuracy is kept, under ``val_attack`` if one is given
     (ties: the higher clean accuracy, then the later epoch).
     ``checkpoints`` is a folder: every epoch is written there and an interrupted call with the same
     arguments goes on from the last one; on a CPU it ends in the same weights as an uninterrupted one.
-    ``compiled`` has the attacks walk on compiled code, for a GPU: see :class:`fortify.fused.Twin`.
+    ``compiled`` has the attacks follow compiled code, for a GPU: see :class:`fortify.fused.FusedModel`.
 
     Returns the history, a DataFrame with one row an epoch: epoch, lr, train_loss, train_accuracy,
     val_accuracy, val_robust_accuracy (NaN without ``val_attack``), selected.
-    Raises FloatingPointError when the loss stops being finite, naming epoch, batch and checkpoint.
+    Raises ValueError for what cannot be trained on, and FloatingPointError when the loss stops being finite,
+    naming epoch, batch and checkpoint.
     """
-    attacks = dict(attacks or {})
-    _check(recipe, attacks, train, val)
-    device = device_of(model)
+    attacks, objective = dict(attacks or {}), objective or Mix()
+    _check(recipe, attacks, train, val, model)
+    device, low = device_of(model), _autocasts(recipe, device_of(model))
     if device.type == "cuda":
         model.to(memory_format=torch.channels_last)
     x_train, y_train = on_device(train, device)
@@ -103,32 +128,34 @@ def fit(
     weight = class_weights(y_train.cpu(), len(train.class_names), power=recipe.class_balance)
     weight = torch.tensor(weight, dtype=torch.float32, device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    batches = -(-len(y_train) // recipe.batch_size)
+    batches = _batches(len(y_train), recipe.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=recipe.lr, total_steps=recipe.epochs * batches
     )
     state = TrainingState(model, optimizer, schedule, ema=recipe.ema)
     file = None
     if checkpoints is not None:
-        attacked = ([(repr(a), share) for a, share in attacks.items()], repr(val_attack))
-        how = (asdict(recipe), attacked, seed, _autocasts(recipe, device), compiled)
-        name = fingerprint(model, train, val, *how)
+        attacked = ([(repr(a), share) for a, share in attacks.items()], repr(val_attack), repr(objective))
+        name = fingerprint(model, train, val, asdict(recipe), attacked, seed, low, compiled)
         file = Path(checkpoints) / f"{name}.safetensors"
         state.resume(file)
-    options = {"autocast": _autocasts(recipe, device), "compiled": compiled}
-    twin = Twin(model, x_train[:1].float() / 255, **options) if attacks else None
+    some = _evenly(x_train).float() / 255
+    fused = FusedModel(model, some, autocast=low, compiled=compiled) if attacks else None
+    fused_val = FusedModel(state.judged, some) if val_attack is not None else None
     remaining = range(state.epoch + 1, recipe.epochs + 1)
     for epoch in progress_bar(remaining, desc="training", show=progress):
         epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
         with seeded(epoch_seed, device):  # for nets with dropout: a resumed epoch draws the same
             now = _at_epoch(attacks, epoch, recipe)
             mixes = epoch <= recipe.mixup * recipe.epochs
-            losses, correct = _epoch(state, x_train, y_train, weight, recipe, now, twin, epoch_seed, mixes)
+            data = (x_train, y_train, weight)
+            losses, correct = _epoch(state, *data, recipe, objective, now, fused, epoch_seed, mixes)
         stop_if_not_finite(losses, epoch, file)
         val_accuracy = accuracy(state.judged, x_val, y_val)
         robust = np.nan
         if val_attack is not None:
-            found = craft(state.judged, x_val / 255, y_val, val_attack, seed=seed)
+            options = {"seed": seed, "fused": fused_val.refresh()}
+            found = craft(state.judged, x_val / 255, y_val, val_attack, **options)
             robust = 1 - found.success.float().mean().item()
         state.record(epoch, losses.mean().item(), correct, val_accuracy, robust)
         if file is not None:
@@ -138,7 +165,7 @@ def fit(
     return state.table()
 
 
-def class_weights(labels, num_classes, *, power=1.0):
+def class_weights(labels: Sequence[int], num_classes: int, *, power: float = 1.0) -> np.ndarray:
     """Weights (num_classes,): inverse class frequencies to a power, mean 1 over the examples.
 
     Raises ValueError where a class has no example, or a label is no class.
@@ -153,29 +180,40 @@ def class_weights(labels, num_classes, *, power=1.0):
     return weights * counts.sum() / (weights * counts).sum()
 
 
-def _epoch(state, x_train, y_train, weight, recipe, attacks, twin, seed, mixes=False):
+def _epoch(state, x_train, y_train, weight, recipe, objective, attacks, fused, seed, mixes=False):
     """One pass over the training set: (losses (batches,), share of correct training examples).
 
-    With ``mixes`` images are mixed: one is correct where the class of its larger share is read.
+    With ``mixes`` images are mixed: one is correct where the class of its larger share is predicted.
     """
     model, device = state.model, x_train.device
-    low = _autocasts(recipe, device)
     generator = torch.Generator(device).manual_seed(seed)
     order = torch.randperm(len(y_train), generator=generator, device=device)
     losses, correct, seen = [], torch.zeros((), device=device), 0
+    guarded = Guarded(model, dtype=torch.float32)
     model.train()
-    batches = -(-len(y_train) // recipe.batch_size)
-    for index in order.tensor_split(batches):  # sizes differ by one: no tiny last batch for BatchNorm
-        x = augment(x_train[index].float() / 255, recipe.augmentation, generator=generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=low):
-            x, y = _with_attacked(model, x, y_train[index], recipe.clean_share, attacks, twin, generator)
-            if mixes:
-                x, others, share = _mixed(x, generator)
-            logits = model(x).float()  # those of a net of one's own may be bfloat16
-        loss = F.cross_entropy(logits, y, weight, label_smoothing=recipe.label_smoothing)
-        if mixes:
-            other = F.cross_entropy(logits, y[others], weight, label_smoothing=recipe.label_smoothing)
-            loss = torch.lerp(other, loss, share)
+
+    def crafted(parts):
+        noise = [torch.rand(x.shape, generator=generator, device=device) * 2 - 1 for _, x, _ in parts]
+        parts = [(*part, drawn) for part, drawn in zip(parts, noise, strict=True)]
+        with frozen(model):
+            return [x.detach() for x in craft_parts(model, parts, fused=fused.refresh())]
+
+    def loss_of(logits, labels):
+        return F.cross_entropy(logits, labels, weight, label_smoothing=recipe.label_smoothing)
+
+    for index in order.tensor_split(_batches(len(y_train), recipe.batch_size)):  # sizes differ by one
+        step = Step(
+            model=guarded,
+            images=augment(x_train[index].float() / 255, recipe.augmentation, generator=generator),
+            labels=y_train[index],
+            attacks=attacks,
+            clean_share=recipe.clean_share,
+            craft=crafted,
+            loss=loss_of,
+            mix=(lambda images: _mixed(images, generator)) if mixes else None,
+        )
+        with torch.autocast(device.type, torch.bfloat16, enabled=_autocasts(recipe, device)):
+            loss, logits, y = objective(step)
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         state.optimizer.step()
@@ -185,6 +223,16 @@ def _epoch(state, x_train, y_train, weight, recipe, attacks, twin, seed, mixes=F
         correct += (logits.detach().argmax(1) == y).sum()
         seen += len(y)
     return torch.stack(losses).float().cpu(), correct.item() / seen
+
+
+def _batches(n, batch_size):
+    """Into how many batches ``n`` images go: none is of a single image, which BatchNorm cannot train on."""
+    return max(1, min(-(-n // batch_size), n // 2))
+
+
+def _evenly(x, most=16):
+    """At most ``most`` of the images, evenly spread."""
+    return x[torch.linspace(0, len(x) - 1, min(len(x), most)).round().long()]
 
 
 def _mixed(x, generator):
@@ -203,50 +251,47 @@ def _autocasts(recipe, device):
 
 
 def _at_epoch(attacks, epoch, recipe):
-    """``attacks`` at this epoch's share of their budgets; CW has none."""
+    """``attacks`` at this epoch's share of their budgets; a minimum-norm attack has none."""
     share = min(1.0, epoch / max(1.0, recipe.eps_warmup * recipe.epochs))
-    return {
-        replace(a, eps_255=a.eps_255 * share) if hasattr(a, "eps_255") else a: s for a, s in attacks.items()
-    }
+
+    def scaled(attack):
+        if attack.minimum_norm:
+            return attack
+        # No smaller than an attack takes, which would refuse it as one in units of [0, 1].
+        smallest = min(attack.eps_255, SMALLEST_BUDGET_255)
+        return replace(attack, eps_255=max(attack.eps_255 * share, smallest))
+
+    return {scaled(attack): part for attack, part in attacks.items()}
 
 
-def _with_attacked(model, x, y, clean_share, attacks, twin, generator):
-    """The batch a training step sees: clean images, then each attack's share of the batch, attacked."""
-    clean = slice(0, round(clean_share * len(x)))
-    if not attacks:
-        return x[clean], y[clean]
-    parts, reached = [], 0.0
-    for attack, share in attacks.items():
-        # Cumulative rounding: thirds of 32 images are 11, 10 and 11.
-        part = slice(round(reached * len(x)), round((reached + share) * len(x)))
-        reached += share
-        if part.stop > part.start:
-            noise = torch.rand(x[part].shape, generator=generator, device=x.device) * 2 - 1
-            parts.append((attack, x[part], y[part], noise))
-    with frozen(model):
-        attacked = craft_parts(model, parts, twin=twin.refresh())
-    return torch.cat([x[clean], *(a.detach() for a in attacked)]), torch.cat(
-        [y[clean], *(p[2] for p in parts)]
-    )
-
-
-def accuracy(model, images, labels):
-    """Share of uint8 ``images`` (N, 1, H, W) that the model reads rightly, clean. ValueError for others."""
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of uint8 ``images`` (N, C, H, W) that the model classifies correctly. ValueError for others."""
     if images.dtype != torch.uint8 or len(images) != len(labels) or len(images) == 0:
         kind = f"{tuple(images.shape)} {images.dtype}"
         raise ValueError(
-            f"images must be uint8 (N, 1, H, W), one a label, not {kind} for {len(labels)} labels"
+            f"images must be uint8 (N, C, H, W), one a label, not {kind} for {len(labels)} labels"
         )
     return (predict(model, images / 255).argmax(1) == labels).float().mean().item()
 
 
-def on_device(slices, device):
-    """The whole set of slices on a device: uint8 (N, 1, H, W) greys and int64 (N,) labels."""
-    images = torch.from_numpy(np.ascontiguousarray(slices.images)).unsqueeze(1)
+def on_device(slices: Slices, device: str | torch.device) -> tuple[Tensor, Tensor]:
+    """The whole set of slices on a device: uint8 (N, C, H, W) intensities and int64 (N,) labels."""
+    images = torch.from_numpy(np.ascontiguousarray(slices.images))
+    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     return images.to(device), torch.from_numpy(np.asarray(slices.labels)).long().to(device)
 
 
-def _check(recipe, attacks, train, val):
+def _check(recipe, attacks, train, val, model):
+    if train.class_names != val.class_names:
+        raise ValueError(
+            f"training and validation images have other classes, {', '.join(train.class_names)} and "
+            f"{', '.join(val.class_names)}, so their labels differ. Load both with the same classes: "
+            "load_folder(..., classes=train.class_names)."
+        )
+    wanted = {p.dtype for p in model.parameters() if p.requires_grad}
+    if wanted - {torch.float32}:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in wanted))
+        raise ValueError(f"weights are trained in float32, not {names}: call model.float() first")
     if len(train.class_names) < 2:
         raise ValueError(f"the images are all of one class, {train.class_names[0]}: nothing to tell apart")
     if min(len(train), len(val)) == 0:
@@ -255,9 +300,9 @@ def _check(recipe, attacks, train, val):
         raise ValueError(f"attack shares must be positive and sum to at most 1, not {list(attacks.values())}")
     if any(getattr(attack, "restarts", 1) > 1 for attack in attacks):
         raise ValueError("training takes one start of PGD: set restarts=1 in attacks")
-    fewest = len(train) // -(-len(train) // recipe.batch_size)  # images of the smaller batches
-    if round(recipe.clean_share * fewest) + round(sum(attacks.values()) * fewest) == 0:
+    fewest = len(train) // _batches(len(train), recipe.batch_size)  # images of the smaller batches
+    if round(recipe.clean_share * fewest) + round(sum(attacks.values()) * fewest) < min(2, fewest):
         raise ValueError(
             f"clean_share={recipe.clean_share} and attack shares {list(attacks.values())} of a batch of "
-            f"{fewest} are no image: nothing to train on"
+            f"{fewest} are fewer than two images, which BatchNorm cannot train on"
         )

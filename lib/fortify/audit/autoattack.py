@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from fortify.attacks import checked
-from fortify.models import predict
+from fortify.models import Guarded, predict
 from fortify.runtime import device_of, float32_convolutions, frozen
 
 WHITE_BOX = ("apgd-ce", "apgd-dlr", "fab-t")
@@ -39,7 +39,7 @@ def require_autoattack():
 def autoattack(model, images, labels, part, *, eps_255, steps=100, queries=5000, seed=0, batch_size=64):
     """Run one part on every image: :class:`Broken`.
 
-    ``images`` (N, 1, H, W) float in [0, 1], ``labels`` (N,), all read rightly by the model. ``part`` is
+    ``images`` (N, C, H, W) float in [0, 1], ``labels`` (N,), all read rightly by the model. ``part`` is
     ``"apgd-ce"``, ``"apgd-dlr"``, ``"fab-t"`` (``steps`` each, one start) or ``"square"`` (``queries``).
     An image counts as broken only if the returned one is in [0, 1], within the Linf budget ``eps_255`` (grey
     levels) and misread by :func:`fortify.models.predict`. The global random state is as before on return.
@@ -56,7 +56,13 @@ def autoattack(model, images, labels, part, *, eps_255, steps=100, queries=5000,
     # It seeds the generators of all GPUs.
     with frozen(model), float32_convolutions(device), torch.random.fork_rng(), _heard() as warnings:
         adversary = AutoAttack(
-            model, norm="Linf", eps=eps, version="custom", attacks=[part], device=device, seed=seed
+            Guarded.of(model),
+            norm="Linf",
+            eps=eps,
+            version="custom",
+            attacks=[part],
+            device=device,
+            seed=seed,
         )
         for attack in (adversary.apgd, adversary.fab):
             attack.n_restarts = 1

@@ -1,18 +1,18 @@
 """What the checks of an audit share: the settings, the images, and every attack run so far, run once."""
 
 import copy
+import warnings
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import nn
 
-from fortify.attacks import CW, PGD, checked, perturbation_norms
-from fortify.models import predict
+from fortify.attacks import CW, ONE_ULP_255, PGD, AttackWarning, check_labels, checked, perturbation_norms
+from fortify.models import Guarded, collected, predict
 from fortify.runtime import device_of, float32_convolutions, frozen
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
-ONE_ULP_255 = 255 * 2**-23  # grey levels: what rounding of x + eps adds near white
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,22 @@ class Suite:
 
 @dataclass(frozen=True, eq=False)
 class AuditData:
-    """Images to audit on: (N, 1, H, W) float in [0, 1], labels (N,), and groups (N,) or None.
+    """Images to audit on: (N, C, H, W) float in [0, 1], labels (N,), and groups (N,) or None.
 
-    Arrays become tensors. Raises ValueError for another shape or range, or lengths that differ.
+    Arrays become tensors. ``images`` may be a Dataset or DataLoader of (image, label) pairs; then ``labels``
+    is None. Raises ValueError for another shape or range, or lengths that differ.
     """
 
     images: torch.Tensor
-    labels: torch.Tensor
+    labels: torch.Tensor | None
     groups: np.ndarray | None = None
 
     def __post_init__(self):
-        sizes = {len(part) for part in (self.images, self.labels, self.groups) if part is not None}
+        images, labels = collected(self.images, self.labels)
+        sizes = {len(part) for part in (images, labels, self.groups) if part is not None}
         if len(sizes) != 1:
             raise ValueError(f"one label and one group for each image, not {sorted(sizes)} of them")
-        images, labels = checked(self.images, self.labels)
+        images, labels = checked(images, labels)
         object.__setattr__(self, "images", images)
         object.__setattr__(self, "labels", labels)
         if self.groups is not None:
@@ -95,8 +97,11 @@ class Context:
     """
 
     def __init__(self, model, data, suite, *, craft, others, seed):
-        self.model, self.suite, self.implementation = copy.deepcopy(model).eval(), suite, craft
+        self.model, self.suite, self.implementation = Guarded(_copied(model)).eval(), suite, craft
         self.others, self.seed, self.data = tuple(others), seed, data
+        logits = self.logits(data.images)
+        self.classes = logits.shape[1]
+        check_labels(data.labels, self.classes)
         right = self._predicted(data.images) == data.labels
         self.right, self.total, self.n = right, len(right), int(right.sum())
         if self.n == 0:
@@ -108,10 +113,8 @@ class Context:
         self.broken = {}  # {attack's name: (n,) bool}: what each whole attack at eps_255 broke
         self.faults = {}  # {breach of the contract: first attack that committed it}, in order of discovery
         self._cache = {}
-        logits = self.logits(data.images)
-        self.classes = logits.shape[1]
         # Every later check takes the model's word for what an image is: it must be one word.
-        if not torch.equal(logits, self.logits(data.images)):
+        if not torch.equal(logits.nan_to_num(), self.logits(data.images).nan_to_num()):
             self.faults["answers one image differently each time; attack the mean over its randomness"] = (
                 "the model, not an attack"
             )
@@ -143,7 +146,10 @@ class Context:
             lambda module, _: modes.add(any(part.training for part in module.modules()))
         )
         try:
-            crafted = self.implementation(target, x, y, attack, seed=seed, batch_size=self.suite.batch_size)
+            with warnings.catch_warnings():  # they send the reader here
+                warnings.simplefilter("ignore", AttackWarning)
+                options = {"seed": seed, "batch_size": self.suite.batch_size}
+                crafted = self.implementation(target, x, y, attack, **options)
         finally:
             watch.remove()
         restored = all(part.training == training for part in target.modules())
@@ -176,7 +182,7 @@ class Context:
         inside = (adversarial >= 0) & (adversarial <= 1)  # False for NaN
         self.note(attack, "leaves [0, 1]", not inside.all())
         self.note(attack, "reports a success the model does not show", not torch.equal(reported, misread))
-        if hasattr(attack, "eps_255"):
+        if not attack.minimum_norm:
             largest = perturbation_norms(x, adversarial)[0].max().item()
             over = not largest <= attack.eps_255 + ONE_ULP_255
             self.note(attack, f"exceeds the budget ({largest:.3g} of {attack.eps_255:g} grey levels)", over)
@@ -270,3 +276,11 @@ class Context:
     def share(self, count):
         """``count`` images as text: "3/40"."""
         return f"{int(count)}/{self.n}"
+
+
+def _copied(model):
+    """A copy of the model; itself where it cannot be copied: its weights are put back after each attack."""
+    try:
+        return copy.deepcopy(model)
+    except Exception:  # compiled code and the like refuse in many ways
+        return model

@@ -25,11 +25,12 @@ _MEAN, _STD = 0.485, 0.229  # ImageNet, first channel: the normalisation the aud
 
 
 def _finished(model, images, labels):
-    """Adversarial with the success that the model itself shows."""
-    return Adversarial(images, predict(model, images).argmax(1) != labels)
+    """Adversarial with the predictions and the success that the model itself shows."""
+    probabilities, predictions = predict(model, images).max(1)
+    return Adversarial(images, predictions, probabilities, predictions != labels)
 
 
-def _walk(model, images, labels, attack, seed, *, direction=1.0, project=True):
+def _steps(model, images, labels, attack, seed, *, direction=1.0, project=True):
     """PGD as a plain loop, with what a mutant breaks as options."""
     eps, device = attack.eps_255 / 255, device_of(model)
     x, y = images.to(device), labels.to(device)
@@ -49,14 +50,14 @@ def no_projection(model, images, labels, attack, *, seed=0, **options):
     """Steps that are never brought back into the ball: a loop copied without its last line."""
     if not isinstance(attack, PGD):
         return craft(model, images, labels, attack, seed=seed, **options)
-    return _walk(model, images, labels, attack, seed, project=False)
+    return _steps(model, images, labels, attack, seed, project=False)
 
 
 def wrong_sign(model, images, labels, attack, *, seed=0, **options):
     """Descends the loss: "minimise" and "maximise" confused, as when an optimiser is reused for an attack."""
     if not isinstance(attack, PGD):
         return craft(model, images, labels, attack, seed=seed, **options)
-    return _walk(model, images, labels, attack, seed, direction=-1.0)
+    return _steps(model, images, labels, attack, seed, direction=-1.0)
 
 
 def clamp_normalised(model, images, labels, attack, **options):
@@ -113,7 +114,7 @@ def black_image_cw(model, images, labels, attack, **options):
 def claimed_success(model, images, labels, attack, **options):
     """Counts every image it changed as broken, without asking the model again."""
     crafted = craft(model, images, labels, attack, **options)
-    return Adversarial(crafted.images, torch.ones(len(images), dtype=torch.bool))
+    return crafted._replace(success=torch.ones(len(images), dtype=torch.bool))
 
 
 def unseeded(model, images, labels, attack, *, seed=0, **options):
@@ -247,10 +248,10 @@ def zoo_suite(model, data, suite, *, seed=0):
 def contested_budget(model, data, suite, *, seed=0):
     """The Linf budget (grey levels) at which honest PGD breaks about half of ``data``.
 
-    Where nothing stands, or everything does, a weak attack looks like a strong one. Between 1/8 and 128 grey
+    Where nothing stands, or everything does, a weak attack looks like a strong one. Between 1/4 and 128 grey
     levels, by bisection, to a tenth.
     """
-    low, high, right = 0.125, 128.0, predict(model, data.images).argmax(1) == data.labels
+    low, high, right = 0.25, 128.0, predict(model, data.images).argmax(1) == data.labels
     while high / low > 1.1:
         middle = (low * high) ** 0.5
         attack = PGD(middle, steps=suite.pgd_steps)

@@ -12,7 +12,7 @@ from fortify import attacks as fortify_attacks
 from fortify.audit.checks import CHECKS, worst_over_attacks
 from fortify.audit.context import FAIL, NOT_RUN, Check, Context, Suite
 from fortify.intervals import wilson
-from fortify.runtime import device_of, float32_convolutions, seeded
+from fortify.runtime import device_of, eval_mode, float32_convolutions, seeded
 from fortify.tables import to_markdown
 
 
@@ -68,8 +68,9 @@ def audit(model, data, attacks=None, *, craft=fortify_attacks.craft, others=(), 
     # T0 judges every attack that the others ran, so it comes last.
     order = sorted(wanted, key=lambda name: (name == "T0", _number(name)))
     device = device_of(model)
+    # A model that cannot be copied is audited itself: its modes are put back at the end.
     # A model or an attack under audit may draw from the global generators. T0 asks for the same bits twice.
-    with seeded(seed, device), float32_convolutions(device, deterministic=True):
+    with eval_mode(model), seeded(seed, device), float32_convolutions(device, deterministic=True):
         ctx = Context(model, data, suite, craft=craft, others=others, seed=seed)
         results = {name: CHECKS[name](ctx) for name in order}
     return Audit(tuple(results[name] for name in CHECKS if name in results), _accuracies(ctx))

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fortify.attacks import check_labels, checked, margin
 from fortify.checkpoint import TrainingState, fingerprint, stop_if_not_finite
 from fortify.evaluation import COLUMNS
-from fortify.fused import Twin
+from fortify.fused import FusedModel
 from fortify.runtime import device_of, float32_convolutions, frozen, progress_bar, seeded
 from fortify.training import accuracy, on_device
 
@@ -69,7 +69,7 @@ def published_cw(model, z, y, attacks, *, net=None, batch_size=64):
     than 1, ``real - other`` is the constant 1; where another class leads by more than kappa, the clamp is 0.
     Neither has a gradient, and the result is tanh(z) for good. In eval mode those images are not computed
     further, which changes no bit of theirs; the others walk together, ``batch_size`` at once, on ``net`` if
-    one is given, a twin of ``model[1:]``.
+    one is given, a fused ``model[1:]``.
     """
     if not attacks.cw_steps:
         return tanh(z)
@@ -217,8 +217,8 @@ def score_published(model, images, labels, *, index, model_name, split, seed, at
         with torch.no_grad():
             z = model[0](x)
         # The few images that move: first, and together.
-        twin = Twin(model[1:], z[:1]).net
-        cw = published_cw(model, z, y, attacks, net=twin, batch_size=batch_size)
+        fused = FusedModel(model[1:], z[:1]).net
+        cw = published_cw(model, z, y, attacks, net=fused, batch_size=batch_size)
         for start in range(0, len(images), batch_size):
             part = slice(start, start + batch_size)
             rows = _score_batch(model, x[part], z[part], y[part], attacks, cw[part])

@@ -109,8 +109,8 @@ def craft_within(
         crafted = craft(masked, x, labels[part], attack, seed=seed + start, batch_size=batch_size)
         adversarial.append(torch.where(allowed, crafted.images, x))
     adversarial = torch.cat(adversarial)
-    success = predict(model, adversarial, batch_size=batch_size).argmax(1) != labels
-    return Adversarial(adversarial, success)
+    probabilities, predictions = predict(model, adversarial, batch_size=batch_size).max(1)
+    return Adversarial(adversarial, predictions, probabilities, predictions != labels)
 
 
 def _masked(model, x0, allowed):
