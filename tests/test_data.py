@@ -445,6 +445,14 @@ def test_a_folder_of_masks_is_no_class(folder, name):
     assert len(load_folder(folder, size=40, classes=["cats", "dogs", name])) == 6
 
 
+def test_a_mask_beside_its_image_is_no_image(folder):
+    write(folder / "cats" / "with_mask.png")  # no image has the name without it
+    assert len(load_folder(folder, size=40)) == 6
+    write(folder / "cats" / "2_mask.png", scan(9))
+    with pytest.raises(DataError, match="cats holds masks beside their images: 2_mask.png. Move them out"):
+        load_folder(folder, size=40)
+
+
 def test_folders_of_a_split_are_loaded_with_it(parts):
     write(parts / "masks" / "1.png")
     with pytest.raises(DataError, match="Class folder 'b' is missing in .*test.*missing_ok"):

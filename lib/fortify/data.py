@@ -216,8 +216,8 @@ def load_folder(
     """Load a folder of images with one subfolder a class as :class:`Slices` of ``size`` x ``size`` pixels.
 
     ``classes`` lists the subfolders in label order, or maps them to display names (default: all subfolders,
-    sorted by name). Labels are places in that order, so folders that are used together need the same one,
-    also where one of them lacks a class::
+    sorted by name). Labels are places in that order, so folders that are used together need the same one
+    (with display names, the same mapping), also where one of them lacks a class::
 
         train = load_folder("pets/train", size=64)
         val = load_folder("pets/val", size=64, classes=train.class_names, missing_ok=True)
@@ -240,10 +240,11 @@ def load_folder(
     decoded arrays. ``ct=False`` skips what only holds for CT slices: that they are at least 32 px wide,
     colourless and full of middle intensities.
 
-    Raises DataError for a missing or empty class folder, a folder such as ``masks`` beside the classes,
-    folders of a split in place of classes, a wrong count, files that are damaged or no 8-bit still images,
-    copies whose intensities were thresholded, and images without a patient; ValueError for a bad ``size``,
-    ``aspect`` or ``window`` and for ``colour`` of CT slices; ImportError for DICOM files without pydicom.
+    Raises DataError for a missing or empty class folder, a folder such as ``masks`` beside the classes, a
+    file ``x_mask`` beside ``x``, folders of a split in place of classes, a wrong count, files that are
+    damaged or no 8-bit still images, copies whose intensities were thresholded, and images without a patient;
+    ValueError for a bad ``size``, ``aspect`` or ``window`` and for ``colour`` of CT slices; ImportError for
+    DICOM files without pydicom.
     """
     folder = Path(folder)
     classes = _class_folders(folder, classes)
@@ -270,9 +271,10 @@ def load_split_folders(
 
     Parts are the subfolders ``train`` (or ``training``), ``val`` (``valid``, ``validation``; may be absent)
     and ``test`` (``testing``). The split is as :mod:`fortify.splits` makes them, {"train", "val", "test"} of
-    index arrays; without a folder for it ``val`` is empty. Names are 'part/class folder/file name'.
-    Classes are those of all parts together, and each part must have each of them unless ``missing_ok``.
-    The rest is as in :func:`load_folder`. A warning says where a given split has a patient in two parts;
+    index arrays; without a folder for it ``val`` is empty, so take some of ``train`` for it. Names are
+    'part/class folder/file name'. Classes are those of all parts together, and each part must have each of
+    them unless ``missing_ok``. The rest is as in :func:`load_folder`. A warning says where a patient is in
+    two parts;
     :func:`fortify.splits.near_duplicate_share` counts test images that training has nearly the same.
     """
     folder = Path(folder)
@@ -282,13 +284,9 @@ def load_split_folders(
             f"{folder} has no folders train and test with the classes in each (it has "
             f"{_few(_subfolders(folder)) or 'none'}). Where it has one subfolder a class, use load_folder."
         )
-    others = {n for n in _subfolders(folder) if n.lower() not in _NO_CLASSES} - {
-        r.name for r in roots.values()
-    }
+    others = [n for n in _subfolders(folder) if not {n.lower()} & ({*_PART_FOLDERS} | _NO_CLASSES)]
     if others:
-        warnings.warn(
-            f"{folder}: folders beside the parts are not read: {_few(sorted(others))}", stacklevel=2
-        )
+        warnings.warn(f"{folder}: folders beside the parts are not read: {_few(others)}", stacklevel=2)
     if classes is None:
         found = {name: None for root in roots.values() for name in _class_folders(root, None)}
         classes = sorted(found, key=_natural)
@@ -452,6 +450,10 @@ def _list_files(folder, classes, *, counts=None, remedy=None, missing_ok=False, 
             raise DataError(f"Class folder {name!r} is missing in {folder}. {hint}{also}")
         there = [p for p in (folder / name).iterdir() if not p.name.startswith(".")]  # macOS leaves '._x.jpg'
         found = [p for p in there if p.is_file() and _is_image(p)]
+        stems = {p.stem for p in found}
+        masks = [p.name for p in found if p.stem.lower().endswith("_mask") and p.stem[:-5] in stems]
+        if masks:
+            raise DataError(f"{folder / name} holds masks beside their images: {_few(masks)}. Move them out.")
         if len(found) < len(there):
             others = sorted(
                 {p.suffix.lower() if p.is_file() else f"{p.name}/" for p in set(there) - set(found)}
