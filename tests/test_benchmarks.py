@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fortify.attacks import FGSM, PGD
-from fortify.augmentation import Augmentation
-from fortify.fused import Padded, Twin
+from fortify.attacks import PGD, attacks_over
+from fortify.fused import FusedModel, Padded
 from fortify.models import build_model
+from fortify.objectives import OBJECTIVES
+from fortify.runs import declared_parameters
 from fortify.splits import near_duplicate_groups
 from fortify.training import Recipe, _at_epoch
-from fortify.workflow.profiles import declared_parameters
 from fortify.workflow.publish import published_folders
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +72,7 @@ def test_what_is_called_bfloat16_is(speed, monkeypatch):
     x = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     model = speed.build_model("resnet_small", num_classes=3, seed=0).eval()
     y, dtypes = torch.tensor([0, 1, 2, 0]), []
-    relu = [m for m in model.modules() if isinstance(m, torch.nn.ReLU)][-1]  # the twin's copy has its hook
+    relu = [m for m in model.modules() if isinstance(m, torch.nn.ReLU)][-1]  # the fused's copy has its hook
     relu.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     found = speed.low_attacks(model, x)["pgd"](2)
     dtypes.clear()
@@ -89,10 +89,10 @@ def test_what_is_called_compiled_is_and_is_measured_where_it_is_worth_it(
     speed, without_processes, monkeypatch
 ):
     made = []
-    monkeypatch.setattr(speed, "Twin", lambda *a, **o: made.append(Twin(*a, **o)) or made[-1])
+    monkeypatch.setattr(speed, "FusedModel", lambda *a, **o: made.append(FusedModel(*a, **o)) or made[-1])
     monkeypatch.setattr(speed, "COMPILES", ("cpu",))
     table = speed.measure("cpu", rounds=1, tasks=["crafting", "accuracy", "training"])
-    compiled = [isinstance(twin.net, Padded) for twin in made]
+    compiled = [isinstance(fused.net, Padded) for fused in made]
     crafting, training = [False, True], [False, *[False] * 2, *[True] * 2]  # training: one of crafting unused
     assert compiled == crafting + training
     assert set(table.task[table.library.eq(COMPILED)]) == {"crafting", "training"}
@@ -166,9 +166,9 @@ def ablation():
 
 
 @pytest.fixture
-def declared():
-    """Notebook 4's parameters and values."""
-    return declared_parameters(ROOT / "notebooks/04_adversarial_training.ipynb")
+def declared(ablation):
+    """Notebook 4's parameters and values, with those that it takes from notebooks 2 and 3."""
+    return ablation.parameters_of("paper")["04_adversarial_training"]
 
 
 def test_runs_that_differ_in_nothing_are_the_same_and_others_say_how_far_apart(phantoms, declared, capsys):
@@ -259,9 +259,9 @@ def test_on_unseen_groups_an_early_epoch_is_kept_as_the_readme_says():
     own = kept[kept.model.eq("adversarial")]
     share = own.epoch / own.epochs
     assert share[own.split.eq("grouped")].max() < 0.5 < share[own.split.eq("random")].min()
-    parameters = importlib.import_module("ablation").parameters_of("laptop")["04_adversarial_training"]
-    names = ("epochs", "eps_warmup")
-    recipe = Recipe(**{name: parameters[name] for name in names})
+    ablation = importlib.import_module("ablation")
+    parameters = ablation.parameters_of("laptop")["04_adversarial_training"]
+    recipe = ablation.recipe_of(parameters)[0]
     for row in own.itertuples():
         (attack,) = _at_epoch({PGD(parameters["train_eps_255"]): 1.0}, row.epoch, recipe)
         assert row.train_eps_255 == pytest.approx(attack.eps_255)
@@ -340,9 +340,13 @@ def test_no_row_is_of_another_recipe_than_its_variants_today(ablation):
 def test_a_recipe_has_its_digest(ablation, declared):
     first = ablation.digest(declared)
     assert first == ablation.digest(dict(declared)) and len(first) == 12
-    for name in ("train_eps_255", "clean_share", "train_gamma", "ema", "eps_255", "train_pgd_steps", "lr"):
+    for name in ("train_eps_255", "ema", "eps_255", "train_pgd_steps", "lr"):
         other = declared[name] + 1 if isinstance(declared[name], int) else declared[name] / 2
         assert ablation.digest(declared | {name: other}) != first, name
+    for name in ("train_recipe", "train_shares"):
+        for part, value in declared[name].items():
+            other = declared[name] | {part: value / 2}
+            assert ablation.digest(declared | {name: other}) != first, part
     assert ablation.digest(declared | {"arch": "resnet18"}) != first
     assert ablation.digest(declared | {"cw_l2": 9.0}) == first  # of the test alone
 
@@ -437,18 +441,28 @@ def test_what_is_missing_of_groupings_is_of_todays_recipe(grouping):
 
 
 def test_variants_change_parameters_that_notebook_4_has(ablation, declared):
+    """Each in a way that its name tells: no two variants are the same recipe."""
     assert all(set(changes) <= set(declared) for changes in ablation.VARIANTS.values())
+    laptop = ablation.parameters_of("laptop")["04_adversarial_training"]
+    digests = [ablation.digest(ablation.changed(laptop, variant)) for variant in ablation.VARIANTS]
+    assert len(set(digests)) == len(digests)
 
 
 def test_a_recipe_is_that_of_notebook_4(ablation, declared):
     """The notebook's own cell, executed, makes the same recipe and shares of every parameter."""
     notebook = nbformat.read(ROOT / "notebooks/04_adversarial_training.ipynb", as_version=4)
-    (cell,) = [c.source for c in notebook.cells if c.source.startswith("shares = ")]
+    (cell,) = [c.source for c in notebook.cells if c.source.startswith("recipe = ")]
     odd = {name: value / 2 if isinstance(value, float) else value for name, value in declared.items()}
-    odd |= {"train_blur": 0.25, "train_cutout": 0.1, "ema": 0.3, "eps_warmup": 0.2, "epochs": 7}
-    space = {"FGSM": FGSM, "PGD": PGD, "Augmentation": Augmentation, "Recipe": Recipe} | odd
+    odd["train_recipe"] = declared["train_recipe"] | {"blur": 0.25, "cutout": 0.1, "ema": 0.3, "epochs": 7}
+    odd["train_shares"] = {"margin": 0.5, "fgsm": 0.0, "pgd": 0.25}
+    tools = {"PGD": PGD, "Recipe": Recipe, "attacks_over": attacks_over, "replace": replace}
+    space = tools | {"OBJECTIVES": OBJECTIVES, "baseline": odd, "testing": odd} | odd
     exec(cell, space)
     assert ablation.recipe_of(odd) == (space["recipe"], space["shares"], space["val_attack"])
+    assert space["recipe"].augmentation.blur == 0.25 and len(space["shares"]) == 2
+    for wrong in ({"objective": "trade"}, {"train_shares": {"fgms": 1.0}}):
+        with pytest.raises(ValueError, match="trade|fgms"):
+            exec(cell, space | wrong)
 
 
 def test_a_variant_is_trained_attacked_and_summed_up(ablation, declared, phantoms, tmp_path):

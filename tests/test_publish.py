@@ -13,6 +13,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from fortify.evaluation import accuracy_table, at_budget, paired_gain, read_rows
 from fortify.workflow import publish
+from fortify.workflow.profiles import companion_profiles
 from fortify.workflow.publish import PublishError, source_sha256, with_outputs
 
 ROOT = Path(__file__).parents[1]
@@ -135,6 +136,15 @@ def test_a_failed_cell_is_not_published():
         with_outputs(source(), failed, profile="laptop")
 
 
+TITLES = {"laptop": "a small net", "paper": "the reference run"}
+TITLES |= {"resnet18": "ResNet-18 in place of ResNet-50\nbeside: true"}
+
+
+def planned(build, **parameters):
+    """What notebook 1 says: the splits and seeds that the tables are of."""
+    (build / "data/01_data.json").write_text(json.dumps({"parameters": parameters}))
+
+
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     (tmp_path / "lib/fortify").mkdir(parents=True)
@@ -145,6 +155,8 @@ def checkout(tmp_path, monkeypatch):
         (tmp_path / "build/laptop" / folder).mkdir(parents=True)
     nbformat.write(executed(), tmp_path / "build/laptop/notebooks/01_a.ipynb")
     (tmp_path / "build/laptop/figures/robustness_curves.png").write_bytes(b"png")
+    (tmp_path / "build/laptop/data").mkdir()
+    planned(tmp_path / "build/laptop", splits=["random", "grouped"], seeds=[0])
     (tmp_path / "build/laptop/random-s0").mkdir()
     (tmp_path / "build/laptop/random-s0/02_baseline.json").write_text("{}")
     (tmp_path / "build/laptop/random-s0/normal_predictions.csv").write_text("index,label\n1,2\n")
@@ -153,7 +165,11 @@ def checkout(tmp_path, monkeypatch):
     (tmp_path / "build/laptop/tables/table1.txt").write_text("Table 1 <text>\n")
     (tmp_path / "build/laptop/tables/claims.md").write_text("| claim |\n")
     (tmp_path / "build/laptop/figures/published_protocol_random-s0.png").write_bytes(b"strip")
-    sections = (f"<!-- generated: {s} -->old<!-- /generated: {s} -->" for s in ("results", "claims"))
+    (tmp_path / "notebooks/profiles").mkdir()
+    for name, more in TITLES.items():
+        (tmp_path / f"notebooks/profiles/{name}.yaml").write_text(f"title: {more}\n")
+    names = ("results", "claims", "awaiting")
+    sections = (f"<!-- generated: {s} -->old<!-- /generated: {s} -->" for s in names)
     (tmp_path / "README.md").write_text("\n".join(["top", *sections, "end\n"]))
     return tmp_path
 
@@ -205,12 +221,11 @@ def test_another_network_stands_beside_what_is_shown(checkout, capsys):
 
     It has no ledger of claims, nor what else is of the paper and of whole slices.
     """
-    assert all((ROOT / f"notebooks/profiles/{name}.yaml").is_file() for name in publish.BESIDE)
-    assert all((ROOT / f"notebooks/{stem}.ipynb").is_file() for stem in publish.NOT_BESIDE)
+    assert len(companion_profiles(ROOT / "notebooks/profiles")) == 3
     shutil.copytree(checkout / "build/laptop", checkout / "build/resnet18")
     (checkout / "build/resnet18/tables/claims.md").unlink()
     for folder, made in (("notebooks", source()), ("build/laptop/notebooks", executed())):
-        nbformat.write(made, checkout / folder / f"{publish.NOT_BESIDE[0]}.ipynb")
+        nbformat.write(made, checkout / folder / "09_claims.ipynb")
     audit = "check,model,verdict,measured,note\ngradients,normal,fail,1 of 2,\n"
     audit += "Square,normal,fail,a word,the note\n"
     (checkout / "build/resnet18/tables/audit_random-s0.csv").write_text(audit)
@@ -236,9 +251,28 @@ def test_another_network_stands_beside_what_is_shown(checkout, capsys):
     assert (checkout / "README.md").read_text() == readme, "the next publish of the other keeps it"
 
 
+def test_a_companion_profile_without_its_table_1_is_not_published(checkout, capsys):
+    assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
+    shutil.copytree(checkout / "build/laptop", checkout / "build/resnet18")
+    (checkout / "build/resnet18/tables/table1.txt").unlink()
+    assert publish.main(["commit", str(checkout / "build/resnet18")]) == 1
+    assert "holds no Table 1" in capsys.readouterr().err
+    assert not (checkout / "paper/tables/resnet18").exists()
+
+
 def test_of_several_seeds_the_first_ones_figures_are_published(checkout):
+    """The first as a number, and of the seeds that the tables are of: s0 is of an earlier call."""
+    planned(checkout / "build/laptop", splits=["random", "grouped"], seeds=[10, 2])
+    for run in ("random-s10", "random-s2", "grouped-s2"):
+        shutil.copytree(checkout / "build/laptop/random-s0", checkout / "build/laptop" / run)
     figures = checkout / "build/laptop/figures"
-    for name in ("curve_random-s10", "curve_random-s2", "curve_grouped-s2", "confusion_random"):
+    for name in (
+        "curve_random-s10",
+        "curve_random-s2",
+        "curve_grouped-s2",
+        "curve_grouped-s0",
+        "confusion_random",
+    ):
         (figures / f"{name}.png").write_bytes(b"png")
     (figures / "published_protocol_random-s0.png").rename(figures / "published_protocol_random-s2.png")
     assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
@@ -247,6 +281,55 @@ def test_of_several_seeds_the_first_ones_figures_are_published(checkout):
         "curve_random-s2", "curve_grouped-s2", "confusion_random", "published_protocol_random-s2",
         "robustness_curves",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("profile", ["laptop", "paper"])
+def test_a_run_that_is_no_longer_there_is_not_counted(checkout, profile):
+    """The paper profile's folders hold the others', which stay; what else an earlier publish left goes."""
+    build = checkout / "build" / profile
+    if profile != "laptop":
+        shutil.copytree(checkout / "build/laptop", build)
+    planned(build, splits=["random"], seeds=[0, 1])
+    shutil.copytree(build / "random-s0", build / "random-s1")
+    (build / "tables/old.csv").write_text("a\n")
+    assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
+    assert publish.main(["commit", str(build)]) == 0
+    tables = publish.published_folders(checkout, profile)[1]
+    assert sorted(p.name for p in (tables / "runs").glob("*-s*")) == ["random-s0", "random-s1"]
+    # Of the second seed the rows lie in the build, and the tables are no longer of it.
+    (build / "tables/old.csv").unlink()
+    planned(build, splits=["random"], seeds=[0])
+    assert publish.main(["commit", str(build)]) == 0
+    assert sorted(p.name for p in (tables / "runs").glob("*-s*")) == ["random-s0"]
+    assert not (tables / "old.csv").exists() and (tables / "table1_random.md").is_file()
+    for name in ("laptop", profile):
+        figures, tables = publish.published_folders(checkout, name)
+        assert (figures / "robustness_curves.png").is_file() and (tables / "runs/random-s0").is_dir()
+
+
+def test_that_the_reference_run_has_yet_to_be_published_is_said_until_it_is(checkout):
+    readme = checkout / "README.md"
+    assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
+    assert (
+        "(a small net). **Not** the reference run (`make paper`), which has yet to be" in readme.read_text()
+    )
+    shutil.copytree(checkout / "build/laptop", checkout / "build/paper")
+    assert publish.main(["commit", str(checkout / "build/paper")]) == 0
+    assert "From the `paper` profile (the reference run). Intervals" in readme.read_text()
+    assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
+    assert "which is in [paper/tables](paper/tables)." in readme.read_text()
+    assert "has yet to be" not in readme.read_text()
+
+
+def test_who_awaits_a_run_is_named_until_it_is_published(checkout):
+    path, readme = checkout / "notebooks/01_a.ipynb", checkout / "README.md"
+    waiting = source()
+    waiting.metadata["fortify"] = {"profile": "laptop", "awaiting": "another run"}
+    nbformat.write(waiting, path)
+    assert publish.awaiting(checkout) == {"01_a": "another run"}
+    assert publish.awaiting_line(checkout) == "Notebooks 01 await another run.\n"
+    assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
+    assert publish.awaiting(checkout) == {} and "await another" not in readme.read_text()
 
 
 def test_a_path_of_the_machine_stops_it_before_anything_is_written(checkout, capsys):
@@ -270,11 +353,17 @@ def test_an_unfinished_profile_is_named(checkout, capsys):
     assert "no executed 01_a" in capsys.readouterr().err
 
 
-def test_of_several_runs_the_random_split_is_shown(tmp_path):
-    for run in ("grouped-s0", "random-s1", "random-s0"):
-        (tmp_path / "notebooks" / run).mkdir(parents=True)
+def test_of_several_runs_the_random_splits_first_seed_is_shown(tmp_path):
+    """Seed 2 before 10, and not a run of an earlier call."""
+    (tmp_path / "data").mkdir()
+    planned(tmp_path, splits=["grouped", "random"], seeds=[10, 2])
+    for run in ("grouped-s2", "random-s10", "random-s2", "random-s1"):
+        for folder in (tmp_path / "notebooks" / run, tmp_path / run):
+            folder.mkdir(parents=True)
         (tmp_path / "notebooks" / run / "02_b.ipynb").touch()
-    assert publish.executed_notebooks(tmp_path, ["02_b"])["02_b"].parent.name == "random-s0"
+        (tmp_path / run / "02_baseline.json").touch()
+    assert publish.executed_notebooks(tmp_path, ["02_b"])["02_b"].parent.name == "random-s2"
+    assert publish.published_runs(tmp_path) == ["grouped-s2", "random-s2", "random-s10"]
 
 
 @pytest.mark.parametrize("arguments", [["what"], [], ["commit"], ["pdf", "laptop", "more"]])

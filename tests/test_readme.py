@@ -8,9 +8,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from fortify.workflow.publish import BESIDE, published_folders
+from fortify.workflow.profiles import companion_profiles
+from fortify.workflow.publish import published_folders
 
 ROOT = Path(__file__).parents[1]
+COMPANIONS = companion_profiles(ROOT / "notebooks" / "profiles")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -37,7 +39,7 @@ def test_links_lead_somewhere():
 def test_the_slices_that_the_readme_names_are_those_of_the_published_runs():
     """And they are the copy, whose files are all of one size."""
     profile = re.search(r"From the `(\w+)` profile", README).group(1)
-    folders = [published_folders(ROOT, name)[1] for name in (profile, *BESIDE)]
+    folders = [published_folders(ROOT, name)[1] for name in (profile, *COMPANIONS)]
     manifests = [path for folder in folders for path in folder.glob("runs/*-s*/[0-9]*.json")]
     named = re.search(r"`data_sha256` ([0-9a-f]{8})…", README).group(1)
     assert {json.loads(path.read_text())["data_sha256"][:8] for path in manifests} == {named}
@@ -56,7 +58,7 @@ def test_the_results_are_the_published_tables(split):
 def test_the_failed_checks_of_the_audit_stand_under_the_results():
     generated = README.split("<!-- generated: results -->")[1].split("<!-- /generated: results -->")[0]
     profile = re.search(r"From the `(\w+)` profile", generated).group(1)
-    folders = [published_folders(ROOT, name)[1] for name in (profile, *BESIDE)]
+    folders = [published_folders(ROOT, name)[1] for name in (profile, *COMPANIONS)]
     lines = [line for line in generated.splitlines() if line.startswith("Checks of the audit")]
     for tables, line in zip(filter(Path.is_dir, folders), lines, strict=True):
         checks = [

@@ -2,6 +2,7 @@
 
 import base64
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -120,6 +121,27 @@ def test_a_builds_pages_are_of_each_run(build, capsys):
     )
     assert sorted(p.name for p in (build / "html/figures").iterdir()) == ["curve.png"]
     assert (build / "html/tables/accuracy.csv").is_file() and 'href="tables/accuracy.csv"' in index
+
+
+def test_who_awaits_a_run_says_so_in_the_index_and_on_its_page(build, tmp_path, monkeypatch):
+    """Of the committed notebooks; a finished profile's have just been run."""
+    path = build / "notebooks/random-s0/02_a.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata["fortify"] = {"profile": "laptop", "awaiting": "a run of <this>"}
+    nbformat.write(notebook, path)
+    assert site.main([str(build)]) == 0
+    assert "wait" not in (build / "html/random-s0_02_a.html").read_text(encoding="utf-8").split("<body")[1]
+    assert "Awaits" not in (build / "html/index.html").read_text(encoding="utf-8")
+    (tmp_path / "notebooks").mkdir()
+    shutil.copy(path, tmp_path / "notebooks/02_a.ipynb")
+    shutil.copytree(build / "tables", tmp_path / "paper/tables/laptop")
+    shutil.copytree(build / "figures", tmp_path / "figures/laptop")
+    (tmp_path / "paper/paper.pdf").touch()
+    monkeypatch.setattr(site, "find_root", lambda: tmp_path)
+    index = site.published_site(tmp_path / "site")
+    assert "Awaits a run of &lt;this&gt;." in index.read_text(encoding="utf-8")
+    page = (tmp_path / "site/02_a.html").read_text(encoding="utf-8")
+    assert "This notebook awaits\na run of &lt;this&gt;." in page
 
 
 def test_a_second_site_leaves_nothing_of_the_first(build):
