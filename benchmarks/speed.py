@@ -84,7 +84,9 @@ def low_attacks(model, x, *, compiled=False):
         def run(images, labels):
             noise = torch.rand_like(images) * 2 - 1
             with frozen(model), torch.autocast(x.device.type, torch.bfloat16):
-                return craft_parts(model, [(attack, images, labels, noise)], fused=fused.refresh())[0].detach()
+                return craft_parts(model, [(attack, images, labels, noise)], fused=fused.refresh())[
+                    0
+                ].detach()
 
         return run
 

@@ -1,5 +1,6 @@
 """The audit passes honest work, catches broken work, and none of its checks fails anyway."""
 
+import re
 import sys
 from dataclasses import replace
 
@@ -425,6 +426,24 @@ def test_the_figure_shows_every_verdict_and_names_what_is_missed(honest, zoo):
     marked = [text.get_text() for text in right.texts]
     assert marked.count("×") == sum(len(by.split(", ")) for by in zoo.by if by)
     assert {"broken attacks", "fake defences"} <= set(marked)
+
+
+@pytest.mark.parametrize(("broken", "fails"), [("none", False), ("as many", False), ("all", True)])
+def test_t9_fails_only_where_another_loss_breaks_more(model, data, monkeypatch, broken, fails):
+    """A weaker loss says nothing against the figure, however weak; a stronger one does."""
+    from fortify.audit.context import Context
+
+    def ascended(ctx, loss):
+        found = {"none": ctx.pgd()[0] & False, "as many": ctx.pgd()[0], "all": ctx.everything()}[broken]
+        return found, ctx.images
+
+    monkeypatch.setattr(Context, "ascend", ascended)
+    weak = replace(SUITE, eps_255=0.5)
+    (check,) = audit(model, data, weak, only=["T9"]).checks
+    correct = int(re.search(r"cross-entropy (\d+)", check.measured)[1])
+    assert correct > 4, "or there is nothing to break more"
+    assert (check.verdict == FAIL) == fails, check
+    assert ("DLR breaks" in check.note) == fails
 
 
 def test_unusable_input_says_what_to_do(model, data, images):

@@ -243,10 +243,12 @@ def prepared(model: nn.Module, images: Tensor, labels: Tensor) -> nn.Module:
         logits = judge(z)
         check_labels(labels, classes=logits.shape[1])
         loss = nn.functional.cross_entropy(logits, y, reduction="sum")
-        slope = torch.zeros_like(z)
-        if loss.requires_grad:
-            slope = torch.autograd.grad(loss, z, allow_unused=True)[0]
-            slope = torch.zeros_like(z) if slope is None else slope
+        slope = torch.autograd.grad(loss, z, allow_unused=True)[0] if loss.requires_grad else None
+        if slope is None:
+            raise ValueError(
+                "the model's logits have no gradient in its images, and these attacks follow it: is there a "
+                "detach, a no_grad or numpy inside? fortify.audit.autoattack's square needs none."
+            )
         logits, still = logits.detach(), (slope == 0).flatten(1).all(1)
     faults = _faults(logits, still)
     if faults:

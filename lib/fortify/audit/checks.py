@@ -298,7 +298,7 @@ def gradients_say_something(ctx):
         "gradients and losses",
         zero > zeros or more > allowed,
         measured=f"{ctx.share(zero)} zero gradients; still correct: {stand}",
-        limit=f"{zeros} zero gradients; another loss breaks {allowed} more",
+        limit=f"{zeros} zero gradients; another loss breaks at most {allowed} more",
         note=f"{strongest} breaks {more} more than cross-entropy" if more > allowed else "",
     )
 

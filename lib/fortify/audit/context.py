@@ -281,6 +281,8 @@ class Context:
 def _copied(model):
     """A copy of the model; itself where it cannot be copied: its weights are put back after each attack."""
     try:
-        return copy.deepcopy(model)
+        copied = copy.deepcopy(model)
     except Exception:  # compiled code and the like refuse in many ways
         return model
+    # Copied TorchScript has weights that nothing can be done with.
+    return copied if all(weight.is_leaf for weight in copied.parameters()) else model

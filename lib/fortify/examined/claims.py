@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 VERDICTS = ("reproduced", "reproduced only under", "not reproduced", "not testable")
 _CELL = re.compile(r"(?P<table>[\w.-]+\.csv)\[(?P<row>[^\]]*)\](?:\.(?P<column>\w+))?")
@@ -46,6 +45,8 @@ class Claim:
 
 def load_claims(path):
     """Read the ledger's source; ClaimError names the claim and what is wrong with it."""
+    import yaml  # of the workflow's extra
+
     entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     claims = []
     for entry in entries:
