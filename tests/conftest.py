@@ -1,10 +1,8 @@
 """What several test files share: tiny phantoms, a model trained on them for a moment, the real slices."""
 
-import shutil
-
 import pytest
 import torch
-from workflow import BUILD, snakemake
+from workflow import BUILD, clear, snakemake
 
 # What `make check` leaves out: every notebook, what needs one of these fixtures, and these tests of about
 # three seconds or more on a quiet machine.
@@ -72,7 +70,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def finished():
     """The folder of the test profile's whole run, each notebook through papermill."""
-    shutil.rmtree(BUILD, ignore_errors=True)
+    clear()
     done = snakemake("--forceall", "--quiet", "rules")
     assert done.returncode == 0, done.stderr[-4000:]
     return BUILD
