@@ -65,6 +65,20 @@ def test_no_parameter_repeats_an_earlier_notebooks(path):
         assert set(names) <= earlier[stem].keys(), stem
 
 
+def test_tables_are_of_the_runs_that_were_asked_for():
+    """Not of what an earlier call with more seeds left in the folder, nor are the captions."""
+    calls = [
+        node
+        for path in NOTEBOOKS
+        for cell in read(path).cells
+        if cell.cell_type == "code"
+        for node in ast.walk(ast.parse(cell.source))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "siblings"
+    ]
+    assert len(calls) >= 4
+    assert all({keyword.arg for keyword in call.keywords} == {"splits", "seeds"} for call in calls)
+
+
 def test_adversarial_training_has_ten_parameters():
     assert len(declared_parameters(ROOT / "notebooks/04_adversarial_training.ipynb")) <= 10
 

@@ -144,6 +144,16 @@ def test_who_awaits_a_run_says_so_in_the_index_and_on_its_page(build, tmp_path, 
     assert "This notebook awaits\na run of &lt;this&gt;." in page
 
 
+def test_seed_2_is_listed_before_10(build):
+    for run in ("random-s10", "random-s2"):
+        shutil.copytree(build / "notebooks/random-s0", build / "notebooks" / run)
+    site.main([str(build)])
+    listed = re.findall(
+        r'<li><a href="random-s(\d+)_', (build / "html/index.html").read_text(encoding="utf-8")
+    )
+    assert listed == ["0", "2", "10"]
+
+
 def test_a_second_site_leaves_nothing_of_the_first(build):
     site.main([str(build)])
     (build / "html/old.html").write_text("old")

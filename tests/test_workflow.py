@@ -416,6 +416,34 @@ def test_style_makes_no_costly_step_again_and_the_claims_know_their_figures():
     assert cheap.keys() >= {"fortify.examined.figures", "fortify.figures", "fortify.examined.claims"}
 
 
+def test_a_notebooks_prose_trains_nothing_again_and_its_code_does(finished, tmp_path):
+    """The results are made again, which is cheap, so that their pages read as the notebook does."""
+    shutil.copytree(BUILD, tmp_path / "build/test")
+    shutil.copytree(ROOT / ".snakemake/metadata", tmp_path / ".snakemake/metadata")
+    for name in ("notebooks", "paper"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy2(ROOT / "Snakefile", tmp_path)
+    assert "Nothing to be done" in snakemake("--dry-run", cwd=tmp_path).stderr
+
+    def change(stem, kind):
+        path = tmp_path / f"notebooks/{stem}.ipynb"
+        notebook = nbformat.read(path, as_version=4)
+        next(c for c in notebook.cells if c.cell_type == kind).source += "\n# More."
+        nbformat.write(notebook, path)
+
+    change("02_baseline", "markdown")
+    change("05_results", "markdown")
+    assert jobs(snakemake("--dry-run", cwd=tmp_path).stdout) == {
+        "results": 1,
+        "claims": 1,
+        "html": 1,
+        "all": 1,
+    }
+    change("07_leakage", "code")
+    found = jobs(snakemake("--dry-run", cwd=tmp_path).stdout)
+    assert found == {"results": 1, "leakage": 1, "claims": 1, "html": 1, "all": 1}
+
+
 def test_what_a_notebook_inherits_is_read_in_its_source(tmp_path):
     def found(*lines):
         cells = [nbformat.v4.new_code_cell(line) for line in lines]

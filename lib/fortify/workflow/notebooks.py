@@ -58,11 +58,19 @@ def inherited_parameters(notebook):
     return found
 
 
+def cells_digest(notebook):
+    """12 hex digits of a notebook's code cells as they are written; its prose is no part."""
+    return hashlib.sha256("\0".join(_cells(notebook)).encode()).hexdigest()[:12]
+
+
+def _cells(notebook):
+    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
 def _source(notebook):
     """The code of all its cells."""
-    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    cells = [cell for cell in cells if cell["cell_type"] == "code"]
-    return "\n".join("".join(cell["source"]) for cell in cells)
+    return "\n".join(_cells(notebook))
 
 
 def _imports(source, without):

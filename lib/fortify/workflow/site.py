@@ -15,6 +15,7 @@ from pathlib import Path
 import nbformat
 
 from fortify.files import find_root, write_text
+from fortify.runs import run_order
 from fortify.workflow.publish import PublishError, published_folders, shown_profile
 
 STYLE = """
@@ -46,7 +47,8 @@ def build_site(build):
     """The pages of a finished profile ``build``, one a run and notebook; returns the index's path."""
     build = Path(build)
     notebooks = {}
-    for path in sorted((build / "notebooks").rglob("*.ipynb"), key=lambda p: (p.stem, p)):
+    executed = (build / "notebooks").rglob("*.ipynb")
+    for path in sorted(executed, key=lambda p: (p.stem, run_order(p.parent))):
         run = "" if path.parent.name == "notebooks" else path.parent.name
         notebooks["_".join(filter(None, (run, path.stem)))] = (path, run)
     if not notebooks or not (build / "tables").is_dir():

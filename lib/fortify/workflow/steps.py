@@ -7,7 +7,7 @@ import yaml
 
 from fortify.data import find_data, hash_files
 from fortify.runs import run_order
-from fortify.workflow.notebooks import code_of, inherited_parameters
+from fortify.workflow.notebooks import cells_digest, code_of, inherited_parameters
 
 # What the costly steps, those that train or attack, are not redone for: how results are written and drawn.
 STYLE = ("fortify.files", "fortify.runs", "fortify.tables", "*.figures")
@@ -18,8 +18,8 @@ _OF_RUN = ("run", "split", "seed")  # parameters that the workflow sets itself
 class Step(NamedTuple):
     """A row of the Snakefile's table: a rule's name, its notebook, its folder, and files, below the build's.
 
-    "{run}" in a path stands for each split and seed. A step that is not ``costly`` is redone when anything
-    that its notebook imports changes; a costly one is not for ``STYLE``.
+    "{run}" in a path stands for each split and seed. A step that is not ``costly`` is redone when its
+    notebook or anything that this imports changes; a costly one is not for prose or ``STYLE``.
     """
 
     name: str
@@ -39,8 +39,9 @@ class Step(NamedTuple):
         return f"{{run}}/{self.notebook}" if "{run}" in self.folder else self.notebook
 
     def code(self):
-        """{module: digest} of the library's code that it computes with."""
-        return code_of(self.source, without=STYLE if self.costly else ())
+        """{name: digest} of the code that it computes with: the notebook's cells, the library's modules."""
+        modules = code_of(self.source, without=STYLE if self.costly else ())
+        return {self.notebook: cells_digest(self.source)} | modules
 
     def values(self, parameters, build):
         """A function of Snakemake's wildcards: the notebook's parameters as the YAML that papermill takes."""
