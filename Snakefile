@@ -74,7 +74,8 @@ def tables(names):
 TABLE1 = [f"tables/table1_{split}.{kind}" for split in SPLITS for kind in ("csv", "md", "tex")]
 TABLE1 += ["tables/table1.txt", *tables("accuracy curve kept_epochs robustness_scores")]
 FIGURES = "fig1_system fig3_normal_clean fig4_normal_attacked fig5_adversarial_benign".split()
-FIGURES = each(["figures"], *(f"{f}.{kind}" for f in [*FIGURES, "fig6_adversarial_malignant_normal"] for kind in ("pdf", "png")))
+FIGURES += ["fig6_adversarial_malignant_normal"]
+FIGURES = [f"figures/{name}.{kind}" for name in FIGURES for kind in ("pdf", "png")]
 LEAKAGE = tables("leak_meter leak_summary leak_twins leak_tells groups group_sensitivity lungs_or_scanner")
 AUDITS = [f"tables/audit_{run}.csv" for run in FIRST_RUNS]
 LEDGER = tables("published_matrix dataset gain mcnemar printed_arithmetic published_attacks claims")
@@ -83,18 +84,21 @@ OF_RUN = ["data/slices.npz", "data/splits/{run}.csv"]
 
 STEPS = [  # rule, notebook, folder of its manifest, what it reads, what it writes; {run}: for each split and seed
     Step("data", "01_data", "data", [],
-         ["data/slices.npz", *(f"data/splits/{split}-s{seed}.csv" for split in SPLITS for seed in SEEDS)], costly=False),
+         ["data/slices.npz", *(f"data/splits/{split}-s{seed}.csv" for split in SPLITS for seed in SEEDS)],
+         costly=False),
     Step("baseline", "02_baseline", "{run}", OF_RUN,
          each(["{run}"], "normal.safetensors", "normal_history.csv")),
     Step("attacks", "03_attacks", "{run}", [*OF_RUN, "{run}/normal.safetensors"],
          each(["{run}"], "normal_predictions.csv", "normal_attacked.npz")),
     Step("adversarial_training", "04_adversarial_training", "{run}", [*OF_RUN, "{run}/normal_attacked.npz"],
-         [f"{{run}}/adversarial{end}" for end in (".safetensors", "_history.csv", "_predictions.csv", "_attacked.npz")]),
+         each(["{run}"], "adversarial.safetensors", *(f"adversarial_{end}" for end in
+              ("history.csv", "predictions.csv", "attacked.npz")))),
     Step("results", "05_results", "results", ["data/slices.npz", *each(RUNS, *ROWS)], TABLE1 + FIGURES, costly=False),
     Step("published_protocol", "06_published_protocol", "{run}", [*OF_RUN, *each(["{run}"], *MODELS, *ROWS[:2])],
          each(["{run}"], "published.safetensors", "tone_curves.safetensors", *PROTOCOL)),
     Step("leakage", "07_leakage", "leakage",
-         ["data/slices.npz", *(f"data/splits/{run}.csv" for run in FIRST_RUNS), *each(FIRST_RUNS, *MODELS)], LEAKAGE),
+         ["data/slices.npz", *(f"data/splits/{run}.csv" for run in FIRST_RUNS), *each(FIRST_RUNS, *MODELS)],
+         LEAKAGE),
     Step("robustness_audit", "08_robustness_audit", "{run}", [*OF_RUN, *each(["{run}"], *MODELS)],
          ["tables/audit_{run}.csv", "tables/audit_zoo_{run}.csv"]),
     Step("claims", "09_claims", "claims",
@@ -116,7 +120,7 @@ for step in STEPS:
         name:
             step.name
         input:
-            ancient(step.source) if step.costly else step.source,  # of the former params.code holds what counts
+            ancient(step.source) if step.costly else step.source,  # params.code holds its cells
             ["paper/claims.yaml"] if step.name == "claims" else [],
             built(step.reads),
         output:

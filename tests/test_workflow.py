@@ -305,7 +305,7 @@ def test_ones_own_images_as_the_readme_says(cut):
     options = yaml.safe_load((ROOT / "profiles/default/config.yaml").read_text())
     assert options == {
         "cores": "all",
-        "quiet": "rules",
+        "quiet": ["rules", "host"],
         "nolock": True,
         "rerun-incomplete": True,
         "max-checksum-file-size": 1_000_000_000,
