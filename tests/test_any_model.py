@@ -12,6 +12,7 @@ from fortify.attacks import CW, FGSM, PGD, AttackWarning, craft, perturbation_no
 from fortify.audit import AuditData, Suite, audit
 from fortify.evaluation import check_rows
 from fortify.models import build_model, load_model, predict, save_model
+from fortify.runtime import pick_device
 from fortify.scoring import evaluate
 
 SUITE = Suite(
@@ -314,3 +315,34 @@ def test_a_budget_in_units_of_0_to_1_is_refused(attack):
     with pytest.raises(ValueError, match="0.03137 is less than a tenth of one.* write 8"):
         attack(8 / 255)
     assert attack(0.1).eps_255 == 0.1 and attack(0).eps_255 == 0
+
+
+def test_apples_gpu_is_a_device_and_comes_after_cuda(monkeypatch):
+    there = {"cuda": False, "mps": True}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there["cuda"])
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there["mps"])
+    assert pick_device() == torch.device("mps") == pick_device("mps")
+    there["cuda"] = True
+    assert pick_device() == torch.device("cuda")
+    there["cuda"] = there["mps"] = False
+    assert pick_device() == torch.device("cpu")
+    with pytest.raises(ValueError, match="device is 'mps', but torch finds no GPU here; use \"auto\""):
+        pick_device("mps")
+
+
+def test_no_float64_is_handed_to_a_device(task, monkeypatch):
+    """Apple's GPU knows none, and images of numpy are float64."""
+    net, x, y = task
+    moved, to = [], torch.Tensor.to
+
+    def watched(tensor, *arguments, **options):
+        if arguments and isinstance(arguments[0], torch.device) and tensor.is_floating_point():
+            moved.append(tensor.dtype)
+        return to(tensor, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", watched)
+    images = x.double().numpy()
+    predict(net, images)
+    evaluate(net, images, y.numpy(), [FGSM(4), CW(1, 3)])
+    audit(net, AuditData(images, y.numpy()), SUITE, only=["T0", "T11"])
+    assert set(moved) == {torch.float32}

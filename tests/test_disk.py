@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fortify import files
+
 # In its own process: first whole files are written, then larger ones where there is no room, or no right.
 CHILD = """
 import json, os, resource, signal, sys
@@ -22,12 +24,11 @@ import pandas as pd
 import torch
 from matplotlib import pyplot as plt
 
-from fortify import runs
 from fortify import files
 from fortify.data import Slices
 from fortify.figures import save
 from fortify.models import build_model, save_model
-from fortify.training import TrainingState
+from fortify.checkpoint import TrainingState
 
 folder, how = Path(sys.argv[1]), sys.argv[2]
 
@@ -104,3 +105,12 @@ def test_every_writer_says_so_and_the_old_file_stays(how, words):
             assert "what was there is as it was" in said and name.split(".")[0] in said
     assert all(found["same"].values()), found["same"]
     assert found["litter"] == []
+
+
+def test_an_error_of_another_file_is_not_put_on_the_one_that_is_written(tmp_path):
+    written, missing = tmp_path / "copy.txt", tmp_path / "source.txt"
+    written.write_text("old")
+    with pytest.raises(FileNotFoundError) as caught, files.atomic_path(written) as temporary:
+        temporary.write_bytes(missing.read_bytes())
+    assert caught.value.filename == str(missing) and "cannot be written" not in str(caught.value)
+    assert written.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["copy.txt"]

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 
@@ -27,7 +28,7 @@ class Augmentation:
     cutout: float = 0.0  # side of a black square put at random, as a share of the image's side
 
 
-def augment(images, augmentation, *, generator):
+def augment(images: Tensor, augmentation: Augmentation, *, generator: torch.Generator) -> Tensor:
     """(B, 1, H, W) float in [0, 1] -> the same shape and range, every image changed by its own draw.
 
     ``generator`` lives on the images' device: the same state gives the same views. ValueError for another

@@ -3,10 +3,13 @@
 import copy
 import hashlib
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fortify.files import read_safetensors, write_safetensors
@@ -21,14 +24,22 @@ class TrainingState:
     ``judged`` is what is validated and kept: ``model``, or with ``ema`` its moving average.
     """
 
-    def __init__(self, model, optimizer, schedule=None, *, keep="best", ema=0.0):
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+        *,
+        keep: str = "best",
+        ema: float = 0.0,
+    ):
         self.model, self.epoch, self.history, self.best = model, 0, [], _copy(model)
         self.optimizer, self.schedule, self.keep = optimizer, schedule, keep
         self.ema, self.averaged = ema, 0
         self.judged = copy.deepcopy(model).eval().requires_grad_(False) if ema else model
 
     @torch.no_grad()
-    def average(self):
+    def average(self) -> None:
         """After a step: let ``judged`` follow ``model``, its BatchNorm statistics included."""
         if not self.ema:
             return
@@ -45,7 +56,7 @@ class TrainingState:
                 ours.copy_(theirs)
         get_ema_multi_avg_fn(keep)(*floats, None)
 
-    def record(self, epoch, loss, accuracy, val_accuracy, robust):
+    def record(self, epoch: int, loss: float, accuracy: float, val_accuracy: float, robust: float) -> None:
         self.epoch = epoch
         lr = self.optimizer.param_groups[0]["lr"]
         row = (epoch, lr, loss, accuracy, val_accuracy, robust)
@@ -53,7 +64,7 @@ class TrainingState:
         if self._selected() == len(self.history) - 1:
             self.best = _copy(self.judged)
 
-    def table(self):
+    def table(self) -> pd.DataFrame:
         table = pd.DataFrame(self.history, columns=_HISTORY)
         return table.assign(selected=table.index == self._selected())
 
@@ -65,7 +76,7 @@ class TrainingState:
         keys = [tuple(np.nan_to_num(row[c], nan=0.0) for c in columns) for row in self.history]
         return keys.index(max(keys))
 
-    def save(self, file):
+    def save(self, file: Path) -> None:
         tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"best/{k}": v for k, v in self.best.items()}
         tensors |= {f"judged/{k}": v for k, v in self.judged.state_dict().items() if self.ema}
@@ -78,7 +89,7 @@ class TrainingState:
         metadata |= {"groups": groups, "schedule": schedule}
         write_safetensors(file, tensors, metadata)
 
-    def resume(self, file):
+    def resume(self, file: Path) -> None:
         if not file.exists():
             return
         tensors, metadata = read_safetensors(file)
@@ -104,7 +115,7 @@ class TrainingState:
         self.epoch, self.averaged, self.history = (metadata[k] for k in ("epoch", "averaged", "history"))
 
 
-def fingerprint(model, train, val, *settings):
+def fingerprint(model: nn.Module, train: Any, val: Any, *settings: Any) -> str:
     """Names a checkpoint after everything that decides the result, so that no other training reads it.
 
     ``settings`` are JSON-able: recipe, attacks, seed. This package's code is part of it.
@@ -118,7 +129,7 @@ def fingerprint(model, train, val, *settings):
     return digest.hexdigest()[:16]
 
 
-def stop_if_not_finite(losses, epoch, file):
+def stop_if_not_finite(losses: Tensor, epoch: int, file: Path | None) -> None:
     """FloatingPointError when a loss (batches,) is not finite; names epoch, batch and last checkpoint."""
     bad = (~torch.isfinite(losses)).nonzero()
     if len(bad):

@@ -1,12 +1,14 @@
 """Confidence intervals of shares: Wilson's, and bootstraps that draw whole groups of images."""
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
-def wilson(k, n, confidence=0.95):
+def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson score interval (low, high) of a proportion, ``k`` of ``n``, as fractions.
 
     Wilson (1927). ValueError unless 0 <= k <= n, both whole, and n > 0.
@@ -22,7 +24,9 @@ def wilson(k, n, confidence=0.95):
     return float(low), float(high)
 
 
-def cluster_interval(correct, groups, *, seed=0, draws=2000, confidence=0.95):
+def cluster_interval(
+    correct: ArrayLike, groups: Sequence, *, seed: int = 0, draws: int = 2000, confidence: float = 0.95
+) -> tuple[float, float]:
     """Percentile bootstrap interval (low, high) of a share, whole groups drawn with replacement.
 
     ``correct`` (N,) bool, ``groups`` (N,); fractions. For slices of one scan are not independent. Where all
@@ -37,7 +41,9 @@ def cluster_interval(correct, groups, *, seed=0, draws=2000, confidence=0.95):
     return _by_groups(correct, groups, seed, draws, confidence)
 
 
-def gain_interval(more, groups, *, seed=0, draws=2000, confidence=0.95):
+def gain_interval(
+    more: ArrayLike, groups: Sequence, *, seed: int = 0, draws: int = 2000, confidence: float = 0.95
+) -> tuple[float, float]:
     """Percentile bootstrap interval (low, high) of the mean of ``more`` (N,), each -1, 0 or 1, by groups.
 
     Of two models on the same images: 1 where the second alone is right, -1 where the first alone is. Where

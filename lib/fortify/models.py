@@ -259,7 +259,7 @@ def logits_of(output: Any, n: int) -> Tensor:
 def save_model(path: str | Path, model: nn.Module, *, info: Mapping[str, Any] | None = None) -> None:
     """Write weights, architecture and ``info`` (a JSON-able dict) as safetensors, atomically."""
     metadata = {"arch": model.arch, "num_classes": model.num_classes, "info": info or {}}
-    if model.channels != 1:
+    if getattr(model, "channels", 1) != 1:
         metadata["channels"] = model.channels
     write_safetensors(path, model.state_dict(), metadata)
 

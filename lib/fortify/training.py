@@ -286,7 +286,7 @@ def _check(recipe, attacks, train, val, model):
         raise ValueError(
             f"training and validation images have other classes, {', '.join(train.class_names)} and "
             f"{', '.join(val.class_names)}, so their labels differ. Load both with the same classes: "
-            "load_folder(..., classes=train.class_names)."
+            "load_folder(..., classes=train.class_names, missing_ok=True)."
         )
     wanted = {p.dtype for p in model.parameters() if p.requires_grad}
     if wanted - {torch.float32}:
