@@ -40,7 +40,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         own = {str(path), str(path.parent), str(temporary)}
-        if error.filename is not None and str(error.filename) not in own:
+        if temporary is not None and error.filename is not None and str(error.filename) not in own:
             raise  # of another file, which was being read
         why = f"cannot be written ({error.strerror or error}); what was there is as it was"
         raise OSError(error.errno, why, str(path)) from error
