@@ -20,6 +20,7 @@ from snakemake.exceptions import WorkflowError
 
 # Executed notebooks hold no progress bars, and their kernel is this environment's.
 os.environ |= {"TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # papermill is this one's too
 # glibc hands each layer's freed output back to the system and takes the next one's anew, page by page.
 os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 

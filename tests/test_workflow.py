@@ -111,7 +111,7 @@ def test_a_changed_parameter_redoes_only_what_depends_on_it(finished, change, re
 def test_a_changed_parameter_redoes_those_that_inherit_it(finished):
     """Notebook 4 does not declare ``lr``: by the rule's own parameters, whatever its inputs are."""
     target = "build/test/random-s0/04_adversarial_training.json"
-    options = ("--dry-run", "--rerun-triggers", "params", "--allowed-rules", "adversarial_training", "--")
+    options = ("--dry-run", "--rerun-triggers", "params", "--allowed-rules", "adversarial_training")
     assert "Nothing to be done" in snakemake(target, *options).stderr
     shown = snakemake(target, *options, config=("profile=test", "lr=0.5")).stdout
     assert jobs(shown) == {"adversarial_training": 1}
@@ -302,6 +302,11 @@ def test_ones_own_images_as_the_readme_says(cut):
     assert "Using workflow specific profile profiles/default" in done.stderr
     per_run = dict.fromkeys(("baseline", "attacks", "adversarial_training", "robustness_audit"), 2)
     assert jobs(done.stdout) == per_run | {"data": 1, "results": 1, "all": 1}
+    # Its notebooks run in its own environment, whatever `python` is to who calls it.
+    command = [*command[:3], "data", *command[3:-1]]
+    bare = os.environ | {"PATH": os.defpath, "FORTIFY_ROOT": str(cut)}
+    ran = subprocess.run(command, cwd=cut, capture_output=True, text=True, env=bare)
+    assert "/nowhere" in ran.stderr and "No module named" not in ran.stderr, ran.stderr[-2000:]
     options = yaml.safe_load((ROOT / "profiles/default/config.yaml").read_text())
     assert options == {
         "cores": "all",

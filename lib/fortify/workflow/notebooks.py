@@ -1,6 +1,7 @@
 """What a notebook depends on, read from its source: the library's modules and other notebooks' parameters."""
 
 import ast
+import functools
 import hashlib
 import json
 from fnmatch import fnmatch
@@ -18,23 +19,26 @@ def code_of(notebook, *, without=()):
     comments and docstrings are no part.
     """
     own = Path(notebook).suffix == ".ipynb"
-    left, found = _imports(_source(notebook), without) if own else {notebook}, {}
+    left, found = _imports(_source(notebook), tuple(without)) if own else {notebook}, {}
     while left:
         name = left.pop()
-        path = _path(name)
-        if name in found or path is None:
-            continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        tree.body = [s for s in tree.body if not _is_one(f"{name}.{getattr(s, 'name', '')}", without)]
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-                if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
-                    node.body = body[1:] or [ast.Pass()]
-        code = ast.unparse(tree)
-        found[name] = hashlib.sha256(code.encode()).hexdigest()[:12]
-        left |= _imports(code, without) - found.keys()
+        found[name], imports = _module(name, _path(name).read_text("utf-8"), tuple(without))
+        left |= imports - found.keys()
     return dict(sorted(found.items()))
+
+
+@functools.cache  # a module is imported by many notebooks
+def _module(name, source, without):
+    """(digest of its code, the modules that it imports)."""
+    tree = ast.parse(source)
+    tree.body = [s for s in tree.body if not _is_one(f"{name}.{getattr(s, 'name', '')}", without)]
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
+                node.body = body[1:] or [ast.Pass()]
+    code = ast.unparse(tree)
+    return hashlib.sha256(code.encode()).hexdigest()[:12], _imports(code, without)
 
 
 def inherited_parameters(notebook):
