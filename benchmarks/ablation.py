@@ -290,9 +290,9 @@ def _fold_by_fold(table):
     attacked = ", ".join(f"{of(f'pgd_{eps}')} at {eps}/255" for eps in BUDGETS_255)
     return (
         "\nHad each fold of the grouped split taken the variant that its own attacked validation slices "
-        f"choose ({rows.variant.nunique()} different ones), whatever the other folds prefer, it would read "
-        f"{of('clean')} of the test slices rightly clean and, under PGD, {attacked}. What variants there are "
-        "was decided with all folds in view.\n"
+        f"choose ({rows.variant.nunique()} different ones), whatever the other folds prefer, it would "
+        f"classify {of('clean')} of the clean test slices correctly and, under PGD, {attacked}. What "
+        "variants there are was decided with all folds in view.\n"
     )
 
 

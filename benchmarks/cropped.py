@@ -1,4 +1,4 @@
-"""Is more read of slices cropped to the lungs? Two published profiles compared, slice by slice.
+"""Does cropping to the lungs help? Two published profiles compared, slice by slice.
 
     python benchmarks/cropped.py             seconds, from paper/tables alone
     python benchmarks/cropped.py --profile paper
@@ -24,7 +24,7 @@ SLICE = ["split", "model", "seed", "index", "name"]
 
 
 def predictions(tables):
-    """Whether each test slice is read rightly: a row each of split, model, seed, slice, eps_255."""
+    """Whether each test slice is classified correctly: a row each of split, model, seed, slice, eps_255."""
     names = {
         path.name.split(".")[0]: pd.read_csv(path) for path in (tables / "runs/data/splits").glob("*.gz")
     }

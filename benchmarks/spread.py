@@ -24,7 +24,7 @@ SHAPES = {"cpu": "laptop", "cuda": "paper"}  # device: profile
 
 
 def compared(own, first, y):
-    """What a run reads rightly and how far it is from the first; each is (clean, pgd, weights)."""
+    """What a run classifies correctly and how far it is from the first; each is (clean, pgd, weights)."""
     row = {"n": len(y)}
     for name, now, then in zip(("clean", "pgd"), own, first, strict=False):
         row |= {name: (now == y).sum().item(), f"{name}_changed": (now != then).sum().item()}
