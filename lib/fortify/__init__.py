@@ -1,7 +1,7 @@
-"""Attacks, adversarial training and evaluation for small grey-image classifiers.
+"""Attacks, adversarial training and evaluation of image classifiers.
 
-Rooms: data, phantom, splits, models, attacks, folding, training, evaluation, figures, tables, runs;
-beyond the paper: published, printed, claims, leakage, regions, audit (and audit_context, audit_checks,
-audit_zoo), autoattack, figures_beyond.
+The core takes any classifier of images (N, C, H, W) in [0, 1]: attacks, scoring, evaluation, tables, figures,
+training, objectives, models, data, splits. Beside it: audit, leakage, examined (the published paper) and
+workflow (this project's plumbing).
 Importing the package imports none of them: ``from fortify.attacks import PGD, craft``.
 """
