@@ -5,7 +5,7 @@ import torch
 from workflow import BUILD, clear, snakemake
 
 # What `make check` leaves out: every notebook, what needs one of these fixtures, and these tests of about
-# three seconds or more on a quiet machine.
+# three seconds or more, all their cases together, on a quiet machine.
 SLOW_FIXTURES = {"finished", "honest", "meter", "published", "zoo"}
 SLOW = """
 test_a_cw_that_is_too_short_is_seen
@@ -44,6 +44,16 @@ test_the_examples_run_as_printed
 test_adversarial_training_holds_where_normal_training_falls
 test_an_interrupted_training_ends_in_the_same_weights
 test_precision_is_float32_on_a_cpu_unless_asked_for_and_weights_and_validation_always
+test_attacks_go_from_one_row_through_evaluation_table_and_figure
+test_an_objective_trains_from_one_row
+test_the_command_takes_patients_and_colours
+test_ones_own_images_as_the_readme_says
+test_make_tables_takes_what_is_whole_of_each_split
+test_make_tables_makes_the_claims_where_what_they_read_is_there
+test_the_reference_run_is_five_seeds_on_both_splits
+test_a_companion_profile_is_a_table_1_with_its_audit
+test_the_published_training_is_run_on_its_seeds_alone
+test_a_model_of_any_kind_is_attacked_and_audited_as_the_plain_one
 """.split()
 # With `-n 2` one worker runs what is of one file, or needs the finished run, so that fixtures are made once.
 # The longest come first, a short one behind each of the first two: a worker is given two at once.
