@@ -72,11 +72,12 @@ def test_a_second_call_does_nothing(finished):
 
 
 def test_notebook_1_crops_what_networks_are_shown_and_not_what_is_split(finished, tmp_path):
-    command = ["papermill", "--no-progress-bar", "--cwd", "notebooks", "notebooks/01_data.ipynb", "-f"]
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--cwd", "notebooks"]
+    command += ["notebooks/01_data.ipynb", "-f"]
     command += ["notebooks/profiles/test.yaml", "-p", "run", str(tmp_path / "data"), "-p", "crop"]
     out = str(tmp_path / "01.ipynb")
     done, refused = (
-        subprocess.run([*command[:5], out, *command[5:], crop], cwd=ROOT, capture_output=True, text=True)
+        subprocess.run([*command[:7], out, *command[7:], crop], cwd=ROOT, capture_output=True, text=True)
         for crop in ("lungs", "lung")
     )
     assert done.returncode == 0, done.stderr[-2000:]
@@ -112,7 +113,7 @@ def test_a_changed_parameter_redoes_those_that_inherit_it(finished):
     """Notebook 4 does not declare ``lr``: by the rule's own parameters, whatever its inputs are."""
     target = "build/test/random-s0/04_adversarial_training.json"
     options = ("--dry-run", "--rerun-triggers", "params", "--allowed-rules", "adversarial_training")
-    assert "Nothing to be done" in snakemake(target, *options).stderr
+    assert "Nothing to be done" in snakemake(target, *options).stdout
     shown = snakemake(target, *options, config=("profile=test", "lr=0.5")).stdout
     assert jobs(shown) == {"adversarial_training": 1}
 
@@ -428,7 +429,7 @@ def test_a_notebooks_prose_trains_nothing_again_and_its_code_does(finished, tmp_
     for name in ("notebooks", "paper"):
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy2(ROOT / "Snakefile", tmp_path)
-    assert "Nothing to be done" in snakemake("--dry-run", cwd=tmp_path).stderr
+    assert "Nothing to be done" in snakemake("--dry-run", cwd=tmp_path).stdout
 
     def change(stem, kind):
         path = tmp_path / f"notebooks/{stem}.ipynb"
