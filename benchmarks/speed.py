@@ -8,7 +8,8 @@ the model still reads (part of our call and of Foolbox's; one more pass for the 
 training step (the batch attacked by PGD, then learnt from with the clean one); and Table 1, the whole
 evaluation on one batch (clean, PGD-20, FGSM and CW of one search of 20 steps, L2). Same model, images,
 budget, steps and step size; every library once a round, the order turning, so that a slow moment of the
-machine meets all. Read the ratio, taken within a round. `fortify` is what the notebooks run; "fortify,
+machine meets all. Read the ratio, taken within a round. `fortify` is what the notebooks run; "fortify, not
+fused" is the same without the fused copy of the model; "fortify,
 bfloat16" is the crafting inside a training of that precision, and that training; "fortify, bfloat16,
 compiled" is the same with the attacks on compiled code, on a GPU alone. Memory is the
 peak of the first call: the device's; on a CPU what a fresh process grows by.
@@ -46,6 +47,7 @@ from fortify.figures import DOUBLE, save, styled
 from fortify.files import find_root
 from fortify.fused import FusedModel
 from fortify.models import build_model
+from fortify.objectives import Mix
 from fortify.runtime import describe_device, frozen
 from fortify.scoring import evaluate
 from fortify.training import Recipe, _autocasts, _epoch
@@ -63,14 +65,24 @@ TASKS = {
 EPS_255, EPS = 4.0, 4.0 / 255
 TABLE1_STEPS = 20  # of PGD, and of CW's one search
 OURS, LOW, COMPILED = "fortify", "fortify, bfloat16", "fortify, bfloat16, compiled"
+PLAIN = "fortify, not fused"  # the model's own gradients are followed: what fusing is worth
 FASTER = {OURS: "fortify_is_faster", LOW: "bfloat16_is_faster", COMPILED: "compiled_is_faster"}
 ONLY = dict.fromkeys((LOW, COMPILED), ("crafting", "training"))  # reported evaluation is float32
+ONLY[PLAIN] = ("crafting", "accuracy", "training")
 COMPILES = ("cuda",)  # devices
 
 
 def fortify_attacks(model, x):
     def run(attack):
         return lambda images, labels: craft(model, images, labels, attack, batch_size=len(images))
+
+    return {"pgd": lambda steps: run(PGD(EPS_255, steps=steps))}
+
+
+def plain_attacks(model, x):
+    def run(attack):
+        options = {"batch_size": len(x), "fused": model}
+        return lambda images, labels: craft(model, images, labels, attack, **options)
 
     return {"pgd": lambda steps: run(PGD(EPS_255, steps=steps))}
 
@@ -161,6 +173,7 @@ def art_attacks(model, x):
 
 LIBRARIES = {
     OURS: fortify_attacks,
+    PLAIN: plain_attacks,
     LOW: low_attacks,
     COMPILED: functools.partial(low_attacks, compiled=True),
     "foolbox": foolbox_attacks,
@@ -180,14 +193,14 @@ def accuracy(name, attacks, model, x, y, steps):
 
 
 def images_of(found):
-    """The adversarial images of a result that may come as (images, success)."""
+    """The adversarial images of a result that may come with more, success last."""
     return found[0] if isinstance(found, tuple) else found
 
 
 def still_read(model, found, y):
-    """How many of the attacked images the model reads rightly: the library's own count where it has one."""
+    """How many of the attacked images the model classifies correctly: by the library's own count, if any."""
     if isinstance(found, tuple):
-        return (~found[1]).sum().item()
+        return (~found[-1]).sum().item()
     with torch.no_grad():
         return (model(found).argmax(1) == y).sum().item()
 
@@ -195,9 +208,9 @@ def still_read(model, found, y):
 def training(name, attacks, model, x, y, steps):
     """One step of AdamW on the batch and its attacked copy, on a model of the library's own."""
     optimizer = torch.optim.AdamW(model.parameters())
-    if name in FASTER:  # the step of `fit` itself, with an augmentation that does nothing
+    if name in (*FASTER, PLAIN):  # the step of `fit` itself, with an augmentation that does nothing
         still = Augmentation(flip=False, degrees=0, zoom=0, translate=0)
-        precision = "auto" if name == OURS else "bfloat16"
+        precision = "auto" if name in (OURS, PLAIN) else "bfloat16"
         if x.is_cuda:  # as `fit` does first
             model.to(memory_format=torch.channels_last)
         recipe = Recipe(batch_size=len(x), augmentation=still, label_smoothing=0, precision=precision)
@@ -205,7 +218,9 @@ def training(name, attacks, model, x, y, steps):
         state, greys = TrainingState(model, optimizer, schedule), (x * 255).round().byte()
         weight, shares = torch.ones(model.num_classes, device=x.device), {PGD(EPS_255, steps=steps): 1.0}
         fused = FusedModel(model, x[:1], autocast=_autocasts(recipe, x.device), compiled=name == COMPILED)
-        return lambda: _epoch(state, greys, y, weight, recipe, shares, fused, 0)
+        if name == PLAIN:
+            fused.refresh = lambda: model
+        return lambda: _epoch(state, greys, y, weight, recipe, Mix(), shares, fused, 0)
     pgd = attacks["pgd"](steps)
 
     def step():

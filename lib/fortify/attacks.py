@@ -26,7 +26,7 @@ from fortify.runtime import device_of, float32_convolutions, frozen, progress_ba
 
 ONE_ULP_255 = 255 * 2**-23  # grey levels: what rounding of x + eps adds near white
 SMALLEST_BUDGET_255 = 0.1  # grey levels; a positive budget below it is one in units of [0, 1]
-_LOOKED_AT = 16  # images whose gradients and logits are looked at before an attack
+_LOOKED_AT = 8  # images whose gradients and logits are looked at before an attack
 
 
 class AttackWarning(UserWarning):

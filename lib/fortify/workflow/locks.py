@@ -9,6 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+from fortify.workflow.load import cores_in_use, waiting
+
 
 def wait_for_lock(path, *, what, shared=False):
     """Hold the lock file ``path`` until the returned file is closed or the process ends, however it ends.
@@ -54,6 +56,7 @@ def run_locked(path, command):
     """
     lock = wait_for_lock(path, what="a workflow", shared=True)
     os.set_inheritable(lock.fileno(), True)
+    os.environ |= waiting(cores_in_use())
     os.execvp(command[0], command)
 
 
