@@ -101,7 +101,7 @@ STEPS = [  # rule, notebook, folder of its manifest, what it reads, what it writ
          ["data/slices.npz", *(f"data/splits/{run}.csv" for run in FIRST_RUNS), *each(FIRST_RUNS, *MODELS)],
          LEAKAGE),
     Step("robustness_audit", "08_robustness_audit", "{run}", [*OF_RUN, *each(["{run}"], *MODELS)],
-         ["tables/audit_{run}.csv", "tables/audit_zoo_{run}.csv"]),
+         ["tables/audit_{run}.csv", "tables/audit_mutants_{run}.csv"]),
     Step("claims", "09_claims", "claims",
          [*TABLE1, *LEAKAGE, *AUDITS, *each(PUBLISHED_RUNS, *PROTOCOL), *each(RUNS, *ROWS[:2])], LEDGER, costly=False),
 ]  # fmt: skip

@@ -6,7 +6,7 @@ from workflow import BUILD, clear, snakemake
 
 # What `make check` leaves out: every notebook, what needs one of these fixtures, and these tests of about
 # three seconds or more, all their cases together, on a quiet machine.
-SLOW_FIXTURES = {"finished", "honest", "meter", "published", "zoo"}
+SLOW_FIXTURES = {"finished", "honest", "meter", "published", "mutants"}
 SLOW = """
 test_a_cw_that_is_too_short_is_seen
 test_an_honest_attack_and_an_undefended_model_are_not_caught
@@ -24,8 +24,8 @@ test_what_is_called_compiled_is_and_is_measured_where_it_is_worth_it
 test_every_writer_says_so_and_the_old_file_stays
 test_the_last_epoch_is_kept_and_an_interrupted_training_goes_on
 test_every_figure_is_of_printed_size_and_saves_to_the_same_bytes
-test_a_compiled_twin_walks_alike_and_is_compiled_once_for_sizes_that_differ_by_an_image
-test_an_untrained_model_has_its_twin
+test_a_compiled_fused_model_crafts_alike_and_is_compiled_once_for_sizes_that_differ_by_an_image
+test_an_untrained_model_is_fused
 test_same_logits_and_same_gradients
 test_jupyterlab_listens_on_loopback_and_asks_for_its_token
 test_a_cue_in_the_background_is_seen_on_both_splits

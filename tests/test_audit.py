@@ -26,17 +26,17 @@ from fortify.audit.figures import audit_matrix
 from fortify.audit.mutants import (
     BROKEN_ATTACKS,
     FAKE_DEFENCES,
-    ZOO_CHECKS,
+    MUTANT_CHECKS,
     _Around,
     clamp_normalised,
     contested_budget,
-    run_zoo,
+    mutant_check,
+    mutant_suite,
+    run_mutants,
     saved_file,
-    score,
     shattered,
+    tally,
     train_mode,
-    zoo_check,
-    zoo_suite,
 )
 from fortify.intervals import wilson
 from fortify.models import build_model, predict
@@ -67,8 +67,8 @@ def honest(model, data):
 
 
 @pytest.fixture(scope="module")
-def zoo(model, data):
-    return run_zoo(model, data, SUITE, images=10)
+def mutants(model, data):
+    return run_mutants(model, data, SUITE, images=10)
 
 
 def verdict(id, model, data, suite=SUITE, **options):
@@ -82,27 +82,27 @@ def nothing(model, images, labels, attack, **_):
     return Adversarial(images, predictions, probabilities, predictions != labels)
 
 
-def test_every_mutant_is_caught(zoo):
-    print(f"caught: {score(zoo)}")
-    assert list(zoo.name) == [*BROKEN_ATTACKS, *FAKE_DEFENCES] and len(zoo) >= 10
-    assert zoo.caught.all(), f"the audit does not see {', '.join(zoo.name[~zoo.caught])}"
-    assert zoo_check(zoo).verdict == PASS
-    attacks = zoo[zoo.kind.eq("broken attack")]
+def test_every_mutant_is_caught(mutants):
+    print(f"caught: {tally(mutants)}")
+    assert list(mutants.name) == [*BROKEN_ATTACKS, *FAKE_DEFENCES] and len(mutants) >= 10
+    assert mutants.caught.all(), f"the audit does not see {', '.join(mutants.name[~mutants.caught])}"
+    assert mutant_check(mutants).verdict == PASS
+    attacks = mutants[mutants.kind.eq("broken attack")]
     assert not attacks.by.str.contains("T8").any(), "no audit has the honest attack to compare with"
 
 
 def test_no_check_that_catches_a_mutant_fails_anyway(model, data):
-    suite = zoo_suite(model, data, SUITE)
-    assert audit(model, data, suite, others=[model], only=ZOO_CHECKS).failed == ()
+    suite = mutant_suite(model, data, SUITE)
+    assert audit(model, data, suite, others=[model], only=MUTANT_CHECKS).failed == ()
 
 
 def test_an_honest_attack_and_an_undefended_model_are_not_caught(model, data):
-    same = run_zoo(model, data, SUITE, images=10, attacks={"honest": craft}, defences={"none": _Around})
+    same = run_mutants(model, data, SUITE, images=10, attacks={"honest": craft}, defences={"none": _Around})
     assert not same.caught.any() and list(same.by) == ["", ""]
-    assert score(same) == "0/2"
-    missed = zoo_check(same)
+    assert tally(same) == "0/2"
+    missed = mutant_check(same)
     assert missed.verdict == FAIL and "honest, none" in missed.note
-    assert zoo_check(same.iloc[:0]).verdict == FAIL, "an empty zoo proves nothing"
+    assert mutant_check(same.iloc[:0]).verdict == FAIL, "an empty mutants proves nothing"
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,8 @@ def test_an_honest_attack_and_an_undefended_model_are_not_caught(model, data):
         ("saturation", "T9"),
     ],
 )
-def test_a_mutant_is_caught_by_the_check_meant_for_it(zoo, name, id):
-    assert id in zoo.set_index("name").by[name].split(", ")
+def test_a_mutant_is_caught_by_the_check_meant_for_it(mutants, name, id):
+    assert id in mutants.set_index("name").by[name].split(", ")
 
 
 def test_one_table_with_every_check(honest):
@@ -141,10 +141,10 @@ def test_one_table_with_every_check(honest):
     assert honest.to_markdown().count("\n") == len(CHECKS) + 2
 
 
-def test_t10_takes_its_place_and_replaces_itself(honest, zoo):
-    more = honest.with_check(zoo_check(zoo)).with_check(zoo_check(zoo))
+def test_t10_takes_its_place_and_replaces_itself(honest, mutants):
+    more = honest.with_check(mutant_check(mutants)).with_check(mutant_check(mutants))
     assert list(more.table.id[-6:]) == ["T10", "T11", "T13", "T14", "T15", "T16"]
-    elsewhere = honest.with_check(zoo_check(None)).table.set_index("id").loc["T10"]
+    elsewhere = honest.with_check(mutant_check(None)).table.set_index("id").loc["T10"]
     assert elsewhere.verdict == NOT_RUN and elsewhere.note == "the mutants met another model"
 
 
@@ -354,10 +354,12 @@ def test_of_what_is_random_too(model, data):
     for seed in (1, 2):  # of the global generator, which is as it was afterwards
         torch.manual_seed(seed)
         state = torch.get_rng_state()
-        zoo = run_zoo(model, data, SUITE, attacks={"no seed": BROKEN_ATTACKS["no seed"]}, defences=some)
+        mutants = run_mutants(
+            model, data, SUITE, attacks={"no seed": BROKEN_ATTACKS["no seed"]}, defences=some
+        )
         assert torch.equal(torch.get_rng_state(), state)
-        assert first is None or zoo.equals(first)
-        first = zoo
+        assert first is None or mutants.equals(first)
+        first = mutants
     disguised = [audit(some["random noise"](model), data, SUITE, only=["T2", "T9", "T0"]) for _ in range(2)]
     assert disguised[0].table.equals(disguised[1].table)
 
@@ -400,8 +402,8 @@ def test_the_contested_budget_breaks_about_half(model, data):
     assert 0.2 <= share <= 0.8
 
 
-def test_display_tables(honest, zoo):
-    audits = {name: honest.with_check(zoo_check(zoo)) for name in ("normal", "adversarial")}
+def test_display_tables(honest, mutants):
+    audits = {name: honest.with_check(mutant_check(mutants)) for name in ("normal", "adversarial")}
     shown = side_by_side(audits)
     assert list(shown.columns) == ["id", "check", "normal", "adversarial"]
     assert list(shown.id) == list(audits["normal"].table.id)
@@ -413,18 +415,18 @@ def test_display_tables(honest, zoo):
         assert f"- {id} fails: " in remarks(honest)
 
 
-def test_the_figure_shows_every_verdict_and_names_what_is_missed(honest, zoo):
+def test_the_figure_shows_every_verdict_and_names_what_is_missed(honest, mutants):
     verdicts = honest.table.assign(model="normal")
-    zoo = zoo.copy()
-    zoo.loc[zoo.name.eq("no seed"), ["caught", "by"]] = [False, ""]
-    fig = audit_matrix(verdicts, zoo)
+    mutants = mutants.copy()
+    mutants.loc[mutants.name.eq("no seed"), ["caught", "by"]] = [False, ""]
+    fig = audit_matrix(verdicts, mutants)
     left, right = fig.axes
     assert [text.get_text() for text in left.texts] == list(honest.table.verdict)
     assert [label.get_text() for label in left.get_yticklabels()][0] == "T0  contract of the attacks"
     marks = [label.get_text() for label in right.get_yticklabels()]
     assert "MISSED  no seed" in marks and sum("MISSED" in mark for mark in marks) == 1
     marked = [text.get_text() for text in right.texts]
-    assert marked.count("×") == sum(len(by.split(", ")) for by in zoo.by if by)
+    assert marked.count("×") == sum(len(by.split(", ")) for by in mutants.by if by)
     assert {"broken attacks", "fake defences"} <= set(marked)
 
 
@@ -450,7 +452,7 @@ def test_unusable_input_says_what_to_do(model, data, images):
     with pytest.raises(ValueError, match=r"unknown checks \['T12'\]"):
         audit(model, data, SUITE, only=["T12"])
     wrong = AuditData(data.images, (predict(model, data.images).argmax(1) + 1) % 3)
-    with pytest.raises(ValueError, match="misreads all 16 images"):
+    with pytest.raises(ValueError, match="misclassifies all 16 images"):
         audit(model, wrong, SUITE)
     with pytest.raises(ValueError, match="one label and one group for each image"):
         AuditData(data.images, data.labels[:3])

@@ -92,7 +92,7 @@ def test_what_is_called_compiled_is_and_is_measured_where_it_is_worth_it(
     monkeypatch.setattr(speed, "FusedModel", lambda *a, **o: made.append(FusedModel(*a, **o)) or made[-1])
     monkeypatch.setattr(speed, "COMPILES", ("cpu",))
     table = speed.measure("cpu", rounds=1, tasks=["crafting", "accuracy", "training"])
-    compiled = [isinstance(fused.net, Padded) for fused in made]
+    compiled = [isinstance(getattr(fused.net, "model", None), Padded) for fused in made]
     crafting, training = [False, True], [False, *[False] * 2, *[True] * 2]  # training: one of crafting unused
     assert compiled == crafting + training
     assert set(table.task[table.library.eq(COMPILED)]) == {"crafting", "training"}

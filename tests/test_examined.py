@@ -40,14 +40,14 @@ def test_the_published_pgd_is_one_step_and_a_clamp(batch):
     assert step.abs().max() <= 2 / 255 + 1e-6, "one step, whatever the 40 iterations say"
     outside = (z < -2 / 255) | (z > 1 + 2 / 255)
     assert torch.equal(changed[outside], published.clamp(z)[outside]), "there the gradient changes nothing"
-    assert outside.float().mean() > 0.5, "most greys lie outside the clamp's range"
+    assert outside.float().mean() > 0.5, "most intensities lie outside the clamp's range"
     inside = (z > 0.1) & (z < 0.9)
     assert step[inside].abs().min() > 0 and step[inside].abs() == pytest.approx(2 / 255, abs=1e-6)
 
 
 def test_the_step_climbs_the_loss(batch):
     model, z, y = batch
-    middle = z * 0.1 + 0.5  # greys that the clamp leaves alone
+    middle = z * 0.1 + 0.5  # intensities that the clamp leaves alone
     assert middle.min() > 0 and middle.max() < 1
     up = published.published_fgsm(model, middle, y, 0.003)
     before, after = (nn.functional.cross_entropy(model[1:](x), y) for x in (middle, up))
@@ -176,9 +176,9 @@ def rows(model, images, labels):
     protocol = score_published(
         model, images[index], labels[index], model_name="normal", attacks=FEW, batch_size=17, **ids
     )
-    from fortify.attacks import CW
+    from fortify.attacks import attacks_over
 
-    attacks = [*matrix_of.matrix_attacks([1, 4], pgd_steps=2), CW(1, 3)]
+    attacks = attacks_over([1, 4], pgd={"steps": 2}, cw={"binary_search_steps": 1, "steps": 3})
     correct, _ = evaluate(model, images[index], labels[index], attacks, model_name="normal", **ids)
     return protocol, correct
 
@@ -271,8 +271,10 @@ def test_a_last_image_alone_joins_the_batch_before(phantoms):
 def test_panels_show_what_the_model_is_given(model, images, labels):
     shown = published.panels(model, images[:1], int(labels[0]), attacks=FEW, correct=images[:1])
     assert list(shown) == ["original", "clamp alone", "tanh alone", "published PGD", "correct PGD"]
-    greys, prediction, probability = shown["original"]
-    assert greys.shape == (32, 32, 3) and greys[..., 0] == pytest.approx(images[0, 0].numpy(), abs=1e-6)
+    intensities, prediction, probability = shown["original"]
+    assert intensities.shape == (32, 32, 3) and intensities[..., 0] == pytest.approx(
+        images[0, 0].numpy(), abs=1e-6
+    )
     assert prediction == shown["correct PGD"][1] and 1 / 3 <= probability <= 1
     low = shown["clamp alone"][0].reshape(-1, 3).min(0)
     assert low == pytest.approx([0.485, 0.456, 0.406], abs=1e-6), "no grey below the channel's mean is left"

@@ -40,7 +40,7 @@ def test_same_logits_and_same_gradients(arch):
     model, x = lived_in(arch)
     model, x = model[:2].double(), x.double()  # without the layer that rounds logits to float32
     fused = FusedModel(model, x[:1]).net
-    assert fused is not model, "nothing was folded"
+    assert fused is not model, "nothing was fused"
     assert torch.allclose(fused(x), model(x), rtol=1e-9, atol=1e-12)
     ours, theirs = input_gradient(fused, x), input_gradient(model, x)
     assert (ours - theirs).norm() < 1e-9 * theirs.norm()
@@ -48,7 +48,7 @@ def test_same_logits_and_same_gradients(arch):
     assert not any(module.training for module in fused.modules())
 
 
-def test_nothing_is_left_to_fold_in_the_resnets():
+def test_nothing_is_left_to_fuse_in_the_resnets():
     for arch in ("resnet_small", "resnet18", "resnet50"):
         model, x = lived_in(arch)
         left = [type(m).__name__ for m in FusedModel(model, x[:1]).net.modules()]
@@ -114,7 +114,7 @@ def test_weights_rounded_beforehand_are_those_that_autocast_rounds(arch):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_a_compiled_twin_walks_alike_and_is_compiled_once_for_sizes_that_differ_by_an_image():
+def test_a_compiled_fused_model_crafts_alike_and_is_compiled_once_for_sizes_that_differ_by_an_image():
     model, x = lived_in("resnet_small", 32)
     y, noise = torch.tensor([0, 1, 2, 0, 1, 2]), torch.rand(x.shape) * 2 - 1
     plain, compiled, sizes = FusedModel(model, x[:1]), FusedModel(model, x[:1], compiled=True), []
@@ -132,7 +132,7 @@ def test_a_compiled_twin_walks_alike_and_is_compiled_once_for_sizes_that_differ_
         assert same.float().mean() > 0.999
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter += 0.01  # the next walk is on other weights: refresh reaches the compiled code
+                parameter += 0.01  # the next attack is on other weights: refresh reaches the compiled code
     assert counters["unique_graphs"] - before == 1
 
 
@@ -158,7 +158,7 @@ class Noisy(nn.Module):
         return self.model(x) + torch.randn(len(x), 3)
 
 
-def test_what_cannot_be_folded_is_attacked_itself():
+def test_what_cannot_be_fused_is_attacked_itself():
     x = torch.rand(4, 1, 32, 32)
     backwards = Backwards()
     backwards(x)
@@ -170,8 +170,8 @@ def test_what_cannot_be_folded_is_attacked_itself():
         assert FusedModel(model, x[:1].detach()).net is model
 
 
-def test_what_cannot_be_folded_is_found_out_before_training_too():
-    """A fresh BatchNorm changes nothing, so that folding it anywhere gives the same logits at first."""
+def test_what_cannot_be_fused_is_found_out_before_training_too():
+    """A fresh BatchNorm changes nothing, so that fusing it anywhere gives the same logits at first."""
     x = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     backwards, apart = Backwards().eval(), build_model("resnet_small", num_classes=3, seed=0).eval()
     backwards(x)
@@ -182,7 +182,7 @@ def test_what_cannot_be_folded_is_found_out_before_training_too():
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_an_untrained_model_has_its_twin(arch):
+def test_an_untrained_model_is_fused(arch):
     model, x = build_model(arch, num_classes=3, seed=0).eval(), torch.rand(1, 1, 64, 64)
     assert FusedModel(model, x).net is not model
 
@@ -200,7 +200,7 @@ def test_hooked_and_parametrised_layers_stay_as_they_are():
     assert seen, "the hook is still called"
 
 
-def test_attacks_walk_on_the_twin(model, images, labels):
+def test_attacks_follow_the_fused_model(model, images, labels):
     """The model is asked at first, and about what was found; the fused one is compared at both, no more."""
     asked = []
     hook = model.register_forward_hook(lambda module, *_: asked.append(module is model))
@@ -209,7 +209,7 @@ def test_attacks_walk_on_the_twin(model, images, labels):
     assert asked.count(True) == 2 and asked.count(False) == 1 + 3 + 1
 
 
-def test_the_model_judges_what_its_twin_finds(model, images, labels):
+def test_the_model_itself_says_what_was_achieved(model, images, labels):
     """Where the two differ, success is what the model says, and a CW that only fools the fused has failed."""
     right = predict(model, images).argmax(1) == labels
     x, y = images[right][:16], labels[right][:16]
@@ -224,7 +224,7 @@ def test_the_model_judges_what_its_twin_finds(model, images, labels):
 @pytest.mark.parametrize(
     "attack", [PGD(4, steps=6), PGD(3, steps=4, rel_stepsize=0.5, loss="margin"), FGSM(4)]
 )
-def test_perturbations_are_those_of_the_unfolded_model(model, images, labels, attack):
+def test_perturbations_are_those_of_the_plain_model(model, images, labels, attack):
     """The sign of a gradient near zero may turn with the rounding: a few pixels in a thousand, no verdict."""
     found = craft(model, images, labels, attack)
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -236,7 +236,7 @@ def test_perturbations_are_those_of_the_unfolded_model(model, images, labels, at
 
 @pytest.mark.parametrize("attack", [*THREE, PGD(4, steps=2, random_start=False)], ids=repr)
 def test_the_training_loop_is_foolbox_bit_for_bit(model, images, labels, attack):
-    x, y = (3 * images[:12] - 1).clamp(0, 1), labels[:12]  # with black and white, where walks are cut short
+    x, y = (3 * images[:12] - 1).clamp(0, 1), labels[:12]  # with black and white, where steps are cut short
     assert (x == 0).any() and (x == 1).any()
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) * 2 - 1
     used = noise if getattr(attack, "random_start", False) else None
@@ -259,11 +259,11 @@ def test_parts_of_a_batch_come_back_each_in_its_place(model, images, labels):
         assert ours.shape == theirs.shape and (ours - theirs).abs().gt(1e-6).float().mean() < 0.01
 
 
-def test_parts_walk_on_the_twin_and_the_model_judges_cw(model, images, labels):
+def test_parts_follow_the_fused_model_and_cw_is_checked_on_the_model(model, images, labels):
     net, asked = FusedModel(model, images[:1]).net, []
     hooks = [m.register_forward_hook(lambda module, *_: asked.append(module is net)) for m in (net, model)]
     cw, x, y = CW(2, 3, 0.05), images[:4], labels[:4]
-    for attacks, on_twin, on_model in (
+    for attacks, on_fused, on_model in (
         ((cw,), 6, 1),
         ((FGSM(0.5),), 1, 0),
         ((PGD(4, steps=2), cw), 2 + 6, 1),
@@ -272,7 +272,7 @@ def test_parts_walk_on_the_twin_and_the_model_judges_cw(model, images, labels):
         with frozen(model):
             found = craft_parts(model, [(a, x, y, torch.zeros_like(x)) for a in attacks], fused=net)
         assert len(found) == len(attacks)
-        assert (asked.count(True), asked.count(False)) == (on_twin, on_model), attacks
+        assert (asked.count(True), asked.count(False)) == (on_fused, on_model), attacks
     for hook in hooks:
         hook.remove()
 

@@ -448,8 +448,8 @@ def test_the_published_audits_bear_out_notebook_8s_answer():
     failed = pd.concat([pd.read_csv(path) for path in published]).query("verdict == 'fail'")
     assert set(failed.model) <= {"normal"} and set(failed.id) == {"T7", "T9"}
     for path in published:
-        zoo = pd.read_csv(path.with_name(path.name.replace("audit_", "audit_zoo_")))
-        assert zoo.caught.all(), path.name
+        mutants = pd.read_csv(path.with_name(path.name.replace("audit_", "audit_mutants_")))
+        assert mutants.caught.all(), path.name
 
 
 def test_a_number_that_is_missing_is_an_error(papers, capsys):

@@ -135,7 +135,7 @@ def test_crafting_is_by_the_seed_and_the_batch_that_are_given(model, images, lab
     )
 
 
-def test_all_attacks_of_an_evaluation_walk_on_one_twin(model, images, labels, part, monkeypatch):
+def test_all_attacks_of_an_evaluation_follow_one_fused_model(model, images, labels, part, monkeypatch):
     made, asked = [], []
     monkeypatch.setattr(attacks, "FusedModel", lambda *a, **o: made.append(FusedModel(*a, **o)) or made[-1])
     monkeypatch.setattr(scoring, "craft", lambda *a, **o: asked.append(o["fused"]) or craft(*a, **o))

@@ -312,19 +312,21 @@ def test_an_average_keeps_less_of_itself_in_the_first_steps():
         for tensor in model.state_dict().values():
             tensor.add_(1)
     for keep in (0.1, 2 / 11, 3 / 12):
-        before = {k: v.clone() for k, v in state.judged.state_dict().items()}
+        before = {k: v.clone() for k, v in state.eval_model.state_dict().items()}
         state.average()
-        for name, own in state.judged.state_dict().items():
+        for name, own in state.eval_model.state_dict().items():
             wanted = first[name] + 1
             if own.is_floating_point():
                 wanted = keep * before[name] + (1 - keep) * wanted
             assert torch.allclose(own, wanted, atol=1e-6), name
     state.averaged = 1000
-    before = weights(state.judged)
+    before = weights(state.eval_model)
     state.average()
     middle = (before + weights(model)) / 2
-    assert torch.allclose(weights(state.judged)[: len(middle) // 2], middle[: len(middle) // 2], atol=1e-6)
-    assert not any(parameter.requires_grad for parameter in state.judged.parameters())
+    assert torch.allclose(
+        weights(state.eval_model)[: len(middle) // 2], middle[: len(middle) // 2], atol=1e-6
+    )
+    assert not any(parameter.requires_grad for parameter in state.eval_model.parameters())
 
 
 def test_the_average_is_what_is_judged_and_kept(parts):

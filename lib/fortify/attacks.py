@@ -194,7 +194,7 @@ def craft(
     """
     _check_attack(attack)
     images, labels = checked(images, labels, device=None)
-    device, judge = device_of(model), Guarded.of(model)
+    device, guarded = device_of(model), Guarded.of(model)
     if fused is None:
         fused = prepared(model, images, labels)
     if getattr(attack, "restarts", 1) > 1:
@@ -214,15 +214,15 @@ def craft(
             with seeded(seed + start, device):  # for an attack that draws more than that start
                 x_adv = _attacked(fused, x, y, attack, **options)
             with torch.no_grad():
-                logits = judge(x_adv)
+                logits = guarded(x_adv)
                 agree = fused is model or same_logits(logits, Guarded.of(fused)(x_adv))
             if not agree:
                 with seeded(seed + start, device):
                     x_adv = _attacked(model, x, y, attack, **options)
                 with torch.no_grad():
-                    logits = judge(x_adv)
+                    logits = guarded(x_adv)
             if attack.minimum_norm:
-                x_adv, logits = _failed_put_back(judge, x, y, x_adv, logits)
+                x_adv, logits = _failed_put_back(guarded, x, y, x_adv, logits)
             probabilities, predictions = logits.softmax(1).max(1)
             made = (x_adv, predictions, probabilities, predictions != y)
             found.append([whole.cpu() for whole in made])
@@ -235,12 +235,12 @@ def prepared(model: nn.Module, images: Tensor, labels: Tensor) -> nn.Module:
     ``images`` and ``labels`` as :func:`checked` returns them. ValueError for labels outside the model's
     classes. One warning where logits are no numbers or probabilities, or gradients vanish.
     """
-    device, judge, some = device_of(model), Guarded.of(model), _spread(len(images))
+    device, guarded, some = device_of(model), Guarded.of(model), _spread(len(images))
     with frozen(model), float32_convolutions(device):
         # Copies: tensors made in inference mode take no part in gradients.
         x, y = images[some].to(device, copy=True), labels[some].to(device, copy=True)
         z = x.clone().requires_grad_()
-        logits = judge(z)
+        logits = guarded(z)
         check_labels(labels, classes=logits.shape[1])
         loss = nn.functional.cross_entropy(logits, y, reduction="sum")
         slope = torch.autograd.grad(loss, z, allow_unused=True)[0] if loss.requires_grad else None
@@ -299,8 +299,8 @@ def craft_batch(
     if not attack.minimum_norm:
         return x_adv
     with torch.no_grad():
-        judge = Guarded.of(model)
-        return _failed_put_back(judge, x, y, x_adv, judge(x_adv))[0]
+        guarded = Guarded.of(model)
+        return _failed_put_back(guarded, x, y, x_adv, guarded(x_adv))[0]
 
 
 def _attacked(net, x, y, attack, *, noise):
@@ -329,7 +329,7 @@ def _attacked(net, x, y, attack, *, noise):
     return x_adv
 
 
-def _failed_put_back(judge, x, y, x_adv, logits):
+def _failed_put_back(guarded, x, y, x_adv, logits):
     """(images, logits): where a minimum-norm attack found nothing, the clean image and its logits."""
     # Where it finds nothing Foolbox returns an all-black image, which may even count as a success.
     failed = (x_adv == 0).flatten(1).all(1) & ~(x == 0).flatten(1).all(1)
@@ -337,7 +337,7 @@ def _failed_put_back(judge, x, y, x_adv, logits):
     if not failed.any():
         return x_adv, logits
     with torch.no_grad():
-        clean = judge(x)  # the whole batch, as the clean images are predicted: the same to the last bit
+        clean = guarded(x)  # the whole batch, as the clean images are predicted: the same to the last bit
     x_adv = torch.where(failed.view(-1, *[1] * (x.ndim - 1)), x, x_adv)
     return x_adv, torch.where(failed[:, None], clean, logits)
 

@@ -21,7 +21,7 @@ class TrainingState:
     """What an interrupted training needs to go on: weights, best weights, optimiser, schedule, history.
 
     ``keep`` says which epoch ends up in ``best``: the ``"best"`` on validation, or the ``"last"``.
-    ``judged`` is what is validated and kept: ``model``, or with ``ema`` its moving average.
+    ``eval_model`` is what is validated and kept: ``model``, or with ``ema`` its moving average.
     """
 
     def __init__(
@@ -36,18 +36,18 @@ class TrainingState:
         self.model, self.epoch, self.history, self.best = model, 0, [], _copy(model)
         self.optimizer, self.schedule, self.keep = optimizer, schedule, keep
         self.ema, self.averaged = ema, 0
-        self.judged = copy.deepcopy(model).eval().requires_grad_(False) if ema else model
+        self.eval_model = copy.deepcopy(model).eval().requires_grad_(False) if ema else model
 
     @torch.no_grad()
     def average(self) -> None:
-        """After a step: let ``judged`` follow ``model``, its BatchNorm statistics included."""
+        """After a step: let ``eval_model`` follow ``model``, its BatchNorm statistics included."""
         if not self.ema:
             return
         self.averaged += 1
         # A tenth of the new weights at first, so that the initial ones are soon forgotten.
         keep = min(self.ema, self.averaged / (self.averaged + 9))
         floats = [], []
-        both = zip(self.judged.state_dict().values(), self.model.state_dict().values(), strict=True)
+        both = zip(self.eval_model.state_dict().values(), self.model.state_dict().values(), strict=True)
         for ours, theirs in both:
             if ours.is_floating_point():
                 floats[0].append(ours)
@@ -62,7 +62,7 @@ class TrainingState:
         row = (epoch, lr, loss, accuracy, val_accuracy, robust)
         self.history.append(dict(zip(_HISTORY, row, strict=True)))
         if self._selected() == len(self.history) - 1:
-            self.best = _copy(self.judged)
+            self.best = _copy(self.eval_model)
 
     def table(self) -> pd.DataFrame:
         table = pd.DataFrame(self.history, columns=_HISTORY)
@@ -79,7 +79,7 @@ class TrainingState:
     def save(self, file: Path) -> None:
         tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"best/{k}": v for k, v in self.best.items()}
-        tensors |= {f"judged/{k}": v for k, v in self.judged.state_dict().items() if self.ema}
+        tensors |= {f"eval_model/{k}": v for k, v in self.eval_model.state_dict().items() if self.ema}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{k}": v for k, v in moments.items()}
         groups = self.optimizer.state_dict()["param_groups"]
@@ -104,7 +104,7 @@ class TrainingState:
             moments.setdefault(int(index), {})[moment] = tensor
         self.model.load_state_dict(of["model"])
         if self.ema:
-            self.judged.load_state_dict(of["judged"])
+            self.eval_model.load_state_dict(of["eval_model"])
         self.best = {k: v.to(device) for k, v in of["best"].items()}
         self.optimizer.load_state_dict({"state": moments, "param_groups": metadata["groups"]})
         for weight, own in self.optimizer.state.items():  # laid out as the weights, for one step over all

@@ -185,7 +185,7 @@ def _perturbation(example):
 def prediction_panel(examples):
     """Figures 3 to 6: images, their true class, and the class predicted with its probability.
 
-    Without attack the examples stand side by side. Attacked ones have a row each: clean image, perturbation
+    Without attack the examples are side by side. Attacked ones have a row each: clean image, perturbation
     times a power of two (the same in every row, grey is zero), attacked image. A wrong prediction has a
     thick frame and a cross.
     """

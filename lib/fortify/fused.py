@@ -147,7 +147,7 @@ class GreyStem(nn.Module):
 
     @staticmethod
     def fits(conv):
-        """Whether ``conv`` is one that this can stand for: square, of three channels, at stride 2."""
+        """Whether ``conv`` is one that this can replace: square, of three channels, at stride 2."""
         square = len(set(conv.kernel_size)) == 1 and conv.padding in ((0, 0), (1, 1), (2, 2), (3, 3))
         plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
         return (

@@ -171,10 +171,10 @@ def predict(model: nn.Module, images: Any, *, batch_size: int = 256) -> Tensor:
     if images.ndim != 4 or not images.is_floating_point():
         kind = f"{tuple(images.shape)} {images.dtype}"
         raise ValueError(f"images must be float (N, C, H, W) in [0, 1], not {kind}; see data.to_tensor")
-    device, judge = device_of(model), Guarded.of(model)
+    device, guarded = device_of(model), Guarded.of(model)
     with eval_mode(model), torch.no_grad(), float32_convolutions(device):
         # The type first: some devices know no float64.
-        parts = [judge(x.to(torch.float32).to(device)).softmax(1).cpu() for x in images.split(batch_size)]
+        parts = [guarded(x.to(torch.float32).to(device)).softmax(1).cpu() for x in images.split(batch_size)]
     return torch.cat(parts)
 
 

@@ -123,7 +123,7 @@ class Run:
 
 
 def shared_parameters(runs, notebook, *names):
-    """:meth:`Run.parameters` of several runs, which must agree: their results stand in one table.
+    """:meth:`Run.parameters` of several runs, which must agree: their results are in one table.
 
     Raises ValueError that names two runs which do not, or where there are none.
     """
@@ -229,7 +229,7 @@ def _remedy(name):
 
 
 def notebook_parameters(notebook, namespace):
-    """{name: value} of what the parameters cell of ``notebook`` ("02_baseline") declares, as it stands now.
+    """{name: value} of what the parameters cell of ``notebook`` ("02_baseline") declares now.
 
     Call it with ``globals()`` right after that cell. Rerun later, when a set-up cell has made of a parameter
     something else (a :class:`Run`, a device), it keeps what was recorded first, the dict ``parameters``.

@@ -44,7 +44,7 @@ def evaluate(
     ids = {"index": range(len(labels)) if index is None else index}
     ids |= {"model_name": model_name, "split": split, "seed": seed}
     fused = prepared(model, images, labels)  # once for all the attacks
-    # In the batches in which attacks are judged: a failed attack then has the clean prediction to the bit.
+    # In the attacks' batches: a failed attack then has the clean prediction to the bit.
     rows = [score(model, images, labels, attack="clean", eps_255=0, batch_size=batch_size, **ids)]
     kept = {}
     options = {"seed": seed, "batch_size": batch_size, "progress": True, "fused": fused}

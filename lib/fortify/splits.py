@@ -35,7 +35,7 @@ def near_duplicate_groups(
     slices' own size if that is smaller) exceeds ``threshold``; when they have consecutive file numbers in one
     class, as neighbours of a scan do, and r exceeds ``neighbour_threshold``; and when their pixels are
     identical. Groups are the connected components and may span classes: the data hold such pairs.
-    They stand in for unknown patients; report how the result depends on the thresholds.
+    They take the place of unknown patients; report how the result depends on the thresholds.
 
     Ids are in order of appearance. Memory is that of the thumbnails and of one block of r, however many
     slices are alike.
@@ -318,7 +318,7 @@ def _merge(group, members):
 
 
 def file_number(name: str) -> tuple[tuple[str, ...], int | None]:
-    """(series, number) of a file name: its last number, None without one, and what stands around it.
+    """(series, number) of a file name: its last number, None without one, and what is around it.
 
     p1_01 and p1_02 follow each other in one series, p2_02 is of another.
     """

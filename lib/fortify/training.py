@@ -141,7 +141,7 @@ def fit(
         state.resume(file)
     some = _evenly(x_train).float() / 255
     fused = FusedModel(model, some, autocast=low, compiled=compiled) if attacks else None
-    fused_val = FusedModel(state.judged, some) if val_attack is not None else None
+    fused_val = FusedModel(state.eval_model, some) if val_attack is not None else None
     remaining = range(state.epoch + 1, recipe.epochs + 1)
     for epoch in progress_bar(remaining, desc="training", show=progress):
         epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
@@ -151,11 +151,11 @@ def fit(
             data = (x_train, y_train, weight)
             losses, correct = _epoch(state, *data, recipe, objective, now, fused, epoch_seed, mixes)
         stop_if_not_finite(losses, epoch, file)
-        val_accuracy = accuracy(state.judged, x_val, y_val)
+        val_accuracy = accuracy(state.eval_model, x_val, y_val)
         robust = np.nan
         if val_attack is not None:
             options = {"seed": seed, "fused": fused_val.refresh()}
-            found = craft(state.judged, x_val / 255, y_val, val_attack, **options)
+            found = craft(state.eval_model, x_val / 255, y_val, val_attack, **options)
             robust = 1 - found.success.float().mean().item()
         state.record(epoch, losses.mean().item(), correct, val_accuracy, robust)
         if file is not None:

@@ -39,10 +39,10 @@ def require_autoattack():
 def autoattack(model, images, labels, part, *, eps_255, steps=100, queries=5000, seed=0, batch_size=64):
     """Run one part on every image: :class:`Broken`.
 
-    ``images`` (N, C, H, W) float in [0, 1], ``labels`` (N,), all read rightly by the model. ``part`` is
+    ``images`` (N, C, H, W) float in [0, 1], ``labels`` (N,), all classified correctly. ``part`` is
     ``"apgd-ce"``, ``"apgd-dlr"``, ``"fab-t"`` (``steps`` each, one start) or ``"square"`` (``queries``).
     An image counts as broken only if the returned one is in [0, 1], within the Linf budget ``eps_255`` (grey
-    levels) and misread by :func:`fortify.models.predict`. The global random state is as before on return.
+    levels) and misclassified by :func:`fortify.models.predict`. The global random state is as before.
     Raises ImportError without pyautoattack, ValueError for an unknown part or DLR with two classes.
     """
     AutoAttack = require_autoattack()
@@ -76,10 +76,10 @@ def autoattack(model, images, labels, part, *, eps_255, steps=100, queries=5000,
         found, _ = adversary.run_standard_evaluation(images, labels, batch_size=batch_size)
     allowed = ((found - images).abs().flatten(1).amax(1) <= eps + 2**-23) & (found >= 0).flatten(1).all(1)
     allowed &= (found <= 1).flatten(1).all(1)
-    misread = predict(model, found, batch_size=batch_size).argmax(1) != labels
+    misclassified = predict(model, found, batch_size=batch_size).argmax(1) != labels
     # With three classes it says that its targeted DLR loss, which no part here uses, cannot be.
-    heard = [line for line in dict.fromkeys(warnings) if "targeted DLR" not in line]
-    return Broken(allowed & misread, tuple(heard))
+    warned = [line for line in dict.fromkeys(warnings) if "targeted DLR" not in line]
+    return Broken(allowed & misclassified, tuple(warned))
 
 
 @contextlib.contextmanager
@@ -88,14 +88,14 @@ def _heard():
 
     A tracer (a debugger's, coverage's), which its check for dynamic defences removes, is put back.
     """
-    heard, logger, tracer = [], logging.getLogger("auto-attack"), sys.gettrace()
+    warned, logger, tracer = [], logging.getLogger("auto-attack"), sys.gettrace()
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: heard.append(record.getMessage())
+    handler.emit = lambda record: warned.append(record.getMessage())
     before = logger.propagate
     logger.addHandler(handler)
     logger.propagate = False
     try:
-        yield heard
+        yield warned
     finally:
         logger.removeHandler(handler)
         logger.propagate = before

@@ -100,7 +100,7 @@ def null_attack(ctx):
         for name, seed in (("zeros", None), ("random signs", ctx.seed))
     }
     # Random signs are noise, and noise of that size may cost a fragile model something by itself.
-    noise = int(ctx.misread(ctx.random_signs(0)).sum())
+    noise = int(ctx.misclassified(ctx.random_signs(0)).sum())
     allowed = ctx.suite.tolerated(ctx.n, ctx.suite.gap_points)
     return _check(
         "T0b",
@@ -137,7 +137,7 @@ def loss_rises(ctx):
 
 def converged(ctx):
     """T2: more steps, more starts, other step sizes and an independent loop find (nearly) nothing more."""
-    suite, standing = ctx.suite, ~ctx.white_box()[0]
+    suite, correct = ctx.suite, ~ctx.white_box()[0]
     eps, steps = suite.eps_255, suite.pgd_steps
     longer = {
         f"{2 * steps} steps": PGD(eps, steps=2 * steps),
@@ -146,11 +146,11 @@ def converged(ctx):
         "twice the step": PGD(eps, steps=steps, rel_stepsize=5 / steps),
     }
     more = {
-        name: int(ctx.craft(attack, where=standing, seed=ctx.seed + 1000)[0].sum())
+        name: int(ctx.craft(attack, where=correct, seed=ctx.seed + 1000)[0].sum())
         for name, attack in longer.items()
     }
     broken, images = ctx.ascend(cross_entropy)
-    more["independent loop"] = int((broken & standing).sum())
+    more["independent loop"] = int((broken & correct).sum())
     # Losses tell a weak attack from a strong one where the same few images fall to both.
     own, independent = (
         cross_entropy(ctx.logits(found), ctx.labels).mean().item() for found in (ctx.pgd()[1], images)
@@ -180,10 +180,10 @@ def iterated_beats_one_step(ctx):
 def monotone(ctx):
     """T4: accuracy never rises with the budget."""
     budgets = sorted({*ctx.suite.eps_grid_255, ctx.suite.eps_255, WHITE})
-    standing = [ctx.n, *(int((~ctx.pgd(eps)[0]).sum()) for eps in budgets)]
-    rise = max(after - before for before, after in zip(standing, standing[1:], strict=False))
+    correct = [ctx.n, *(int((~ctx.pgd(eps)[0]).sum()) for eps in budgets)]
+    rise = max(after - before for before, after in zip(correct, correct[1:], strict=False))
     allowed = ctx.suite.tolerated(ctx.n)
-    pairs = zip([0, *budgets], standing, strict=True)
+    pairs = zip([0, *budgets], correct, strict=True)
     return _check(
         "T4",
         "accuracy falls with eps",
@@ -194,22 +194,22 @@ def monotone(ctx):
 
 
 def whole_range(ctx):
-    """T5: where every pixel may take any value, nothing stands."""
+    """T5: where every pixel may take any value, nothing is still correct."""
     broken, _ = ctx.pgd(WHITE)
     broken = broken | ctx.pgd(WHITE, loss="margin", where=~broken)[0]
-    standing = int((~broken).sum())
+    correct = int((~broken).sum())
     return _check(
-        "T5", "eps of the whole range", standing, measured=ctx.share(standing) + " stand", limit="0"
+        "T5", "eps of the whole range", correct, measured=ctx.share(correct) + " still correct", limit="0"
     )
 
 
 def random_noise(ctx):
     """T6: random noise of the attack's size breaks no image that the attack did not."""
-    standing = ~ctx.white_box()[0]
+    correct = ~ctx.white_box()[0]
     lost = torch.zeros(ctx.n, dtype=torch.bool)
     for draw in range(ctx.suite.noise_draws):
-        lost |= ctx.misread(ctx.random_signs(draw), standing & ~lost)
-    count = f"{int(lost.sum())} of {int(standing.sum())} that stand, {ctx.suite.noise_draws} draws"
+        lost |= ctx.misclassified(ctx.random_signs(draw), correct & ~lost)
+    count = f"{int(lost.sum())} of {int(correct.sum())} still correct, {ctx.suite.noise_draws} draws"
     return _check("T6", "random noise", lost.any(), measured=count, limit="0")
 
 
@@ -221,17 +221,17 @@ def black_box(ctx):
     suite, (white_box, _) = ctx.suite, ctx.white_box()
     settings = {"eps_255": suite.eps_255, "steps": suite.autoattack_steps, "queries": suite.square_queries}
     settings |= {"seed": ctx.seed, "batch_size": suite.batch_size}
-    together, heard = torch.zeros(ctx.n, dtype=torch.bool), []
+    together, warned = torch.zeros(ctx.n, dtype=torch.bool), []
     parts = [part for part in (*WHITE_BOX, "square") if ctx.classes > 2 or part != "apgd-dlr"]
     try:
         for part in parts:
-            # Square meets what stands against AutoAttack so far, and what stands against this project's PGD.
+            # Square meets what is still correct after AutoAttack so far, and after this project's PGD.
             where = ~together if part != "square" else ~(together & white_box)
             found = torch.zeros(ctx.n, dtype=torch.bool)
             if where.any():
                 result = autoattack(ctx.model, ctx.images[where], ctx.labels[where], part, **settings)
                 found[where] = result.images
-                heard += result.warnings
+                warned += result.warnings
             together |= found
             ctx.broken[f"AutoAttack to {part}"] = together.clone()
     except ImportError as error:
@@ -241,7 +241,7 @@ def black_box(ctx):
     by_square = min(1, allowed)
     note = f"AutoAttack leaves {ctx.share((~together).sum())}, PGD {ctx.share((~white_box).sum())}"
     note += "; two classes: without DLR" if ctx.classes < 3 else ""
-    note += "; it warns: " + " ".join(dict.fromkeys(heard)) if heard else ""
+    note += "; it warns: " + " ".join(dict.fromkeys(warned)) if warned else ""
     return _check(
         "T7",
         "Square and AutoAttack",
@@ -265,7 +265,7 @@ def transfer(ctx):
         crafted = fortify_attacks.craft(
             other, ctx.images, ctx.labels, attack, seed=ctx.seed, batch_size=ctx.suite.batch_size
         )
-        static = ctx.misread(crafted.images)
+        static = ctx.misclassified(crafted.images)
         ctx.broken["transfer" + (f" {number}" if len(ctx.others) > 1 else "")] = static
         more |= static & ~white_box
     count, allowed = int(more.sum()), ctx.suite.tolerated(ctx.n)
@@ -287,17 +287,17 @@ def gradients_say_something(ctx):
     losses = {"cross-entropy": ctx.pgd()[0], "margin": ctx.pgd(loss="margin")[0]}
     if ctx.classes > 2:
         losses["DLR"] = ctx.ascend(dlr)[0]
-    standing = {name: int((~broken).sum()) for name, broken in losses.items()}
-    others = {name: count for name, count in standing.items() if name != "cross-entropy"}
+    correct = {name: int((~broken).sum()) for name, broken in losses.items()}
+    others = {name: count for name, count in correct.items() if name != "cross-entropy"}
     strongest = min(others, key=others.get)
-    more = standing["cross-entropy"] - others[strongest]
+    more = correct["cross-entropy"] - others[strongest]
     allowed, zeros = ctx.suite.tolerated(ctx.n, ctx.suite.gap_points), min(1, ctx.suite.tolerated(ctx.n))
-    stand = ", ".join(f"{name} {count}" for name, count in standing.items())
+    counts = ", ".join(f"{name} {count}" for name, count in correct.items())
     return _check(
         "T9",
         "gradients and losses",
         zero > zeros or more > allowed,
-        measured=f"{ctx.share(zero)} zero gradients; still correct: {stand}",
+        measured=f"{ctx.share(zero)} zero gradients; still correct: {counts}",
         limit=f"{zeros} zero gradients; another loss breaks at most {allowed} more",
         note=f"{strongest} breaks {more} more than cross-entropy" if more > allowed else "",
     )
@@ -328,10 +328,10 @@ def worst_case(ctx):
     A line to read, not a test: it could only be missing.
     """
     iterated_beats_one_step(ctx), ctx.white_box()
-    worst, standing = worst_over_attacks(ctx), [int((~broken).sum()) for broken in ctx.broken.values()]
-    measured = f"worst {int((~worst).sum())}, mean {np.mean(standing):.1f}, lowest {min(standing)}"
-    limit = f"given, over {len(standing)} attacks"
-    return Check("T13", "worst case per image", PASS, f"{measured} of {ctx.n} stand", limit)
+    worst, correct = worst_over_attacks(ctx), [int((~broken).sum()) for broken in ctx.broken.values()]
+    measured = f"worst {int((~worst).sum())}, mean {np.mean(correct):.1f}, lowest {min(correct)}"
+    limit = f"given, over {len(correct)} attacks"
+    return Check("T13", "worst case per image", PASS, f"{measured} of {ctx.n} still correct", limit)
 
 
 def worst_over_attacks(ctx):
@@ -342,7 +342,7 @@ def worst_over_attacks(ctx):
 def eight_bits(ctx):
     """T14: adversarial images survive being saved as 8-bit files."""
     broken, images = ctx.white_box()
-    change = int((ctx.misread((images * 255).round() / 255) != broken).sum())
+    change = int((ctx.misclassified((images * 255).round() / 255) != broken).sum())
     allowed = ctx.suite.tolerated(ctx.n)
     return _check("T14", "8-bit files", change > allowed, measured=f"{change} change", limit=f"{allowed}")
 
@@ -414,4 +414,4 @@ CHECKS = {
     "T14": eight_bits,
     "T15": intervals,
     "T16": cw_converged,
-}  # T10, the audit's own audit, is audit_zoo.zoo_check
+}  # T10, the audit's own audit, is mutants.mutant_check

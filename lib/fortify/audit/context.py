@@ -90,10 +90,10 @@ class Check:
 
 
 class Context:
-    """What the checks share: the images the model reads rightly, and every attack run so far, once.
+    """What the checks share: the images the model classifies correctly, and every attack run so far, once.
 
     Works on a copy of the model, so that an attack that damages it damages no later check. All masks and
-    image tensors are over the ``n`` images read rightly; ``total`` counts the misread ones too.
+    image tensors are over the ``n`` images classified correctly; ``total`` counts the misclassified ones too.
     """
 
     def __init__(self, model, data, suite, *, craft, others, seed):
@@ -106,8 +106,8 @@ class Context:
         self.right, self.total, self.n = right, len(right), int(right.sum())
         if self.n == 0:
             raise ValueError(
-                f"the model misreads all {self.total} images when clean: nothing is left to attack. Audit a "
-                "trained model, on images of its own size and classes."
+                f"the model misclassifies all {self.total} images when clean: nothing is left to attack. "
+                "Audit a trained model, on images of its own size and classes."
             )
         self.images, self.labels = data.images[right], data.labels[right]
         self.broken = {}  # {attack's name: (n,) bool}: what each whole attack at eps_255 broke
@@ -127,7 +127,7 @@ class Context:
 
         Elsewhere images stay clean and unbroken. ``broken`` is what the model says of the images, in eval
         mode, whatever the attack reports; each breach of the attack's contract is kept in ``faults``.
-        ``model`` stands in for the model's gradients; ``training`` hands it over in train mode.
+        ``model`` takes the place of the model for gradients; ``training`` hands it over in train mode.
         """
         where = self.everything() if where is None else where
         seed = self.seed if seed is None else seed
@@ -159,12 +159,12 @@ class Context:
         adversarial = crafted.images.detach().float().cpu()
         if adversarial.shape != x.shape:
             raise ValueError(f"{attack!r} returned {tuple(adversarial.shape)} for images {tuple(x.shape)}")
-        misread = self._predicted(adversarial) != y
+        misclassified = self._predicted(adversarial) != y
         self.note(attack, "attacks in train mode", True in modes)
         self.note(attack, "leaves the model in another mode", not restored)
         self.note(attack, "alters the model's statistics or weights", not unharmed)
-        self._contract(attack, x, adversarial, misread, crafted.success.cpu())
-        broken[where], images[where] = misread, adversarial
+        self._contract(attack, x, adversarial, misclassified, crafted.success.cpu())
+        broken[where], images[where] = misclassified, adversarial
         if model is None:
             self._cache[key] = broken, images
         return broken, images
@@ -178,10 +178,12 @@ class Context:
         if happened:
             self.faults.setdefault(fault, attack.name)
 
-    def _contract(self, attack, x, adversarial, misread, reported):
+    def _contract(self, attack, x, adversarial, misclassified, reported):
         inside = (adversarial >= 0) & (adversarial <= 1)  # False for NaN
         self.note(attack, "leaves [0, 1]", not inside.all())
-        self.note(attack, "reports a success the model does not show", not torch.equal(reported, misread))
+        self.note(
+            attack, "reports a success the model does not show", not torch.equal(reported, misclassified)
+        )
         if not attack.minimum_norm:
             largest = perturbation_norms(x, adversarial)[0].max().item()
             over = not largest <= attack.eps_255 + ONE_ULP_255
@@ -190,7 +192,7 @@ class Context:
             unchanged = (adversarial == x).flatten(1).all(1)
             black = (adversarial == 0).flatten(1).all(1) & ~unchanged
             self.note(attack, "returns a black image", black.any())
-            self.note(attack, "fails without returning the clean image", (~misread & ~unchanged).any())
+            self.note(attack, "fails without returning the clean image", (~misclassified & ~unchanged).any())
 
     def pgd(self, eps_255=None, *, steps=None, loss="cross_entropy", where=None):
         """:meth:`craft` with PGD at the suite's budget and length, one start."""
@@ -225,8 +227,8 @@ class Context:
     def _predicted(self, images):
         return predict(self.model, images, batch_size=self.suite.batch_size).argmax(1)
 
-    def misread(self, images, where=None):
-        """(n,) bool: which of ``images``, one for each image read rightly, the model misreads."""
+    def misclassified(self, images, where=None):
+        """(n,) bool: which of ``images``, one for each that is attacked, the model misclassifies."""
         broken = torch.zeros(self.n, dtype=torch.bool)
         where = self.everything() if where is None else where
         if where.any():
@@ -253,7 +255,7 @@ class Context:
                     z = z.clamp(x - eps, x + eps).clamp(0, 1)
                 found.append(z.cpu())
         images = torch.cat(found)
-        return self.misread(images), images
+        return self.misclassified(images), images
 
     def gradients(self, images):
         """Input gradients of the cross-entropy, flattened (n, H * W), on the CPU."""

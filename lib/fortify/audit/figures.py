@@ -7,17 +7,17 @@ from fortify.figures import DOUBLE, styled
 
 
 @styled
-def audit_matrix(verdicts, zoo):
+def audit_matrix(verdicts, mutants):
     """What the audit said: left each check of each model, right which checks caught which mutant.
 
     ``verdicts`` has the columns model, id, check, verdict (:attr:`fortify.audit.Audit.table` of each model,
-    one below the other); ``zoo`` is :func:`fortify.audit.mutants.run_zoo`. A failure, or a catch, is dark.
+    one below the other); ``mutants`` is what ``run_mutants`` returns. A failure, or a catch, is dark.
     """
     models, ids = list(verdicts.model.unique()), list(verdicts.id.unique())
     names = verdicts.drop_duplicates("id").set_index("id").check
-    caught = [set(filter(None, by.split(", "))) for by in zoo.by]
+    caught = [set(filter(None, by.split(", "))) for by in mutants.by]
     columns = [name for name in ids if any(name in by for by in caught)]
-    fig = Figure(figsize=(DOUBLE, 0.8 + 0.2 * max(len(ids), len(zoo))), layout="constrained")
+    fig = Figure(figsize=(DOUBLE, 0.8 + 0.2 * max(len(ids), len(mutants))), layout="constrained")
     left, right = fig.subplots(1, 2, width_ratios=(1.6 * len(models), max(len(columns), 4)))
     table = verdicts.pivot(index="id", columns="model", values="verdict").loc[ids, models]
     failed = table.eq("fail").to_numpy(float)
@@ -26,16 +26,18 @@ def audit_matrix(verdicts, zoo):
         look = {"pass": "0.45", "fail": "white", "not run": "0.45"}[verdict]
         left.text(column, row, verdict, ha="center", va="center", color=look, size=6.5)
     left.set_title("checks of each model")
-    hits = np.array([[name in by for name in columns] for by in caught], float).reshape(len(zoo), -1)
-    marks = [("" if found else "MISSED  ") + name for found, name in zip(zoo.caught, zoo.name, strict=True)]
+    hits = np.array([[name in by for name in columns] for by in caught], float).reshape(len(mutants), -1)
+    marks = [
+        ("" if found else "MISSED  ") + name for found, name in zip(mutants.caught, mutants.name, strict=True)
+    ]
     _cells(right, hits, marks, columns)
     for row, column in np.argwhere(hits):
         right.text(column, row, "×", ha="center", va="center", color="white")
-    for kind in zoo.kind.unique():
-        rows = np.flatnonzero(zoo.kind == kind)
+    for kind in mutants.kind.unique():
+        rows = np.flatnonzero(mutants.kind == kind)
         right.axhline(rows[0] - 0.5, color="black", lw=1)
         right.text(len(columns) - 0.4, rows.mean(), kind + "s", rotation=270, va="center")
-    right.set_title(f"mutants and the checks that catch them ({int(zoo.caught.sum())}/{len(zoo)})")
+    right.set_title(f"mutants and the checks that catch them ({int(mutants.caught.sum())}/{len(mutants)})")
     return fig
 
 

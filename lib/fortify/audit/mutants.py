@@ -18,8 +18,8 @@ from fortify.audit.report import audit
 from fortify.models import predict
 from fortify.runtime import device_of, frozen
 
-# What a mutant meets: all but T4, T7 and T14, which cost more than they add here, and what judges no attack.
-ZOO_CHECKS = ("T0", "T0b", "T1", "T2", "T3", "T5", "T6", "T8", "T9", "T11")
+# What a mutant meets: all but T4, T7 and T14, which cost more than they add, and what tests no attack.
+MUTANT_CHECKS = ("T0", "T0b", "T1", "T2", "T3", "T5", "T6", "T8", "T9", "T11")
 
 _MEAN, _STD = 0.485, 0.229  # ImageNet, first channel: the normalisation the audited notebook attacks under
 
@@ -202,11 +202,11 @@ FAKE_DEFENCES = {
 }
 
 
-def run_zoo(model, data, suite, *, images=None, seed=0, attacks=None, defences=None):
+def run_mutants(model, data, suite, *, images=None, seed=0, attacks=None, defences=None):
     """Ask the audit to catch every mutant: a table with name, kind, caught and by.
 
     ``model`` and ``data`` as for :func:`fortify.audit.audit`; used are the first ``images`` (default: all)
-    that the model reads rightly. ``by`` lists the checks that fail for the
+    that the model classifies correctly. ``by`` lists the checks that fail for the
     mutant and pass for the honest attack on the honest model, so that none counts which fails anyway. The
     budget is not the suite's but the model's :func:`contested_budget`, where an attack's strength shows.
     Defences are attacked honestly, and from the undefended model too (T8); for a broken attack that would be
@@ -214,12 +214,14 @@ def run_zoo(model, data, suite, *, images=None, seed=0, attacks=None, defences=N
     """
     right = (predict(model, data.images).argmax(1) == data.labels).nonzero().squeeze(1)[:images]
     data = AuditData(data.images[right], data.labels[right])
-    suite = zoo_suite(model, data, suite, seed=seed)
+    suite = mutant_suite(model, data, suite, seed=seed)
     attacks = BROKEN_ATTACKS if attacks is None else attacks
     defences = FAKE_DEFENCES if defences is None else defences
 
     def failures(subject, implementation, others=()):
-        found = audit(subject, data, suite, craft=implementation, others=others, seed=seed, only=ZOO_CHECKS)
+        found = audit(
+            subject, data, suite, craft=implementation, others=others, seed=seed, only=MUTANT_CHECKS
+        )
         return found.failed
 
     anyway = failures(model, craft, (model,))
@@ -235,7 +237,7 @@ def run_zoo(model, data, suite, *, images=None, seed=0, attacks=None, defences=N
     return pd.DataFrame(rows, columns=["name", "kind", "caught", "by"])
 
 
-def zoo_suite(model, data, suite, *, seed=0):
+def mutant_suite(model, data, suite, *, seed=0):
     """The suite that mutants meet: at the :func:`contested_budget`, with one start and a short CW.
 
     A second start would only make up for what a broken attack lacks; what is wrong with a CW shows when it
@@ -248,8 +250,8 @@ def zoo_suite(model, data, suite, *, seed=0):
 def contested_budget(model, data, suite, *, seed=0):
     """The Linf budget (grey levels) at which honest PGD breaks about half of ``data``.
 
-    Where nothing stands, or everything does, a weak attack looks like a strong one. Between 1/4 and 128 grey
-    levels, by bisection, to a tenth.
+    Where nothing is still correct, or everything is, a weak attack looks like a strong one. Between 1/4 and
+    128 grey levels, by bisection, to a tenth.
     """
     low, high, right = 0.25, 128.0, predict(model, data.images).argmax(1) == data.labels
     while high / low > 1.1:
@@ -260,21 +262,21 @@ def contested_budget(model, data, suite, *, seed=0):
     return float(f"{low:.2g}")
 
 
-def score(zoo):
+def tally(mutants):
     """How many were caught, as text: "17/17"."""
-    return f"{int(zoo.caught.sum())}/{len(zoo)}"
+    return f"{int(mutants.caught.sum())}/{len(mutants)}"
 
 
-def zoo_check(zoo):
+def mutant_check(mutants):
     """T10, the test of the audit itself: fails when any mutant survives. None: not run on this model."""
-    if zoo is None:
+    if mutants is None:
         return Check("T10", "mutants are caught", NOT_RUN, "", "", "the mutants met another model")
-    missed = list(zoo.name[~zoo.caught])
+    missed = list(mutants.name[~mutants.caught])
     return Check(
         "T10",
         "mutants are caught",
-        FAIL if missed or zoo.empty else PASS,
-        f"{score(zoo)} caught",
+        FAIL if missed or mutants.empty else PASS,
+        f"{tally(mutants)} caught",
         "all",
         f"survive: {', '.join(missed)}" if missed else "",
     )

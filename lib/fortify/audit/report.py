@@ -40,7 +40,7 @@ class Audit:
         return tuple(check.id for check in self.checks if check.verdict == FAIL)
 
     def with_check(self, check):
-        """This audit with one more line, such as the zoo's (T10), in its place."""
+        """This audit with one more line, such as the mutants' (T10), in its place."""
         checks = [*(c for c in self.checks if c.id != check.id), check]
         return Audit(tuple(sorted(checks, key=lambda c: _number(c.id))), self.accuracies)
 
@@ -56,16 +56,17 @@ def audit(model, data, attacks=None, *, craft=fortify_attacks.craft, others=(), 
     ``data`` is :class:`AuditData`; ``attacks`` a :class:`Suite` (default: the paper profile's). ``craft`` is
     the attack implementation under audit, with the signature of :func:`fortify.attacks.craft`. ``others``
     are models to transfer attacks from (T8); ``only`` are the ids of the checks to run. Only images that
-    the model reads rightly are attacked; accuracies count the others as wrong. The model is left as it is.
+    the model classifies correctly are attacked; accuracies count the others as wrong. The model is left as
+    it is.
     The same ``seed`` gives the same audit, of a random model or attack too.
-    Raises ValueError for an unknown id, or where the model reads no image rightly.
+    Raises ValueError for an unknown id, or where the model classifies no image correctly.
     """
     suite = Suite() if attacks is None else attacks
     wanted = tuple(CHECKS) if only is None else tuple(only)
     unknown = sorted(set(wanted) - set(CHECKS))
     if unknown:
         raise ValueError(f"unknown checks {unknown}; use some of {', '.join(CHECKS)}")
-    # T0 judges every attack that the others ran, so it comes last.
+    # T0 answers for every attack that the others ran, so it comes last.
     order = sorted(wanted, key=lambda name: (name == "T0", _number(name)))
     device = device_of(model)
     # A model that cannot be copied is audited itself: its modes are put back at the end.
@@ -114,9 +115,9 @@ def _number(name):
 
 
 def _accuracies(ctx):
-    standing = {"clean": ctx.n}
-    standing |= {name: int((~broken).sum()) for name, broken in ctx.broken.items()}
+    correct = {"clean": ctx.n}
+    correct |= {name: int((~broken).sum()) for name, broken in ctx.broken.items()}
     if ctx.broken:
-        standing["worst case"] = int((~worst_over_attacks(ctx)).sum())
-    rows = [(name, k, ctx.total, k / ctx.total, *wilson(k, ctx.total)) for name, k in standing.items()]
+        correct["worst case"] = int((~worst_over_attacks(ctx)).sum())
+    rows = [(name, k, ctx.total, k / ctx.total, *wilson(k, ctx.total)) for name, k in correct.items()]
     return pd.DataFrame(rows, columns=["attack", "k", "n", "accuracy", "low", "high"])

@@ -28,7 +28,7 @@ class MissingNumber(ClaimError):
 class Claim:
     """One claim of the paper. ``ours`` is text with {names} of ``numbers``, cells such as
     ``table1_random.csv[model=normal, attack=clean]`` (an accuracy, with k/n and interval) or with
-    ``.column`` at the end (that number). The ``verdict`` stands while every rule in ``holds`` is true, each
+    ``.column`` at the end (that number). The ``verdict`` holds while every rule in ``holds`` is true, each
     ``name < name`` or ``name >= name - 10``, numbers in per cent for accuracies.
     """
 

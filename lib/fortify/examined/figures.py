@@ -17,7 +17,7 @@ class Panel:
     image: np.ndarray
     prediction: int
     probability: float
-    k: int  # of all test images changed in this way, those read rightly
+    k: int  # of all test images changed in this way, those classified correctly
     n: int
 
 

@@ -2,7 +2,6 @@
 
 import pandas as pd
 
-from fortify.attacks import FGSM, PGD
 from fortify.evaluation import accuracy_table, at_budget
 from fortify.examined.protocol import PUBLISHED
 
@@ -100,9 +99,3 @@ def attack_measures(protocol):
         measure = f"largest change by {words}"
         rows.append({"measure": measure, "model": "normal", "n": len(changes), "grey_levels": changes.mean()})
     return pd.DataFrame(rows).astype({"k": "Int64"})
-
-
-def matrix_attacks(budgets_255, *, pgd_steps, pgd_restarts=1):
-    """The correct Linf attacks of :func:`matrix`, for :func:`fortify.scoring.evaluate`."""
-    fgsm = [FGSM(eps) for eps in budgets_255]
-    return [*fgsm, *(PGD(eps, steps=pgd_steps, restarts=pgd_restarts) for eps in budgets_255)]

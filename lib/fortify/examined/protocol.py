@@ -45,9 +45,9 @@ TONE_CURVES = PublishedAttacks(pgd_alpha=0.0, fgsm_eps=0.0, cw_steps=0)
 
 
 def clamp(z):
-    """What ends the published PGD and FGSM: [0, 1], of a tensor whose greys reach from -2.1 to 2.6.
+    """What ends the published PGD and FGSM: [0, 1], of a tensor whose intensities reach from -2.1 to 2.6.
 
-    It keeps the greys .485-.714 (red), .456-.680 (green) and .406-.631 (blue) and flattens all others.
+    It keeps the intensities .485-.714 (red), .456-.680 (green) and .406-.631 (blue) and flattens all others.
     """
     return z.clamp(0, 1)
 
@@ -68,8 +68,8 @@ def published_cw(model, z, y, attacks, *, net=None, batch_size=64):
     ``other`` is the largest of (logits - onehot): it still contains the true class. Where that leads by more
     than 1, ``real - other`` is the constant 1; where another class leads by more than kappa, the clamp is 0.
     Neither has a gradient, and the result is tanh(z) for good. In eval mode those images are not computed
-    further, which changes no bit of theirs; the others walk together, ``batch_size`` at once, on ``net`` if
-    one is given, a fused ``model[1:]``.
+    further, which changes no bit of theirs; the steps of the others are taken together, ``batch_size``
+    at once, on ``net`` if one is given, a fused ``model[1:]``.
     """
     if not attacks.cw_steps:
         return tanh(z)
@@ -119,8 +119,8 @@ def published_images(model, z, y, attacks, *, cw=None):
     }
 
 
-def to_grey(model, z):
-    """Normalised z (B, 3, H, W) -> its greys in units of [0, 1], (B, 3, H, W); the channels may differ."""
+def to_intensities(model, z):
+    """Normalised z (B, 3, H, W) -> its intensities in [0, 1], (B, 3, H, W); the channels may differ."""
     return z * model[0].std + model[0].mean
 
 
@@ -205,8 +205,8 @@ def score_published(model, images, labels, *, index, model_name, split, seed, at
     """Rows (``evaluation.COLUMNS``) of ``model`` under clamp, tanh and the three published attacks.
 
     ``images`` (N, 1, H, W) float in [0, 1]; ``labels``, ``index`` (N,). ``attack`` is "clamp", "tanh" or one
-    of ``PUBLISHED``, ``eps_255`` NaN. ``linf_255`` and ``l2`` are measured in greys, the largest of the three
-    channels and the root mean square over them.
+    of ``PUBLISHED``, ``eps_255`` NaN. ``linf_255`` and ``l2`` are of intensities, the largest of the
+    three channels and the root mean square over them.
     """
     attacks, device = attacks or PublishedAttacks(), device_of(model)
     images, labels = checked(images, labels)
@@ -238,7 +238,7 @@ def _score_batch(model, x, z, y, attacks, cw):
     for name, changed in made.items():
         with torch.no_grad():
             probability, prediction = model[1:](changed).softmax(1).max(1)
-            change = (to_grey(model, changed) - x).flatten(2)
+            change = (to_intensities(model, changed) - x).flatten(2)
         rows = {
             "label": y,
             "prediction": prediction,
@@ -254,7 +254,7 @@ def _score_batch(model, x, z, y, attacks, cw):
 def panels(model, image, label, *, attacks, correct):
     """One image under the published operations, beside ``correct``, its correctly attacked copy.
 
-    ``image`` and ``correct`` (1, 1, H, W) float in [0, 1], ``label`` an integer. Returns {name: (greys
+    ``image`` and ``correct`` (1, 1, H, W) float in [0, 1], ``label`` an integer. Returns {name: (intensities
     (H, W, 3) in units of [0, 1], prediction, probability)} for original, clamp alone, tanh alone, published
     PGD and correct PGD.
     """
@@ -270,8 +270,8 @@ def panels(model, image, label, *, attacks, correct):
     for name, changed in made.items():
         with torch.no_grad(), float32_convolutions(device):
             probability, prediction = model[1:](changed).softmax(1).max(1)
-        greys = to_grey(model, changed)[0].permute(1, 2, 0).cpu().numpy()
-        shown[name] = greys, prediction.item(), probability.item()
+        intensities = to_intensities(model, changed)[0].permute(1, 2, 0).cpu().numpy()
+        shown[name] = intensities, prediction.item(), probability.item()
     return shown
 
 
