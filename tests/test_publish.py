@@ -446,7 +446,7 @@ def test_the_published_audits_bear_out_notebook_8s_answer():
     published = sorted((ROOT / "paper/tables" / BELOW).glob("audit_[rg]*.csv"))
     assert len(published) >= 2
     failed = pd.concat([pd.read_csv(path) for path in published]).query("verdict == 'fail'")
-    assert set(failed.model) <= {"normal"} and set(failed.id) == {"T7", "T9"}
+    assert set(failed.model) <= {"normal"} and set(failed.id) == {"T7"}
     for path in published:
         mutants = pd.read_csv(path.with_name(path.name.replace("audit_", "audit_mutants_")))
         assert mutants.caught.all(), path.name
