@@ -9,8 +9,10 @@ import contextlib
 import logging
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from fortify.attacks import checked
 from fortify.models import Guarded, predict
@@ -27,7 +29,7 @@ class Broken:
     warnings: tuple  # AutoAttack's own: a randomised model, zero gradients, ...
 
 
-def require_autoattack():
+def require_autoattack() -> type:
     """The class AutoAttack of pyautoattack; ImportError that says how to get it where it is missing."""
     try:
         from pyautoattack import AutoAttack
@@ -36,7 +38,18 @@ def require_autoattack():
     return AutoAttack
 
 
-def autoattack(model, images, labels, part, *, eps_255, steps=100, queries=5000, seed=0, batch_size=64):
+def autoattack(
+    model: nn.Module,
+    images: Any,
+    labels: Any,
+    part: str,
+    *,
+    eps_255: float,
+    steps: int = 100,
+    queries: int = 5000,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Broken:
     """Run one part on every image: :class:`Broken`.
 
     ``images`` (N, C, H, W) float in [0, 1], ``labels`` (N,), all classified correctly. ``part`` is

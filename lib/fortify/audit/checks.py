@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fortify import attacks as fortify_attacks
 from fortify.attacks import CW, FGSM, PGD, margin, perturbation_norms
 from fortify.audit.autoattack import WHITE_BOX, autoattack
-from fortify.audit.context import FAIL, NOT_RUN, PASS, Check
+from fortify.audit.context import FAIL, NOT_RUN, PASS, Check, Context
 from fortify.intervals import cluster_interval, wilson
 from fortify.models import predict
 
@@ -44,7 +44,7 @@ class FalseGradient(nn.Module):
     Same predictions, same parameters, so that only what the attack does without a gradient is left.
     """
 
-    def __init__(self, model, *, seed=None):
+    def __init__(self, model: nn.Module, *, seed: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -52,17 +52,17 @@ class FalseGradient(nn.Module):
             if hasattr(model, name):
                 setattr(self, name, getattr(model, name))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return _FalseGradient.apply(x, self.model, self.generator)
 
 
-def dlr(logits, labels):
+def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     """Difference of logits ratio (Croce & Hein 2020), untargeted, (N,): needs three classes or more."""
     ordered = logits.sort(1).values
     return margin(logits, labels) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
 
 
-def cross_entropy(logits, labels):
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each image, (N,)."""
     return nn.functional.cross_entropy(logits, labels, reduction="none")
 
@@ -71,7 +71,7 @@ def _check(id, check, fails, *, measured, limit, note=""):
     return Check(id, check, FAIL if fails else PASS, measured, limit, note)
 
 
-def contract(ctx):
+def contract(ctx: Context) -> Check:
     """T0: what is true of every attack. Runs last: it answers for all that was crafted in this audit."""
     few = torch.arange(ctx.n) < ctx.suite.contract_images
     pgd = PGD(ctx.suite.eps_255, steps=ctx.suite.contract_steps)
@@ -92,7 +92,7 @@ def contract(ctx):
     )
 
 
-def null_attack(ctx):
+def null_attack(ctx: Context) -> Check:
     """T0b: without a gradient to follow, an attack must find nothing; if it does, the pipeline did."""
     attack = PGD(ctx.suite.eps_255, steps=ctx.suite.contract_steps, random_start=False)
     lost = {
@@ -112,7 +112,7 @@ def null_attack(ctx):
     )
 
 
-def loss_rises(ctx):
+def loss_rises(ctx: Context) -> Check:
     """T1: the loss is higher after the attack, image by image, and no lower on average as it goes on."""
     steps = ctx.suite.pgd_steps
     lengths, mean = sorted({1, max(1, steps // 5), steps}), []
@@ -135,7 +135,7 @@ def loss_rises(ctx):
     )
 
 
-def converged(ctx):
+def converged(ctx: Context) -> Check:
     """T2: more steps, more starts, other step sizes and an independent loop find (nearly) nothing more."""
     suite, correct = ctx.suite, ~ctx.white_box()[0]
     eps, steps = suite.eps_255, suite.pgd_steps
@@ -167,7 +167,7 @@ def converged(ctx):
     )
 
 
-def iterated_beats_one_step(ctx):
+def iterated_beats_one_step(ctx: Context) -> Check:
     """T3: per image, what FGSM breaks PGD breaks."""
     ctx.broken["FGSM"] = ctx.craft(FGSM(ctx.suite.eps_255))[0]
     only = int((ctx.broken["FGSM"] & ~ctx.pgd()[0]).sum())
@@ -177,7 +177,7 @@ def iterated_beats_one_step(ctx):
     )
 
 
-def monotone(ctx):
+def monotone(ctx: Context) -> Check:
     """T4: accuracy never rises with the budget."""
     budgets = sorted({*ctx.suite.eps_grid_255, ctx.suite.eps_255, WHITE})
     correct = [ctx.n, *(int((~ctx.pgd(eps)[0]).sum()) for eps in budgets)]
@@ -193,7 +193,7 @@ def monotone(ctx):
     )
 
 
-def whole_range(ctx):
+def whole_range(ctx: Context) -> Check:
     """T5: where every pixel may take any value, nothing is still correct."""
     broken, _ = ctx.pgd(WHITE)
     broken = broken | ctx.pgd(WHITE, loss="margin", where=~broken)[0]
@@ -203,7 +203,7 @@ def whole_range(ctx):
     )
 
 
-def random_noise(ctx):
+def random_noise(ctx: Context) -> Check:
     """T6: random noise of the attack's size breaks no image that the attack did not."""
     correct = ~ctx.white_box()[0]
     lost = torch.zeros(ctx.n, dtype=torch.bool)
@@ -213,7 +213,7 @@ def random_noise(ctx):
     return _check("T6", "random noise", lost.any(), measured=count, limit="0")
 
 
-def black_box(ctx):
+def black_box(ctx: Context) -> Check:
     """T7: Square, which needs no gradient, and AutoAttack break (nearly) none that white-box attacks did not.
 
     With two classes AutoAttack goes without DLR, which needs three.
@@ -253,7 +253,7 @@ def black_box(ctx):
     )
 
 
-def transfer(ctx):
+def transfer(ctx: Context) -> Check:
     """T8: images crafted on other models break (nearly) none that white-box attacks did not."""
     if not ctx.others:
         return Check(
@@ -278,7 +278,7 @@ def transfer(ctx):
     )
 
 
-def gradients_say_something(ctx):
+def gradients_say_something(ctx: Context) -> Check:
     """T9: no gradient is zero, and no other loss breaks more than PGD's cross-entropy does.
 
     A loss that breaks fewer is only a weaker attack, and says nothing against the figure.
@@ -303,7 +303,7 @@ def gradients_say_something(ctx):
     )
 
 
-def local_linearity(ctx):
+def local_linearity(ctx: Context) -> Check:
     """T11: a model that one step cannot break and many can, its gradients turning within the ball."""
     eps = ctx.suite.eps_255 / 255
     generator = torch.Generator().manual_seed(ctx.seed + 2)
@@ -322,7 +322,7 @@ def local_linearity(ctx):
     )
 
 
-def worst_case(ctx):
+def worst_case(ctx: Context) -> Check:
     """T13: per image, the worst case over the attacks is given beside their mean.
 
     A line to read, not a test: it could only be missing.
@@ -334,12 +334,12 @@ def worst_case(ctx):
     return Check("T13", "worst case per image", PASS, f"{measured} of {ctx.n} still correct", limit)
 
 
-def worst_over_attacks(ctx):
+def worst_over_attacks(ctx: Context) -> Tensor:
     """(n,) bool: broken by any of the attacks run so far."""
     return torch.stack(list(ctx.broken.values())).any(0)
 
 
-def eight_bits(ctx):
+def eight_bits(ctx: Context) -> Check:
     """T14: adversarial images survive being saved as 8-bit files."""
     broken, images = ctx.white_box()
     change = int((ctx.misclassified((images * 255).round() / 255) != broken).sum())
@@ -347,7 +347,7 @@ def eight_bits(ctx):
     return _check("T14", "8-bit files", change > allowed, measured=f"{change} change", limit=f"{allowed}")
 
 
-def intervals(ctx):
+def intervals(ctx: Context) -> Check:
     """T15: the robust accuracy has an interval that knows which slices belong together."""
     count = 0 if ctx.data.groups is None else len(np.unique(ctx.data.groups))
     if count < FEWEST_GROUPS:
@@ -370,7 +370,7 @@ def intervals(ctx):
     )
 
 
-def cw_converged(ctx):
+def cw_converged(ctx: Context) -> Check:
     """T16: a CW of twice the steps and two more searches brings (nearly) no more images within its budget.
 
     Nor does it need much smaller changes: the budget says nothing where no image, or each, is within it. A CW

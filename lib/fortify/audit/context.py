@@ -2,13 +2,24 @@
 
 import copy
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fortify.attacks import CW, ONE_ULP_255, PGD, AttackWarning, check_labels, checked, perturbation_norms
+from fortify.attacks import (
+    CW,
+    ONE_ULP_255,
+    PGD,
+    Adversarial,
+    Attack,
+    AttackWarning,
+    check_labels,
+    checked,
+    perturbation_norms,
+)
 from fortify.models import Guarded, collected, predict
 from fortify.runtime import device_of, float32_convolutions, frozen
 
@@ -48,7 +59,7 @@ class Suite:
     overfitting_points: float = 20.0  # T11
     batch_size: int = 64
 
-    def tolerated(self, n, points=None):
+    def tolerated(self, n: int, points: float | None = None) -> int:
         """How many of ``n`` images may deviate: one (from ten on), or ``points`` (default: the suite's) %."""
         return max(int(n >= 10), int((self.points if points is None else points) / 100 * n))
 
@@ -96,7 +107,16 @@ class Context:
     image tensors are over the ``n`` images classified correctly; ``total`` counts the misclassified ones too.
     """
 
-    def __init__(self, model, data, suite, *, craft, others, seed):
+    def __init__(
+        self,
+        model: nn.Module,
+        data: AuditData,
+        suite: Suite,
+        *,
+        craft: Callable[..., Adversarial],
+        others: Iterable[nn.Module],
+        seed: int,
+    ) -> None:
         self.model, self.suite, self.implementation = Guarded(_copied(model)).eval(), suite, craft
         self.others, self.seed, self.data = tuple(others), seed, data
         logits = self.logits(data.images)
@@ -119,10 +139,18 @@ class Context:
                 "the model, not an attack"
             )
 
-    def everything(self):
+    def everything(self) -> Tensor:
         return torch.ones(self.n, dtype=torch.bool)
 
-    def craft(self, attack, *, where=None, seed=None, model=None, training=False):
+    def craft(
+        self,
+        attack: Attack,
+        *,
+        where: Tensor | None = None,
+        seed: int | None = None,
+        model: nn.Module | None = None,
+        training: bool = False,
+    ) -> tuple[Tensor, Tensor]:
         """(broken (n,) bool, images) of ``attack`` on the images of the mask ``where`` (default: all).
 
         Elsewhere images stay clean and unbroken. ``broken`` is what the model says of the images, in eval
@@ -169,11 +197,11 @@ class Context:
             self._cache[key] = broken, images
         return broken, images
 
-    def forget(self):
+    def forget(self) -> None:
         """Run attacks again that were run before."""
         self._cache.clear()
 
-    def note(self, attack, fault, happened):
+    def note(self, attack: Attack, fault: str, happened: bool | Tensor) -> None:
         """Keep a breach of the attacks' contract for T0."""
         if happened:
             self.faults.setdefault(fault, attack.name)
@@ -194,12 +222,19 @@ class Context:
             self.note(attack, "returns a black image", black.any())
             self.note(attack, "fails without returning the clean image", (~misclassified & ~unchanged).any())
 
-    def pgd(self, eps_255=None, *, steps=None, loss="cross_entropy", where=None):
+    def pgd(
+        self,
+        eps_255: float | None = None,
+        *,
+        steps: int | None = None,
+        loss: str = "cross_entropy",
+        where: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """:meth:`craft` with PGD at the suite's budget and length, one start."""
         eps_255 = self.suite.eps_255 if eps_255 is None else eps_255
         return self.craft(PGD(eps_255, steps=steps or self.suite.pgd_steps, loss=loss), where=where)
 
-    def white_box(self):
+    def white_box(self) -> tuple[Tensor, Tensor]:
         """(broken, images) by the strongest white-box attack: PGD, its restarts, PGD on the margin loss."""
         broken, images = (part.clone() for part in self.pgd())
         self.broken["PGD, cross-entropy"] = broken.clone()
@@ -218,7 +253,7 @@ class Context:
         images[new] = more[1][new]
         broken |= new
 
-    def logits(self, images):
+    def logits(self, images: Tensor) -> Tensor:
         """Logits (N, classes) of the model, in eval mode and float32, on the CPU."""
         device = device_of(self.model)
         with frozen(self.model), float32_convolutions(device), torch.no_grad():
@@ -227,7 +262,7 @@ class Context:
     def _predicted(self, images):
         return predict(self.model, images, batch_size=self.suite.batch_size).argmax(1)
 
-    def misclassified(self, images, where=None):
+    def misclassified(self, images: Tensor, where: Tensor | None = None) -> Tensor:
         """(n,) bool: which of ``images``, one for each that is attacked, the model misclassifies."""
         broken = torch.zeros(self.n, dtype=torch.bool)
         where = self.everything() if where is None else where
@@ -235,7 +270,7 @@ class Context:
             broken[where] = self._predicted(images[where]) != self.labels[where]
         return broken
 
-    def ascend(self, loss):
+    def ascend(self, loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """The audit's own PGD, a plain loop that shares no code with the one under audit: (broken, images).
 
         ``loss`` is of (logits, labels), (B,); the suite's budget and length, steps of 2.5 / length.
@@ -257,7 +292,7 @@ class Context:
         images = torch.cat(found)
         return self.misclassified(images), images
 
-    def gradients(self, images):
+    def gradients(self, images: Tensor) -> Tensor:
         """Input gradients of the cross-entropy, flattened (n, H * W), on the CPU."""
         device, found = device_of(self.model), []
         with frozen(self.model), float32_convolutions(device):
@@ -269,13 +304,13 @@ class Context:
                 found.append(torch.autograd.grad(loss, z)[0].flatten(1).cpu())
         return torch.cat(found)
 
-    def random_signs(self, draw):
+    def random_signs(self, draw: int) -> Tensor:
         """Clean images moved by eps in a random direction, pixel by pixel, clipped to [0, 1]."""
         generator = torch.Generator().manual_seed(self.seed + 1000 + draw)
         signs = torch.randint(0, 2, self.images.shape, generator=generator) * 2.0 - 1
         return (self.images + signs * self.suite.eps_255 / 255).clamp(0, 1)
 
-    def share(self, count):
+    def share(self, count: int | Tensor) -> str:
         """``count`` images as text: "3/40"."""
         return f"{int(count)}/{self.n}"
 

@@ -1,13 +1,14 @@
 """Figure of notebook 08: the verdicts of an audit, and which checks catch which mutant."""
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from fortify.figures import DOUBLE, styled
 
 
 @styled
-def audit_matrix(verdicts, mutants):
+def audit_matrix(verdicts: pd.DataFrame, mutants: pd.DataFrame) -> Figure:
     """What the audit said: left each check of each model, right which checks caught which mutant.
 
     ``verdicts`` has the columns model, id, check, verdict (:attr:`fortify.audit.Audit.table` of each model,

@@ -5,15 +5,17 @@ one that looks more robust and is not. To add one, write it and list it in its d
 and notebook 08 then ask the audit to catch it.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import foolbox as fb
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fortify.attacks import CW, FGSM, PGD, Adversarial, craft, craft_batch
-from fortify.audit.context import FAIL, NOT_RUN, PASS, AuditData, Check
+from fortify.attacks import CW, FGSM, PGD, Adversarial, Attack, craft, craft_batch
+from fortify.audit.context import FAIL, NOT_RUN, PASS, AuditData, Check, Suite
 from fortify.audit.report import audit
 from fortify.models import predict
 from fortify.runtime import device_of, frozen
@@ -46,27 +48,35 @@ def _steps(model, images, labels, attack, seed, *, direction=1.0, project=True):
     return _finished(model, z.detach().cpu(), labels)
 
 
-def no_projection(model, images, labels, attack, *, seed=0, **options):
+def no_projection(
+    model: nn.Module, images: Tensor, labels: Tensor, attack: Attack, *, seed: int = 0, **options: Any
+) -> Adversarial:
     """Steps that are never brought back into the ball: a loop copied without its last line."""
     if not isinstance(attack, PGD):
         return craft(model, images, labels, attack, seed=seed, **options)
     return _steps(model, images, labels, attack, seed, project=False)
 
 
-def wrong_sign(model, images, labels, attack, *, seed=0, **options):
+def wrong_sign(
+    model: nn.Module, images: Tensor, labels: Tensor, attack: Attack, *, seed: int = 0, **options: Any
+) -> Adversarial:
     """Descends the loss: "minimise" and "maximise" confused, as when an optimiser is reused for an attack."""
     if not isinstance(attack, PGD):
         return craft(model, images, labels, attack, seed=seed, **options)
     return _steps(model, images, labels, attack, seed, direction=-1.0)
 
 
-def clamp_normalised(model, images, labels, attack, **options):
+def clamp_normalised(
+    model: nn.Module, images: Tensor, labels: Tensor, attack: Attack, **options: Any
+) -> Adversarial:
     """Clamps the normalised image to [0, 1], which flattens it: in the audited paper's own notebook."""
     crafted = craft(model, images, labels, attack, **options).images
     return _finished(model, ((crafted - _MEAN) / _STD).clamp(0, 1) * _STD + _MEAN, labels)
 
 
-def train_mode(model, images, labels, attack, *, seed=0, **_):
+def train_mode(
+    model: nn.Module, images: Tensor, labels: Tensor, attack: Attack, *, seed: int = 0, **_: Any
+) -> Adversarial:
     """Attacks the model as it finds it: Foolbox never switches to eval mode, so a training loop must."""
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     x, y = images.to(device_of(model)), labels.to(device_of(model))
@@ -76,28 +86,36 @@ def train_mode(model, images, labels, attack, *, seed=0, **_):
     return _finished(model, crafted.detach().cpu(), labels)
 
 
-def one_step(model, images, labels, attack, *, seed=0, **options):
+def one_step(
+    model: nn.Module, images: Tensor, labels: Tensor, attack: Attack, *, seed: int = 0, **options: Any
+) -> Adversarial:
     """A "PGD" of one short step, 2/255 of the normalised image: in the audited paper's own notebook."""
     if isinstance(attack, PGD):
         attack = FGSM(min(attack.eps_255, 2 * _STD))
     return craft(model, images, labels, attack, seed=seed, **options)
 
 
-def fgsm_as_pgd(model, images, labels, attack, *, seed=0, **options):
+def fgsm_as_pgd(
+    model: nn.Module, images: Tensor, labels: Tensor, attack: Attack, *, seed: int = 0, **options: Any
+) -> Adversarial:
     """A "PGD" that returns after its first step, of the whole budget: a return indented too far."""
     if isinstance(attack, PGD):
         attack = FGSM(attack.eps_255)
     return craft(model, images, labels, attack, seed=seed, **options)
 
 
-def half_budget(model, images, labels, attack, **options):
+def half_budget(
+    model: nn.Module, images: Tensor, labels: Tensor, attack: Attack, **options: Any
+) -> Adversarial:
     """Half the budget: an eps stated for [-1, 1] used on [0, 1]."""
     if not isinstance(attack, CW):
         attack = replace(attack, eps_255=attack.eps_255 / 2)
     return craft(model, images, labels, attack, **options)
 
 
-def black_image_cw(model, images, labels, attack, **options):
+def black_image_cw(
+    model: nn.Module, images: Tensor, labels: Tensor, attack: Attack, **options: Any
+) -> Adversarial:
     """Foolbox's failed CW, returned as it comes: a black image, which may even count as a success."""
     if not isinstance(attack, CW):
         return craft(model, images, labels, attack, **options)
@@ -111,13 +129,17 @@ def black_image_cw(model, images, labels, attack, **options):
     return _finished(model, found.detach().cpu().clamp(0, 1), labels)
 
 
-def claimed_success(model, images, labels, attack, **options):
+def claimed_success(
+    model: nn.Module, images: Tensor, labels: Tensor, attack: Attack, **options: Any
+) -> Adversarial:
     """Counts every image it changed as broken, without asking the model again."""
     crafted = craft(model, images, labels, attack, **options)
     return crafted._replace(success=torch.ones(len(images), dtype=torch.bool))
 
 
-def unseeded(model, images, labels, attack, *, seed=0, **options):
+def unseeded(
+    model: nn.Module, images: Tensor, labels: Tensor, attack: Attack, *, seed: int = 0, **options: Any
+) -> Adversarial:
     """Draws its start from the global generator, whatever the seed: two runs, two results."""
     return craft(model, images, labels, attack, seed=int(torch.randint(2**31, ())), **options)
 
@@ -147,7 +169,7 @@ class _Around(nn.Module):
         return self.after(self.model(self.before(x)))
 
 
-def logit_scaling(model):
+def logit_scaling(model: nn.Module) -> nn.Module:
     """Logits times 10,000: the softmax saturates and the cross-entropy's gradient is zero in float32.
 
     Defensive distillation did this (Carlini & Wagner 2017).
@@ -155,22 +177,22 @@ def logit_scaling(model):
     return _Around(model, after=lambda z: z * 1e4)
 
 
-def rounding(model):
+def rounding(model: nn.Module) -> nn.Module:
     """Input in 16 grey levels, whose gradient is zero: feature squeezing (Xu et al. 2018)."""
     return _Around(model, before=lambda x: (x * 15).round() / 15)
 
 
-def saved_file(model):
+def saved_file(model: nn.Module) -> nn.Module:
     """Input rounded to 8 bits, as a file would be: the same predictions, and a gradient of zero."""
     return _Around(model, before=lambda x: (x * 255).round() / 255)
 
 
-def random_noise(model):
+def random_noise(model: nn.Module) -> nn.Module:
     """Another noise of two grey levels at each call: breaks single gradients (Athalye et al. 2018)."""
     return _Around(model, before=lambda x: (x + 2 / 255 * torch.randn_like(x)).clamp(0, 1))
 
 
-def shattered(model):
+def shattered(model: nn.Module) -> nn.Module:
     """A ripple of one grey level that vanishes on 8-bit images: the same predictions, gradients reversed.
 
     Its slope there is 1 - 2 pi: "shattered gradients" (Athalye et al. 2018), as thermometer codes have.
@@ -178,12 +200,12 @@ def shattered(model):
     return _Around(model, before=lambda x: x - (2 * torch.pi * 255 * x).sin() / 255)
 
 
-def label_only(model):
+def label_only(model: nn.Module) -> nn.Module:
     """Logits replaced by the label's one-hot code: the same predictions, no gradient at all."""
     return _Around(model, after=lambda z: z * 0 + nn.functional.one_hot(z.argmax(1), z.shape[1]).float())
 
 
-def saturated(model):
+def saturated(model: nn.Module) -> nn.Module:
     """Logits through a steep tanh: the same ranking until it saturates, and gradients that underflow.
 
     The saturating activations of Nayebi & Ganguli 2017, broken by Brendel & Bethge 2017.
@@ -202,7 +224,16 @@ FAKE_DEFENCES = {
 }
 
 
-def run_mutants(model, data, suite, *, images=None, seed=0, attacks=None, defences=None):
+def run_mutants(
+    model: nn.Module,
+    data: AuditData,
+    suite: Suite,
+    *,
+    images: int | None = None,
+    seed: int = 0,
+    attacks: Mapping[str, Callable[..., Adversarial]] | None = None,
+    defences: Mapping[str, Callable[[nn.Module], nn.Module]] | None = None,
+) -> pd.DataFrame:
     """Ask the audit to catch every mutant: a table with name, kind, caught and by.
 
     ``model`` and ``data`` as for :func:`fortify.audit.audit`; used are the first ``images`` (default: all)
@@ -237,7 +268,7 @@ def run_mutants(model, data, suite, *, images=None, seed=0, attacks=None, defenc
     return pd.DataFrame(rows, columns=["name", "kind", "caught", "by"])
 
 
-def mutant_suite(model, data, suite, *, seed=0):
+def mutant_suite(model: nn.Module, data: AuditData, suite: Suite, *, seed: int = 0) -> Suite:
     """The suite that mutants meet: at the :func:`contested_budget`, with one start and a short CW.
 
     A second start would only make up for what a broken attack lacks; what is wrong with a CW shows when it
@@ -247,7 +278,7 @@ def mutant_suite(model, data, suite, *, seed=0):
     return replace(suite, eps_255=contested_budget(model, data, suite, seed=seed), restarts=1, cw=short)
 
 
-def contested_budget(model, data, suite, *, seed=0):
+def contested_budget(model: nn.Module, data: AuditData, suite: Suite, *, seed: int = 0) -> float:
     """The Linf budget (grey levels) at which honest PGD breaks about half of ``data``.
 
     Where nothing is still correct, or everything is, a weak attack looks like a strong one. Between 1/4 and
@@ -262,12 +293,12 @@ def contested_budget(model, data, suite, *, seed=0):
     return float(f"{low:.2g}")
 
 
-def tally(mutants):
+def tally(mutants: pd.DataFrame) -> str:
     """How many were caught, as text: "17/17"."""
     return f"{int(mutants.caught.sum())}/{len(mutants)}"
 
 
-def mutant_check(mutants):
+def mutant_check(mutants: pd.DataFrame | None) -> Check:
     """T10, the test of the audit itself: fails when any mutant survives. None: not run on this model."""
     if mutants is None:
         return Check("T10", "mutants are caught", NOT_RUN, "", "", "the mutants met another model")

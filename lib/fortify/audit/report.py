@@ -4,13 +4,15 @@ A check (:mod:`fortify.audit.checks`) compares what an attack did with what it m
 the figure is not to be trusted, or that the model only looks robust.
 """
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import pandas as pd
+from torch import nn
 
 from fortify import attacks as fortify_attacks
 from fortify.audit.checks import CHECKS, worst_over_attacks
-from fortify.audit.context import FAIL, NOT_RUN, Check, Context, Suite
+from fortify.audit.context import FAIL, NOT_RUN, AuditData, Check, Context, Suite
 from fortify.intervals import wilson
 from fortify.runtime import device_of, eval_mode, float32_convolutions, seeded
 from fortify.tables import to_markdown
@@ -30,27 +32,36 @@ class Audit:
         object.__setattr__(self, "table", pd.DataFrame(rows, columns=columns))
 
     @property
-    def passed(self):
+    def passed(self) -> bool:
         """Whether no check failed. One that did not run is no failure, but no pass either: see the table."""
         return not self.failed
 
     @property
-    def failed(self):
+    def failed(self) -> tuple[str, ...]:
         """The ids of the checks that failed, in order."""
         return tuple(check.id for check in self.checks if check.verdict == FAIL)
 
-    def with_check(self, check):
+    def with_check(self, check: Check) -> "Audit":
         """This audit with one more line, such as the mutants' (T10), in its place."""
         checks = [*(c for c in self.checks if c.id != check.id), check]
         return Audit(tuple(sorted(checks, key=lambda c: _number(c.id))), self.accuracies)
 
-    def to_markdown(self):
+    def to_markdown(self) -> str:
         """The table for a reader, failures in bold."""
         shown = self.table.replace({"verdict": {FAIL: "**fail**", NOT_RUN: "*not run*"}})
         return to_markdown(shown)
 
 
-def audit(model, data, attacks=None, *, craft=fortify_attacks.craft, others=(), seed=0, only=None):
+def audit(
+    model: nn.Module,
+    data: AuditData,
+    attacks: Suite | None = None,
+    *,
+    craft: Callable[..., fortify_attacks.Adversarial] = fortify_attacks.craft,
+    others: Iterable[nn.Module] = (),
+    seed: int = 0,
+    only: Iterable[str] | None = None,
+) -> Audit:
     """Check the model and the attacks on it: :class:`Audit`.
 
     ``data`` is :class:`AuditData`; ``attacks`` a :class:`Suite` (default: the paper profile's). ``craft`` is
@@ -77,7 +88,7 @@ def audit(model, data, attacks=None, *, craft=fortify_attacks.craft, others=(), 
     return Audit(tuple(results[name] for name in CHECKS if name in results), _accuracies(ctx))
 
 
-def side_by_side(audits):
+def side_by_side(audits: Mapping[str, Audit]) -> pd.DataFrame:
     """The checks of several models, {name: :class:`Audit`}, in one display table: verdict and figure."""
     shown = None
     for name, found in audits.items():
@@ -89,7 +100,7 @@ def side_by_side(audits):
     return shown.loc[sorted(shown.index, key=lambda row: _number(shown.id[row]))].reset_index(drop=True)
 
 
-def remarks(found):
+def remarks(found: Audit) -> str:
     """An :class:`Audit` in words: which checks fail, at what limit, and what the others note. Markdown."""
     failed, noted = found.table[found.table.verdict.eq(FAIL)], found.table[found.table.note.ne("")]
     text = f"{len(failed)} of {len(found.table)} checks fail." if len(failed) else "No check fails."
@@ -98,7 +109,7 @@ def remarks(found):
     return "\n".join([text, "", *lines])
 
 
-def accuracies_side_by_side(audits):
+def accuracies_side_by_side(audits: Mapping[str, Audit]) -> pd.DataFrame:
     """Accuracy under each attack that the audits ran, k/n with its Wilson interval, a column a model."""
     columns = {}
     for name, found in audits.items():
