@@ -5,6 +5,7 @@
 
 import operator
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class Claim:
     holds: list = field(default_factory=list)
 
 
-def load_claims(path):
+def load_claims(path: str | Path) -> list[Claim]:
     """Read the ledger's source; ClaimError names the claim and what is wrong with it."""
     import yaml  # of the workflow's extra
 
@@ -66,7 +67,7 @@ def load_claims(path):
     return claims
 
 
-def read_cell(tables, cell):
+def read_cell(tables: str | Path, cell: str) -> tuple[float | str, str]:
     """(number, text) of a cell such as ``table1_random.csv[model=normal, attack=pgd].k``, below ``tables``.
 
     Without a column the row is an accuracy: the number is in per cent, the text has k/n and interval, that by
@@ -106,7 +107,7 @@ def read_cell(tables, cell):
     return accuracy, f"{accuracy:.1f} % ({row.k}/{row.n}, {words}{low:.1f}–{high:.1f})"
 
 
-def ledger(claims, tables, *, partial=False):
+def ledger(claims: Iterable[Claim], tables: str | Path, *, partial: bool = False) -> pd.DataFrame:
     """One row a claim, with our numbers filled in from the CSV files in the folder ``tables``.
 
     Columns: id, claim, where, ours, verdict, holds (do these tables bear the verdict out), evidence (the
@@ -162,7 +163,7 @@ def _true(rule, values):
     return _COMPARE[compare](number(left), number(right) + shift)
 
 
-def layout(table):
+def layout(table: pd.DataFrame) -> pd.DataFrame:
     """The display table of a :func:`ledger`: what the paper says and where, what we measured, the verdict."""
     claims = table.claim + " (" + table["where"] + ")"
     return pd.DataFrame({"The paper": claims, "Measured here": table.ours, "Verdict": table.verdict})

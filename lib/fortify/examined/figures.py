@@ -1,8 +1,10 @@
 """Figures of notebooks 06 and 09: the published operations on one image, and the matrix."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from fortify.evaluation import TRAININGS
@@ -22,7 +24,7 @@ class Panel:
 
 
 @styled
-def protocol_strip(panels, *, label, class_names):
+def protocol_strip(panels: Sequence[Panel], *, label: int, class_names: Sequence[str]) -> Figure:
     """One image under several operations, above what each changed, on one scale in grey levels of 255.
 
     ``panels`` are :class:`Panel` objects, the original first. A wrong prediction has a thick frame and a
@@ -50,7 +52,7 @@ def protocol_strip(panels, *, label, class_names):
 
 
 @styled
-def matrix_dots(table):
+def matrix_dots(table: pd.DataFrame) -> Figure:
     """Accuracy in % of each training under each evaluation, with 95 % intervals; a panel per split.
 
     ``table`` is :func:`fortify.examined.matrix.matrix`.

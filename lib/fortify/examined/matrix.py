@@ -1,12 +1,21 @@
 """Each training under each evaluation, published and correct: the matrix, and what it says in sentences."""
 
+from collections.abc import Sequence
+
 import pandas as pd
 
 from fortify.evaluation import accuracy_table, at_budget
 from fortify.examined.protocol import PUBLISHED
 
 
-def matrix(published, correct, *, class_names, budgets_255, cw_l2):
+def matrix(
+    published: pd.DataFrame,
+    correct: pd.DataFrame,
+    *,
+    class_names: Sequence[str],
+    budgets_255: Sequence[float],
+    cw_l2: float,
+) -> pd.DataFrame:
     """Accuracy of each training under each evaluation: a row per (split, model, evaluation), tidy.
 
     ``published`` are :func:`score_published`'s rows, ``correct`` those of :func:`fortify.scoring.evaluate`
@@ -39,7 +48,9 @@ def matrix(published, correct, *, class_names, budgets_255, cw_l2):
     return table[[*columns, "images", "seeds", "sd"]].assign(order=table.evaluation.map(order))
 
 
-def findings(protocol, table, *, eps_255, class_names):
+def findings(
+    protocol: pd.DataFrame, table: pd.DataFrame, *, eps_255: float, class_names: Sequence[str]
+) -> list[str]:
     """What one split's :func:`matrix` says, in sentences with their counts; ``eps_255`` is a budget of it.
 
     ``protocol`` are the rows of :func:`score_published` behind it.
@@ -72,7 +83,7 @@ def findings(protocol, table, *, eps_255, class_names):
     ]
 
 
-def attack_measures(protocol):
+def attack_measures(protocol: pd.DataFrame) -> pd.DataFrame:
     """How much of the published attacks is no attack, from :func:`score_published`'s rows: a tidy table.
 
     "CW equal to tanh": on how many images CW's norm is tanh's to the last bit (k of n, ``percent``), for each

@@ -1,5 +1,6 @@
 """The arithmetic of the printed Table 1: which of its values can be counts, and what its differences mean."""
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 import pandas as pd
@@ -12,7 +13,7 @@ TEST_SIZE, VALIDATION_SIZE = 160, 165  # of the authors' folders, printed by the
 CLEAN_COUNTS = (149, 152, TEST_SIZE)  # 93.12 % and 95.0 %, the only counts that print so
 
 
-def as_printed(k, n, decimals):
+def as_printed(k: int, n: int, decimals: int) -> set[str]:
     """The texts that 100 k/n may be printed as: rounded half up, half to even, or cut off."""
     scaled = Fraction(100 * 10**decimals * k, n)
     floor = scaled.numerator // scaled.denominator
@@ -20,7 +21,7 @@ def as_printed(k, n, decimals):
     return {f"{whole / 10**decimals:.{decimals}f}" for whole in (floor, half_up, round(scaled))}
 
 
-def printed_arithmetic(sizes=(TEST_SIZE, VALIDATION_SIZE)):
+def printed_arithmetic(sizes: Sequence[int] = (TEST_SIZE, VALIDATION_SIZE)) -> pd.DataFrame:
     """Which cells of the printed Table 1 can be k of n images, for test sets of the given ``sizes``.
 
     One row a cell: model, attack, printed (%), and for every size the k whose percentage is printed so
@@ -45,7 +46,7 @@ def printed_arithmetic(sizes=(TEST_SIZE, VALIDATION_SIZE)):
     return pd.DataFrame(rows).fillna("")
 
 
-def fitting_sizes(model, *, largest=1097):
+def fitting_sizes(model: str, *, largest: int = 1097) -> list[int]:
     """Test set sizes n, up to ``largest``, on which all four single columns of a printed row can be k/n."""
     cells = [str(PRINTED.loc[model, attack]) for attack in ("clean", "pgd", "fgsm", "cw")]
 
@@ -57,7 +58,7 @@ def fitting_sizes(model, *, largest=1097):
     return [n for n in range(1, largest + 1) if all(fits(text, n) for text in cells)]
 
 
-def mcnemar_table(printed=CLEAN_COUNTS):
+def mcnemar_table(printed: tuple[int, int, int] = CLEAN_COUNTS) -> pd.DataFrame:
     """McNemar's exact test of the ``printed`` clean counts: comparison, b, c, p, of the overlaps with the
     smallest and the largest p.
     """
@@ -67,7 +68,7 @@ def mcnemar_table(printed=CLEAN_COUNTS):
     return table.assign(comparison=list(rows))[["comparison", "b", "c", "p"]]
 
 
-def mcnemar_bounds(k_first, k_second, n):
+def mcnemar_bounds(k_first: int, k_second: int, n: int) -> pd.DataFrame:
     """Smallest and largest p of the exact McNemar test of two classifiers right on k_first and k_second of n.
 
     The printed totals do not say on which images the two differ. If ``b`` are right with the first only and

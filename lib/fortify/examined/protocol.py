@@ -7,16 +7,20 @@ nothing is copied). Nothing here is a recommended attack or defence; those are i
 hands on, and so its lengths are in standard deviations of ImageNet's channels, not in grey levels.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fortify.attacks import check_labels, checked, margin
 from fortify.checkpoint import TrainingState, fingerprint, stop_if_not_finite
+from fortify.data import Slices
 from fortify.evaluation import COLUMNS
 from fortify.fused import FusedModel
 from fortify.runtime import device_of, float32_convolutions, frozen, progress_bar, seeded
@@ -44,7 +48,7 @@ class PublishedAttacks:
 TONE_CURVES = PublishedAttacks(pgd_alpha=0.0, fgsm_eps=0.0, cw_steps=0)
 
 
-def clamp(z):
+def clamp(z: Tensor) -> Tensor:
     """What ends the published PGD and FGSM: [0, 1], of a tensor whose intensities reach from -2.1 to 2.6.
 
     It keeps the intensities .485-.714 (red), .456-.680 (green) and .406-.631 (blue) and flattens all others.
@@ -52,17 +56,25 @@ def clamp(z):
     return z.clamp(0, 1)
 
 
-def tanh(z):
+def tanh(z: Tensor) -> Tensor:
     """The tone curve of the published CW before any step of its optimiser."""
     return torch.tanh(z)
 
 
-def published_fgsm(model, z, y, eps):
+def published_fgsm(model: nn.Sequential, z: Tensor, y: Tensor, eps: float) -> Tensor:
     """clamp(z + eps sign(gradient)); with ``eps`` 2/255 this one step is the published "PGD"."""
     return clamp(z + eps * _gradient(model, z, y).sign() if eps else z)
 
 
-def published_cw(model, z, y, attacks, *, net=None, batch_size=64):
+def published_cw(
+    model: nn.Sequential,
+    z: Tensor,
+    y: Tensor,
+    attacks: PublishedAttacks,
+    *,
+    net: nn.Module | None = None,
+    batch_size: int = 64,
+) -> Tensor:
     """tanh(z + delta), delta by Adam on ``c * clamp(real - other + kappa, 0) + |delta|^2``.
 
     ``other`` is the largest of (logits - onehot): it still contains the true class. Where that leads by more
@@ -110,7 +122,9 @@ def _gradient(model, z, y):
     return torch.autograd.grad(F.cross_entropy(model[1:](z), y), z)[0]
 
 
-def published_images(model, z, y, attacks, *, cw=None):
+def published_images(
+    model: nn.Sequential, z: Tensor, y: Tensor, attacks: PublishedAttacks, *, cw: Tensor | None = None
+) -> dict[str, Tensor]:
     """{name: (B, 3, H, W)}: the three published attacks on z, in whatever mode; ``cw`` was made before."""
     return {
         "published_pgd": published_fgsm(model, z, y, attacks.pgd_alpha),
@@ -119,7 +133,7 @@ def published_images(model, z, y, attacks, *, cw=None):
     }
 
 
-def to_intensities(model, z):
+def to_intensities(model: nn.Sequential, z: Tensor) -> Tensor:
     """Normalised z (B, 3, H, W) -> its intensities in [0, 1], (B, 3, H, W); the channels may differ."""
     return z * model[0].std + model[0].mean
 
@@ -140,7 +154,17 @@ class PublishedRecipe:
             raise ValueError(f"epochs >= 1 and batch_size >= 2, not {self.epochs} and {self.batch_size}")
 
 
-def fit_published(model, train, val, recipe, *, attacks, seed=0, checkpoints=None, progress=True):
+def fit_published(
+    model: nn.Sequential,
+    train: Slices,
+    val: Slices,
+    recipe: PublishedRecipe,
+    *,
+    attacks: PublishedAttacks,
+    seed: int = 0,
+    checkpoints: str | Path | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
     """Train ``model`` in place as the published notebook does, on [z, PGD(z), FGSM(z), CW(z)] of every batch.
 
     Train mode is set once, before the first epoch, and eval mode after it, so BatchNorm's statistics stay as
@@ -201,7 +225,18 @@ def _step(state, x, y, attacks):
     return loss.detach(), (logits.detach().argmax(1) == y).sum()
 
 
-def score_published(model, images, labels, *, index, model_name, split, seed, attacks=None, batch_size=32):
+def score_published(
+    model: nn.Sequential,
+    images: Any,
+    labels: Any,
+    *,
+    index: Sequence[int] | np.ndarray,
+    model_name: str,
+    split: str,
+    seed: int,
+    attacks: PublishedAttacks | None = None,
+    batch_size: int = 32,
+) -> pd.DataFrame:
     """Rows (``evaluation.COLUMNS``) of ``model`` under clamp, tanh and the three published attacks.
 
     ``images`` (N, 1, H, W) float in [0, 1]; ``labels``, ``index`` (N,). ``attack`` is "clamp", "tanh" or one
@@ -251,7 +286,9 @@ def _score_batch(model, x, z, y, attacks, cw):
     return pd.concat(parts)
 
 
-def panels(model, image, label, *, attacks, correct):
+def panels(
+    model: nn.Sequential, image: Tensor, label: int, *, attacks: PublishedAttacks, correct: Tensor
+) -> dict[str, tuple[np.ndarray, int, float]]:
     """One image under the published operations, beside ``correct``, its correctly attacked copy.
 
     ``image`` and ``correct`` (1, 1, H, W) float in [0, 1], ``label`` an integer. Returns {name: (intensities
@@ -275,6 +312,6 @@ def panels(model, image, label, *, attacks, correct):
     return shown
 
 
-def nominal_eps_255(model, eps=0.03):
+def nominal_eps_255(model: nn.Sequential, eps: float = 0.03) -> float:
     """The published ``eps`` in grey levels of 255: normalised units times the mean of the channels' sd."""
     return round(float(eps * model[0].std.mean() * 255), 2)
