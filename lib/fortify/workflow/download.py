@@ -15,7 +15,7 @@ from fortify.images import MIN_SIDE, DataError
 MAX_FILE = 2**30  # bytes; a file that large is no slice, nor an archive of a thousand of them
 
 
-def download(target=None):
+def download(target: str | Path | None = None) -> Path:
     """Put a verified copy of the dataset into the folder ``target`` and return it as a Path.
 
     ``target`` defaults to :func:`fortify.data.data_folder`. A verified copy already there is left alone.
@@ -77,7 +77,7 @@ def _no_file_larger_than(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def main():
+def main() -> None:
     """Download the dataset, or say in one line on stderr why not and exit with status 1."""
     try:
         print(f"{IQ_OTH_NCCD.title} is complete in {download()}")

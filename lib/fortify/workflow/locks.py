@@ -8,11 +8,12 @@ import fcntl
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn, TextIO
 
 from fortify.workflow.load import cores_in_use, waiting
 
 
-def wait_for_lock(path, *, what, shared=False):
+def wait_for_lock(path: str | Path, *, what: str, shared: bool = False) -> TextIO:
     """Hold the lock file ``path`` until the returned file is closed or the process ends, however it ends.
 
     While another process holds it this waits, and says so: ``what`` is at work. Any number of processes hold
@@ -42,14 +43,14 @@ def _say(message):
             print(message, file=terminal, flush=True)
 
 
-def wait_for_profile(build):
+def wait_for_profile(build: str | Path) -> TextIO:
     """Hold the lock of a profile's folder, once no notebook of an earlier workflow is at work in it."""
     lock = wait_for_lock(Path(build) / ".lock", what="another run in this checkout")
     wait_for_lock(Path(build) / ".notebook-lock", what="a notebook whose run was killed").close()
     return lock
 
 
-def run_locked(path, command):
+def run_locked(path: str | Path, command: list[str]) -> NoReturn:
     """Become ``command`` (a list), which holds the lock file ``path``, shared, to its end: does not return.
 
     So a notebook that goes on after its workflow was killed is waited for by the next, not raced.

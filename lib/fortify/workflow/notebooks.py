@@ -4,13 +4,14 @@ import ast
 import functools
 import hashlib
 import json
+from collections.abc import Collection
 from fnmatch import fnmatch
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
 
 
-def code_of(notebook, *, without=()):
+def code_of(notebook: str | Path, *, without: Collection[str] = ()) -> dict[str, str]:
     """{module: digest} of the library's modules that ``notebook`` imports, directly or through others.
 
     ``notebook`` is the path of an .ipynb file, or a module's name, which then is among them. ``without`` are
@@ -41,7 +42,7 @@ def _module(name, source, without):
     return hashlib.sha256(code.encode()).hexdigest()[:12], _imports(code, without)
 
 
-def inherited_parameters(notebook):
+def inherited_parameters(notebook: str | Path) -> dict[str, list[str]]:
     """{other notebook: [names]} of the parameters that ``notebook`` takes from others; [] is all of them.
 
     They are the arguments of its calls of :meth:`fortify.runs.Run.parameters` and
@@ -62,7 +63,7 @@ def inherited_parameters(notebook):
     return found
 
 
-def cells_digest(notebook):
+def cells_digest(notebook: str | Path) -> str:
     """12 hex digits of a notebook's code cells as they are written; its prose is no part."""
     return hashlib.sha256("\0".join(_cells(notebook)).encode()).hexdigest()[:12]
 

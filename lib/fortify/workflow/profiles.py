@@ -1,7 +1,9 @@
 """Profiles: flat YAML files of notebook parameters, checked against what the notebooks declare."""
 
 import contextlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -15,7 +17,7 @@ class ProfileError(ValueError):
     """A profile does not fit the notebooks; the message names the file, the parameter and the remedy."""
 
 
-def read_profile(path):
+def read_profile(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(parameters, about) of a YAML file, unchecked but for its form.
 
     ``about`` holds its ``title``, a line for readers, and ``beside``: whether it is a companion profile,
@@ -39,13 +41,15 @@ def read_profile(path):
     return {k: v for k, v in values.items() if k not in ABOUT}, about
 
 
-def companion_profiles(folder):
+def companion_profiles(folder: str | Path) -> dict[str, str]:
     """{name: title} of the profiles in ``folder`` whose results stand beside another's."""
     found = {path.stem: read_profile(path)[1] for path in sorted(Path(folder).glob("*.yaml"))}
     return {name: about["title"] for name, about in found.items() if about["beside"]}
 
 
-def load_profile(path, notebooks, *, changes=None):
+def load_profile(
+    path: str | Path, notebooks: Iterable[str | Path], *, changes: dict[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
     """Read a profile: {notebook stem: {name: value}}, each notebook with just the parameters it declares.
 
     ``notebooks`` are paths; ``changes`` {name: value} go over the file's values. A name that neither has
@@ -77,7 +81,9 @@ def load_profile(path, notebooks, *, changes=None):
     return declared
 
 
-def with_inherited(parameters, notebooks):
+def with_inherited(
+    parameters: Mapping[str, dict[str, Any]], notebooks: Iterable[str | Path]
+) -> dict[str, dict[str, Any]]:
     """``parameters`` of :func:`load_profile` with, for each notebook, those that it takes from others too."""
     whole = {}
     for path in sorted(map(Path, notebooks)):  # in their order: what one inherits is passed on

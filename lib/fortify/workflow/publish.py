@@ -13,7 +13,9 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pandas as pd
@@ -33,7 +35,7 @@ class PublishError(RuntimeError):
     """What was executed is not what would be published; the message says what to rerun."""
 
 
-def executed_notebooks(build, stems):
+def executed_notebooks(build: Path, stems: Iterable[str]) -> dict[str, Path]:
     """{stem: path} of the executed copies: of notebooks run once per split and seed, the first run's.
 
     The first is the lowest seed of those in the tables on the random split, where there is one: the paper's
@@ -49,7 +51,7 @@ def executed_notebooks(build, stems):
     return found
 
 
-def published_runs(build):
+def published_runs(build: Path) -> list[str]:
     """Names of the runs that the tables are of, by split and seed: those of notebook 1's splits and seeds.
 
     A folder of runs may hold others, of an earlier call with more seeds.
@@ -63,7 +65,7 @@ def published_runs(build):
     return [run for run in found if run in wanted]
 
 
-def source_sha256(notebook):
+def source_sha256(notebook: nbformat.NotebookNode) -> str:
     """SHA-256 over a notebook's code cells: what an executed copy must have been made from. Prose is free."""
     digest = hashlib.sha256()
     for cell in code_cells(notebook):
@@ -71,13 +73,15 @@ def source_sha256(notebook):
     return digest.hexdigest()
 
 
-def code_cells(notebook):
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     """Without the one that papermill injected."""
     own = [cell for cell in notebook.cells if cell.cell_type == "code"]
     return [cell for cell in own if "injected-parameters" not in cell.metadata.get("tags", [])]
 
 
-def with_outputs(source, executed, *, profile):
+def with_outputs(
+    source: nbformat.NotebookNode, executed: nbformat.NotebookNode, *, profile: str
+) -> nbformat.NotebookNode:
     """A copy of the notebook ``source`` with the outputs of ``executed``, papermill's additions left out.
 
     The parameters cell keeps the source's values and shows, as its output, those that the profile changed.
@@ -132,13 +136,13 @@ def _changed_parameters(cell, executed, profile):
     return nbformat.v4.new_output("display_data", {"text/markdown": text, "text/plain": text})
 
 
-def published_folders(root, profile):
+def published_folders(root: Path, profile: str) -> tuple[Path, Path]:
     """(figures, tables): where what a profile gave is published, the reference run's at the top."""
     below = "" if profile == "paper" else profile
     return root / "figures" / below, root / "paper" / "tables" / below
 
 
-def awaiting(root):
+def awaiting(root: Path) -> dict[str, str]:
     """{stem: why} of the committed notebooks whose outputs are not of the code above them, as they say."""
     notebooks = {
         p.stem: nbformat.read(p, as_version=4) for p in sorted((root / "notebooks").glob("[0-9]*.ipynb"))
@@ -149,7 +153,7 @@ def awaiting(root):
     return {stem: why for stem, why in found.items() if why}
 
 
-def awaiting_line(root):
+def awaiting_line(root: Path) -> str:
     """README's line on :func:`awaiting`; none where every notebook shows its own outputs. Markdown."""
     stems = awaiting(root)
     if not stems:
@@ -157,7 +161,7 @@ def awaiting_line(root):
     return f"Notebooks {', '.join(stem[:2] for stem in stems)} await {next(iter(stems.values()))}.\n"
 
 
-def shown_profile(root):
+def shown_profile(root: Path) -> str:
     """The profile that the committed notebooks are a run of; PublishError where they are not of one."""
     paths = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
     profiles = {nbformat.read(p, as_version=4).metadata.get("fortify", {}).get("profile") for p in paths}
@@ -168,7 +172,7 @@ def shown_profile(root):
     return profiles.pop()
 
 
-def commit(build):
+def commit(build: str | Path) -> list[Path]:
     """Put a profile's executed notebooks, figures, tables and the per-example results they are made of
     where readers look; returns what was written.
 
@@ -227,7 +231,7 @@ def commit(build):
     return written
 
 
-def per_example_results(build, runs):
+def per_example_results(build: Path, runs: Collection[str]) -> list[Path]:
     """The splits, the runs' rows by image, histories and manifests: what the tables are made of."""
     found = [build / "data" / "splits" / f"{run}.csv" for run in runs]
     found = [path for path in found if path.is_file()]
@@ -247,7 +251,7 @@ def _whole_files(folder):
     return sorted(p for p in folder.glob("[!.]*") if p.is_file())
 
 
-def update_readme(root, profile):
+def update_readme(root: Path, profile: str) -> None:
     """Rewrite README.md's ``generated`` sections of results, claims and notebooks that await a run.
 
     They are made of the tables of ``profile``.
@@ -315,7 +319,7 @@ def _tables1(folder, suffix=""):
     ]
 
 
-def replace_section(path, section, content):
+def replace_section(path: Path, section: str, content: str) -> None:
     """Replace what lies between the two ``generated`` markers of ``section`` in a text file, atomically."""
     write_text(path, _replaced(path.read_text(encoding="utf-8"), section, content))
 
@@ -329,7 +333,7 @@ def _replaced(text, section, content):
     return f"{before}{start}\n{content}{end}{rest.split(end)[1]}"
 
 
-def pdf(profile, target=None):
+def pdf(profile: str, target: str | Path | None = None) -> Path:
     """Set paper/paper.typ from the published tables and figures of ``profile``; returns the PDF's path.
 
     The same tables give the same bytes. Raises PublishError with what typst says, as where a table lacks a
@@ -360,7 +364,7 @@ def pdf(profile, target=None):
     return target
 
 
-def published_parameters(root, profile):
+def published_parameters(root: Path, profile: str) -> dict[str, dict[str, Any]]:
     """{notebook: parameters} of a profile as its published runs had them; seeds are those that are there.
 
     Each notebook's are its own and those that it takes from others. Raises PublishError where the manifest of
@@ -387,7 +391,7 @@ def published_parameters(root, profile):
     return parameters
 
 
-def main(arguments):
+def main(arguments: Sequence[str]) -> int:
     """``commit FOLDER`` or ``pdf [PROFILE]``; returns the exit code."""
     if [*arguments[:1], len(arguments)] not in (["commit", 2], ["pdf", 1], ["pdf", 2]):
         print(__doc__, file=sys.stderr)

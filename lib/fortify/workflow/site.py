@@ -10,6 +10,7 @@ import base64
 import html
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
@@ -43,7 +44,7 @@ PAGE = """
 """
 
 
-def build_site(build):
+def build_site(build: str | Path) -> Path:
     """The pages of a finished profile ``build``, one a run and notebook; returns the index's path."""
     build = Path(build)
     notebooks = {}
@@ -56,7 +57,7 @@ def build_site(build):
     return _site(build / "html", notebooks, build / "tables", build / "figures", build.name)
 
 
-def published_site(target=None):
+def published_site(target: str | Path | None = None) -> Path:
     """The pages of the committed notebooks, for GitHub Pages; returns the index's path."""
     root = find_root()
     paths, profile = sorted((root / "notebooks").glob("[0-9]*.ipynb")), shown_profile(root)
@@ -172,7 +173,7 @@ def _table(markdown):
     return f'<div class="scroll">{table}</div><p class="note">{" ".join(note)}</p>'
 
 
-def main(arguments):
+def main(arguments: Sequence[str]) -> int:
     """No argument, or the FOLDER of a finished profile; returns the exit code."""
     if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
         print(__doc__, file=sys.stderr)

@@ -1,7 +1,8 @@
 """What the Snakefile's rules are made of: a step is a notebook with what it reads, writes and depends on."""
 
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -30,20 +31,20 @@ class Step(NamedTuple):
     costly: bool = True
 
     @property
-    def source(self):
+    def source(self) -> str:
         return f"notebooks/{self.notebook}.ipynb"
 
     @property
-    def below(self):
+    def below(self) -> str:
         """Where in ``notebooks/`` of the build its executed copies lie."""
         return f"{{run}}/{self.notebook}" if "{run}" in self.folder else self.notebook
 
-    def code(self):
+    def code(self) -> dict[str, str]:
         """{name: digest} of the code that it computes with: the notebook's cells, the library's modules."""
         modules = code_of(self.source, without=STYLE if self.costly else ())
         return {self.notebook: cells_digest(self.source)} | modules
 
-    def values(self, parameters, build):
+    def values(self, parameters: Mapping[str, dict[str, Any]], build: str | Path) -> Callable[[Any], str]:
         """A function of Snakemake's wildcards: the notebook's parameters as the YAML that papermill takes."""
 
         def filled(wildcards):
@@ -56,7 +57,7 @@ class Step(NamedTuple):
 
         return filled
 
-    def inherited(self, parameters):
+    def inherited(self, parameters: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """Values of the parameters that the notebook reads in other notebooks' manifests.
 
         They stand for those files, which are no input because of their time stamps.
@@ -67,18 +68,24 @@ class Step(NamedTuple):
         }
 
 
-def each(runs, *names):
+def each(runs: Iterable[str], *names: str) -> list[str]:
     """Paths of these files in every run's folder."""
     return [f"{run}/{name}" for run in runs for name in names]
 
 
-def split_and_seed(run):
+def split_and_seed(run: str) -> tuple[str, int]:
     """("random", 0) of "random-s0"."""
     split, _, seed = run.rpartition("-s")
     return split, int(seed)
 
 
-def finished_runs(build, needs, *, splits, seeds=None):
+def finished_runs(
+    build: str | Path,
+    needs: Collection[str],
+    *,
+    splits: Collection[str],
+    seeds: Collection[int] | None = None,
+) -> list[str]:
     """Names of the runs below ``build`` that hold every file of ``needs``, by split and seed."""
     found = sorted((p for p in Path(build).glob("*-s[0-9]*") if p.is_dir()), key=run_order)
     found = [p.name for p in found if all((p / name).is_file() for name in needs)]
@@ -86,7 +93,7 @@ def finished_runs(build, needs, *, splits, seeds=None):
     return [r for r, (split, seed) in of.items() if split in splits and (seeds is None or seed in seeds)]
 
 
-def image_files(parameters):
+def image_files(parameters: Mapping[str, Any]) -> str:
     """Which files notebook 1 reads: other ones make its results stale. Phantoms have none."""
     if parameters["dataset"] == "phantom":
         return ""
