@@ -4,6 +4,8 @@ A *run* is one folder below ``build/<profile>/``. A notebook opens it with :func
 what the notebooks before it left there, and writes its own files through :func:`atomic_path`.
 """
 
+from __future__ import annotations
+
 import ast
 import contextlib
 import hashlib
@@ -15,9 +17,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fortify.files import find_root
 from fortify.runtime import describe_device
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    import torch
 
 BY_HAND = "build/by-hand"  # where a notebook run outside the workflow writes
 _MEANINGLESS = ("test", "nbmake")  # profiles whose figures mean nothing: never read by hand
@@ -54,7 +62,7 @@ class Run:
     )  # {notebook: parameters taken from its manifest}
 
     @property
-    def profile(self):
+    def profile(self) -> str:
         """Name of the profile that wrote what is read; ``"by hand"`` outside the workflow.
 
         Where files made by hand were read in place of the profile's, it names them.
@@ -64,7 +72,13 @@ class Run:
         beside = f" with {', '.join(sorted(self.replaced))} made by hand" if self.replaced else ""
         return self.source.parent.name + beside
 
-    def siblings(self, needs, *, splits=None, seeds=None):
+    def siblings(
+        self,
+        needs: Collection[str],
+        *,
+        splits: Collection[str] | None = None,
+        seeds: Collection[int] | None = None,
+    ) -> list[Run]:
         """The runs of the same profile that hold every file in ``needs``, by split and seed (2 before 10).
 
         ``splits`` and ``seeds`` leave out other runs, such as those of an earlier call with more seeds.
@@ -82,7 +96,7 @@ class Run:
                 found.append(Run(folder, self.target, self.replaced, self.inherited))
         return found
 
-    def parameters(self, notebook, *names):
+    def parameters(self, notebook: str, *names: str) -> dict[str, Any]:
         """{name: value} of the parameters that ``notebook`` of this run had: all, or just ``names``.
 
         They are read from its manifest, so that no later notebook declares them again. Name both as literals:
@@ -98,7 +112,7 @@ class Run:
         self.inherited.setdefault(notebook, {}).update(own)
         return own
 
-    def read(self, name):
+    def read(self, name: str) -> Path:
         """Path of an existing file ``name``.
 
         Raises FileNotFoundError, saying which notebook writes the file.
@@ -115,14 +129,14 @@ class Run:
             return path
         raise FileNotFoundError(f"{_resolve(self.source, name)} does not exist. {_remedy(name)}")
 
-    def write(self, name):
+    def write(self, name: str) -> Path:
         """Path to write ``name`` to; its folder exists on return."""
         path = _resolve(self.target, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
 
-def shared_parameters(runs, notebook, *names):
+def shared_parameters(runs: Sequence[Run], notebook: str, *names: str) -> dict[str, Any]:
     """:meth:`Run.parameters` of several runs, which must agree: their results are in one table.
 
     Raises ValueError that names two runs which do not, or where there are none.
@@ -141,14 +155,14 @@ def shared_parameters(runs, notebook, *names):
     return first
 
 
-def run_order(path):
+def run_order(path: str | Path) -> tuple[str, int]:
     """Sorts runs by split, then by seed as a number; other folders by their names."""
     name = Path(path).name
     found = re.fullmatch(_RUN, name)
     return (found[1], int(found[2])) if found else (name, -1)
 
 
-def open_run(run="", *, needs=()):
+def open_run(run: str | Run = "", *, needs: Collection[str] = ()) -> Run:
     """Open the run folder ``run`` (absolute, or below the checkout) and return a :class:`Run`.
 
     ``run=""`` is a notebook run by hand: it writes to ``build/by-hand``, so that no finished run is
@@ -228,7 +242,7 @@ def _remedy(name):
     return "Run the notebooks before this one first, or `make demo` for all of them."
 
 
-def notebook_parameters(notebook, namespace):
+def notebook_parameters(notebook: str, namespace: Mapping[str, Any]) -> dict[str, Any]:
     """{name: value} of what the parameters cell of ``notebook`` ("02_baseline") declares now.
 
     Call it with ``globals()`` right after that cell. Rerun later, when a set-up cell has made of a parameter
@@ -247,7 +261,7 @@ def notebook_parameters(notebook, namespace):
     return found
 
 
-def declared_parameters(notebook):
+def declared_parameters(notebook: str | Path) -> dict[str, Any]:
     """{name: default} of the cell tagged ``parameters``, which must hold plain literals, one a line.
 
     ValueError for a file without that cell, or where it holds something else.
@@ -261,7 +275,7 @@ def declared_parameters(notebook):
     raise ValueError(f"{notebook} has no cell tagged parameters")
 
 
-def literals(source):
+def literals(source: str) -> dict[str, Any]:
     """{name: value} of lines of ``name = literal`` and comments. ValueError names a line that is not one."""
     found = {}
     for line in ast.parse(source).body:
@@ -272,7 +286,7 @@ def literals(source):
     return found
 
 
-def checked_parameter(value, default, *, where):
+def checked_parameter(value: Any, default: Any, *, where: str) -> Any:
     """``value`` if it is of the default's type; else ValueError in one sentence, which starts with ``where``.
 
     A whole number passes for a number. Each element of a list is checked, and in a mapping each value whose
@@ -294,7 +308,7 @@ def checked_parameter(value, default, *, where):
     return value
 
 
-def banner(run, source, *, device=None, **facts):
+def banner(run: Run, source: str, *, device: str | torch.device | None = None, **facts: Any) -> str:
     """Markdown for a notebook's top: profile, data, what was trained, and what it must not pass for."""
     parts = [f"Profile **{run.profile}**", source]
     parts += [f"{name} {value}" for name, value in facts.items()]
@@ -308,7 +322,13 @@ def banner(run, source, *, device=None, **facts):
     return line
 
 
-def manifest(*, parameters, data_sha256, device, inherited=None):
+def manifest(
+    *,
+    parameters: Mapping[str, Any],
+    data_sha256: str,
+    device: str | torch.device,
+    inherited: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
     """What a result needs to be traced: parameters, data hash, code, versions and machine, as a dict.
 
     ``inherited`` is :attr:`Run.inherited`, what it took of other notebooks' parameters.
@@ -328,7 +348,7 @@ def manifest(*, parameters, data_sha256, device, inherited=None):
     }
 
 
-def lib_sha256():
+def lib_sha256() -> str:
     """Of the modules of ``lib/fortify``, names and contents."""
     digest, package = hashlib.sha256(), Path(__file__).parent
     for module in sorted(package.rglob("*.py")):
@@ -336,7 +356,7 @@ def lib_sha256():
     return digest.hexdigest()
 
 
-def code_state():
+def code_state() -> dict[str, Any]:
     """Commit, dirty flag and the SHA-256 of ``lib/fortify``; commit is None outside a git checkout."""
     package = Path(__file__).parent
     state = {"lib_sha256": lib_sha256(), "commit": None, "dirty": None}
