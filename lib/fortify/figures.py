@@ -5,19 +5,27 @@ No function draws on the screen or leaves a pyplot figure open. Images are float
 
 import functools
 import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import matplotlib.style
 import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.ticker import FixedLocator, NullLocator
 from scipy.ndimage import uniform_filter
 
 from fortify.evaluation import TRAININGS, attacks_in
 from fortify.files import atomic_path
+
+if TYPE_CHECKING:
+    from fortify.data import Slices
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
 SINGLE, DOUBLE = 3.4, 7.0  # inches: one column of the page, and two
@@ -49,7 +57,7 @@ def _has_budget(example):
     return example.eps_255 is not None and not np.isnan(example.eps_255)
 
 
-def styled(function):
+def styled(function: Callable[..., Figure]) -> Callable[..., Figure]:
     """Draw in the paper's style, and lay the figure out once, for each further pass moves it a little."""
 
     @functools.wraps(function)
@@ -66,7 +74,7 @@ def styled(function):
     return drawn
 
 
-def save(fig, folder, name):
+def save(fig: Figure, folder: str | Path, name: str) -> Path:
     """Write ``name``.pdf and ``name``.png (300 dpi) to ``folder``, atomically; return the PNG's path.
 
     The files hold no date and no version: the same figure gives the same bytes.
@@ -80,7 +88,7 @@ def save(fig, folder, name):
 
 
 @styled
-def fig1_system():
+def fig1_system() -> Figure:
     """Figure 1, the system: train normally, craft attacks, train adversarially, evaluate both models."""
     fig = Figure(figsize=(DOUBLE, 3.0), layout=None)
     ax = fig.add_axes((0, 0, 1, 1), xlim=(0, DOUBLE), ylim=(0, 3.0))  # so that coordinates are inches
@@ -129,14 +137,24 @@ def fig1_system():
     return fig
 
 
-def image_grid(rows, columns, width, *, below=0.0, top=0.0, aspect=1.0):
+def image_grid(
+    rows: int, columns: int, width: float, *, below: float = 0.0, top: float = 0.0, aspect: float = 1.0
+) -> tuple[Figure, np.ndarray]:
     """A Figure of ``rows`` x ``columns`` square images, with room in inches for text below and on top."""
     height = rows * (width / columns * aspect + below) + top
     fig = Figure(figsize=(width, height), layout="compressed")
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 
-def show_image(ax, image, *, vmin=0.0, vmax=1.0, wrong=None, **kwargs):
+def show_image(
+    ax: Axes,
+    image: np.ndarray,
+    *,
+    vmin: float = 0.0,
+    vmax: float = 1.0,
+    wrong: bool | None = None,
+    **kwargs: Any,
+) -> AxesImage:
     """Draw an image without ticks; a wrong prediction has a thick frame and a cross in the corner."""
     drawn = ax.imshow(image, vmin=vmin, vmax=vmax, **kwargs)
     ax.set(xticks=[], yticks=[])
@@ -148,7 +166,13 @@ def show_image(ax, image, *, vmin=0.0, vmax=1.0, wrong=None, **kwargs):
 
 
 @styled
-def fig2_samples(images, labels, class_names, per_class=4, names=None):
+def fig2_samples(
+    images: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    per_class: int = 4,
+    names: Sequence[str] | None = None,
+) -> Figure:
     """Figure 2: ``per_class`` slices of each class, spread evenly over its (N, H, W) images.
 
     ``names`` (N,) are written below the slices. Images are uint8, or float in [0, 1].
@@ -182,7 +206,7 @@ def _perturbation(example):
 
 
 @styled
-def prediction_panel(examples):
+def prediction_panel(examples: Sequence[Example]) -> Figure:
     """Figures 3 to 6: images, their true class, and the class predicted with its probability.
 
     Without attack the examples are side by side. Attacked ones have a row each: clean image, perturbation
@@ -218,7 +242,7 @@ def prediction_panel(examples):
 
 
 @styled
-def perturbation_closeups(examples, *, crop=None):
+def perturbation_closeups(examples: Sequence[Example], *, crop: tuple[int, int, int] | None = None) -> Figure:
     """One image under several attacks: perturbations, whole and enlarged, on one scale; mid-grey is zero.
 
     ``crop`` is (row, column, size) of the enlarged square; default: a quarter of the side, where the
@@ -255,7 +279,13 @@ def perturbation_closeups(examples, *, crop=None):
 
 
 @styled
-def confusion_matrices(matrices, *, split, class_names, protocol="adaptive"):
+def confusion_matrices(
+    matrices: Mapping[tuple, np.ndarray],
+    *,
+    split: str,
+    class_names: Sequence[str],
+    protocol: str = "adaptive",
+) -> Figure:
     """Confusion matrices of one split: a row per model, a column per attack; counts on row-normalised shade.
 
     ``matrices`` is what :func:`fortify.evaluation.confusion` returns.
@@ -283,7 +313,9 @@ def confusion_matrices(matrices, *, split, class_names, protocol="adaptive"):
 
 
 @styled
-def robustness_curves(curve, *, protocol="adaptive", majority=None):
+def robustness_curves(
+    curve: pd.DataFrame, *, protocol: str = "adaptive", majority: Mapping[str, float] | None = None
+) -> Figure:
     """Accuracy in % against the Linf budget in grey levels, with Wilson bands; a panel per split.
 
     ``curve`` is :func:`fortify.evaluation.curve`; ``majority`` {split: share of the largest class} draws what
@@ -326,7 +358,7 @@ def robustness_curves(curve, *, protocol="adaptive", majority=None):
 
 
 @styled
-def training_curves(history):
+def training_curves(history: pd.DataFrame) -> Figure:
     """Loss, accuracy in % and learning rate against the epoch; a line marks the epoch that was kept.
 
     ``history`` has the columns epoch, lr, train_loss, train_accuracy, val_accuracy, val_robust_accuracy
@@ -357,7 +389,15 @@ def training_curves(history):
     return fig
 
 
-def pick_example(rows, slices, *, label, attack=None, eps_255=None, attacked=None):
+def pick_example(
+    rows: pd.DataFrame,
+    slices: "Slices",
+    *,
+    label: int,
+    attack: str | None = None,
+    eps_255: float | None = None,
+    attacked: np.ndarray | None = None,
+) -> Example:
     """A typical image of class ``label`` as an :class:`Example`, by a rule and not by eye.
 
     The first that the rows' model classifies correctly when clean and on which the ``attack`` ends as on most
