@@ -32,7 +32,7 @@ class TrainingState:
         *,
         keep: str = "best",
         ema: float = 0.0,
-    ):
+    ) -> None:
         self.model, self.epoch, self.history, self.best = model, 0, [], _copy(model)
         self.optimizer, self.schedule, self.keep = optimizer, schedule, keep
         self.ema, self.averaged = ema, 0

@@ -40,7 +40,7 @@ class FusedModel:
         logits: Tensor | None = None,
         autocast: bool = False,
         compiled: bool = False,
-    ):
+    ) -> None:
         self.net, self._plain, self._fused, self._stems = model, [], [], []
         if isinstance(model, torch.jit.ScriptModule):
             return  # its code is fixed: there are no layers to change
@@ -119,12 +119,12 @@ class Padded(nn.Module):
     are of the whole process: after as many sizes of batch and image new ones run as they are.
     """
 
-    def __init__(self, net, *, to=8):
+    def __init__(self, net: nn.Module, *, to: int = 8) -> None:
         super().__init__()
         self.net, self.to = torch.compile(net, dynamic=False), to
         self.eval()
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.net(F.pad(x, (0, 0) * (x.ndim - 1) + (0, -len(x) % self.to)))[: len(x)]
 
 
@@ -137,7 +137,7 @@ class GreyStem(nn.Module):
     2 x 2 block becomes a channel, which convolves faster than an image of one channel.
     """
 
-    def __init__(self, normalise, conv):
+    def __init__(self, normalise: Normalise, conv: nn.Conv2d) -> None:
         super().__init__()
         self.normalise, self.conv, self.offsets = normalise, conv, {}
         pad, size = conv.padding[0], conv.kernel_size[0]
@@ -146,7 +146,7 @@ class GreyStem(nn.Module):
         self.register_buffer("kernel", self._kernel(), persistent=False)
 
     @staticmethod
-    def fits(conv):
+    def fits(conv: nn.Conv2d) -> bool:
         """Whether ``conv`` is one that this can replace: square, of three channels, at stride 2."""
         square = len(set(conv.kernel_size)) == 1 and conv.padding in ((0, 0), (1, 1), (2, 2), (3, 3))
         plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
@@ -171,7 +171,7 @@ class GreyStem(nn.Module):
     def _offset(self, size):
         return self.conv(self.normalise(self.kernel.new_zeros(1, 1, *size)))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         size = tuple(x.shape[2:])
         if x.shape[1] != 1 or any(side % 2 for side in size):
             return self.conv(self.normalise(x))

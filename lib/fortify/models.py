@@ -6,7 +6,7 @@ What this project builds takes grey slices (one channel), or three channels wher
 
 import contextlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class Normalise(nn.Module):
     As the network's first layer it keeps every attack and every budget in grey levels.
     """
 
-    def __init__(self, channels: int = 1):
+    def __init__(self, channels: int = 1) -> None:
         super().__init__()
         if channels not in (1, 3):
             raise ValueError(f"the networks built here take 1 or 3 channels, not {channels}")
@@ -48,14 +48,14 @@ class Normalise(nn.Module):
 class Float32(nn.Module):
     """Logits in float32, under bf16 autocast too: losses and margins are not rounded to eight bits."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x.float()
 
 
 class BasicBlock(nn.Module):
     """The basic block of He et al. (2016), as torchvision's, whose import takes as long as torch's own."""
 
-    def __init__(self, before, width, stride, shortcut):
+    def __init__(self, before: int, width: int, stride: int, shortcut: nn.Module | None) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(before, width, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -64,7 +64,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample = shortcut
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         residual = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         residual += x if self.downsample is None else self.downsample(x)
         return self.relu(residual)
@@ -76,7 +76,7 @@ class SmallResNet(nn.Module):
     The network for machines without a GPU: at 112 px it trains adversarially in minutes on two cores.
     """
 
-    def __init__(self, num_classes, widths=(24, 48, 96, 192)):
+    def __init__(self, num_classes: int, widths: Sequence[int] = (24, 48, 96, 192)) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(3, widths[0], 7, stride=2, padding=3, bias=False),
@@ -100,7 +100,7 @@ class SmallResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.stages(self.stem(x)).mean((2, 3)))
 
 
@@ -211,7 +211,7 @@ class Guarded(nn.Module):
     tuple or dict are taken where there is one tensor of that shape, or one called ``logits``.
     """
 
-    def __init__(self, model: nn.Module, *, dtype: torch.dtype | None = None):
+    def __init__(self, model: nn.Module, *, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.model = model
         floats = (p.dtype for p in itertools.chain(model.parameters(), model.buffers()))
