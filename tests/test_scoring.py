@@ -236,3 +236,11 @@ def test_an_example_that_is_not_there_is_named(phantoms, evaluated):
 def test_clean_scoring_needs_no_adversarial(model, images, labels, part):
     rows = score(model, images[part], labels[part], index=part, attack="clean", eps_255=0, **IDS)
     assert (rows.l2 == 0).all() and (rows.linf_255 == 0).all()
+
+
+def test_static_images_that_no_gradient_changed_are_of_no_other_budget(model, images, labels, part):
+    """As FGSM leaves them where all gradients are zero: that is a fact of the model, not a stale file."""
+    x, y = images[part], labels[part]
+    crafted = {name: x.numpy() for name in ("fgsm", "pgd", "cw")}
+    rows = score_static(model, x, y, crafted, index=part, eps_255=4, **IDS)
+    assert rows.linf_255.eq(0).all() and set(rows[rows.attack == "fgsm"].eps_255) == {4}

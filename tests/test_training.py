@@ -464,3 +464,37 @@ def test_a_square_of_the_share_asked_for_is_cut_out():
     assert areas.max() == 100, "10 of 40 pixels a side, where the square is whole"
     assert areas.min() >= 25, "a quarter of it at least: its centre lies in the image"
     assert (holes.mean(0) > 0).all(), "anywhere"
+
+
+@pytest.mark.parametrize(("images", "batch_size"), [(3, 2), (5, 2), (9, 8), (7, 3), (2, 64), (33, 32)])
+def test_no_batch_is_of_a_single_image(phantoms, images, batch_size):
+    """BatchNorm cannot train on one; torch would say so in the middle of an epoch."""
+    some = replace(phantoms.subset(range(images)), labels=np.arange(images) % 2, class_names=("a", "b"))
+    model = build_model("resnet_small", num_classes=2, seed=0)
+    sizes = []
+    hook = model.register_forward_pre_hook(lambda module, args: sizes.append((module.training, len(args[0]))))
+    fit(model, some, some, Recipe(epochs=1, batch_size=batch_size), progress=False)
+    hook.remove()
+    trained = [size for training, size in sizes if training]
+    assert min(trained) >= 2 and sum(trained) == images
+
+
+def test_a_recipe_is_built_in_one_place():
+    parameters = {"epochs": 7, "lr": 0.1, "gamma": 0.3, "flip": False, "arch": "resnet50", "split": "random"}
+    recipe = Recipe.from_parameters(parameters, gamma=0.5, mixup=0.25)
+    assert recipe == Recipe(epochs=7, lr=0.1, mixup=0.25, augmentation=Augmentation(flip=False, gamma=0.5))
+    assert Recipe.from_parameters({}) == Recipe()
+    with pytest.raises(ValueError, match="a recipe has no gama; it has batch_size, "):
+        Recipe.from_parameters(parameters, gama=0.5)
+
+
+def test_training_and_validation_of_other_classes_are_refused(parts):
+    train, val = parts
+    two = replace(val.subset(val.labels < 2), class_names=val.class_names[:2])
+    with pytest.raises(ValueError, match=r"other classes, .* labels differ.*classes=train.class_names"):
+        fit(small(), train, two, Recipe(epochs=1), progress=False)
+
+
+def test_weights_of_another_type_are_not_trained(parts):
+    with pytest.raises(ValueError, match=r"trained in float32, not bfloat16: call model.float\(\) first"):
+        fit(small().bfloat16(), *parts, Recipe(epochs=1), progress=False)
