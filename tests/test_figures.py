@@ -299,3 +299,24 @@ def test_normal_training_has_no_attacked_curve_and_one_epoch_is_visible():
         "kept: epoch 1",
     ]
     assert all(line.get_marker() not in ("", "None") for line in fig.axes[1].lines[:2])
+
+
+def test_colour_images_are_shown_with_their_mean_change():
+    rng = np.random.default_rng(0)
+    clean = rng.random((32, 32, 3)) * 0.5 + 0.2
+    change = np.zeros((32, 32, 3))
+    change[8:16, 8:16, 0] = 0.09
+    seen = {"label": 0, "clean_prediction": 0, "clean_probability": 0.9, "class_names": ("a", "b")}
+    attacked = {
+        "attacked": clean + change,
+        "prediction": 1,
+        "probability": 0.8,
+        "attack": "pgd",
+        "eps_255": 24,
+    }
+    example = figures.Example(clean=clean, **seen, **attacked)
+    panel, closeups = figures.prediction_panel([example]), figures.perturbation_closeups([example])
+    drawn = panel.axes[1].images[0].get_array()
+    assert drawn.shape == (32, 32) and drawn[10, 10] == pytest.approx(0.03 * 4, rel=1e-3)
+    assert "largest change 22.95/255" in panel.axes[1].get_xlabel()
+    assert max(ax.images[0].get_array().max() for ax in closeups.axes[:4] if ax.images) <= 0.03 * 255 + 1

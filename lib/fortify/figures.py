@@ -205,6 +205,11 @@ def _perturbation(example):
     return np.asarray(example.attacked, dtype=float) - np.asarray(example.clean, dtype=float)
 
 
+def _in_grey(delta):
+    """A change (H, W) to show; of a colour image (H, W, C) the mean over its channels."""
+    return delta if delta.ndim == 2 else delta.mean(-1)
+
+
 @styled
 def prediction_panel(examples: Sequence[Example]) -> Figure:
     """Figures 3 to 6: images, their true class, and the class predicted with its probability.
@@ -227,7 +232,7 @@ def prediction_panel(examples: Sequence[Example]) -> Figure:
     for row, example in zip(axes, examples, strict=True):
         delta = _perturbation(example)
         _verdict(row[0], example.clean, example, example.clean_prediction, example.clean_probability)
-        show_image(row[1], delta * factor, vmin=-0.5, vmax=0.5)
+        show_image(row[1], _in_grey(delta) * factor, vmin=-0.5, vmax=0.5)
         size = f"largest change {np.abs(delta).max() * 255:.2f}/255, $L_2$ {np.linalg.norm(delta):.2f}"
         within = f"$L_\\infty$ at most {example.eps_255:g}/255" if _has_budget(example) else "minimum norm"
         row[1].set_xlabel(f"{_title(example.attack)}, {within}\n{size}")
@@ -249,7 +254,7 @@ def perturbation_closeups(examples: Sequence[Example], *, crop: tuple[int, int, 
     perturbations are strongest. The scale ends at three times the largest change of the least attack, so that
     this one stays visible; where others exceed it, the ends are marked.
     """
-    deltas = [_perturbation(example) * 255 for example in examples]
+    deltas = [_in_grey(_perturbation(example)) * 255 for example in examples]
     size = np.abs(deltas)
     if crop is None:
         side = deltas[0].shape[0] // 4
