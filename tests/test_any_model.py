@@ -23,8 +23,10 @@ SUITE = Suite(
     square_queries=20,
     autoattack_steps=5,
     noise_draws=2,
+    cw=CW(binary_search_steps=2, steps=20, stepsize=0.05),
 )
 SOME = ("T0", "T1", "T3", "T9")
+ATTACKS = [FGSM(4), PGD(4, steps=5), CW(2, 20, 0.05)]
 
 
 def toy(n=60, channels=1, classes=3):
@@ -93,20 +95,26 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_model_of_any_kind_is_attacked_and_audited_as_the_plain_one(task, kind):
+@pytest.fixture(scope="module")
+def plain(task):
+    """Rows and audit of the plain model."""
     net, x, y = task
+    return evaluate(net, x, y, ATTACKS)[0], audit(net, AuditData(x, y, np.arange(60)), SUITE, only=SOME)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_any_kind_is_attacked_and_audited_as_the_plain_one(task, plain, kind):
+    net, x, y = task
+    expected, audited = plain
     own = Net()
     own.load_state_dict(net.state_dict())
     model = KINDS[kind](own.eval())
-    attacks = [FGSM(4), PGD(4, steps=5), CW(2, 20, 0.05)]
-    expected, _ = evaluate(net, x, y, attacks)
-    rows, _ = evaluate(model, x, y, attacks)
+    rows, _ = evaluate(model, x, y, ATTACKS)
     check_rows(rows)
     differing = (rows.prediction != expected.prediction).groupby(rows.attack).mean()
     assert differing.max() <= 0.05, "but for rounding"
-    plain, found = (audit(m, AuditData(x, y, np.arange(60)), SUITE, only=SOME) for m in (net, model))
-    assert list(found.table.verdict) == list(plain.table.verdict)
+    found = audit(model, AuditData(x, y, np.arange(60)), SUITE, only=SOME)
+    assert list(found.table.verdict) == list(audited.table.verdict)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

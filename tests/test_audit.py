@@ -66,9 +66,13 @@ def honest(model, data):
     return audit(model, data, SUITE, others=[model])
 
 
+# What mutants meet: at so few steps each is caught by the check meant for it, and the honest attack by none.
+FEW_STEPS = replace(SUITE, pgd_steps=5)
+
+
 @pytest.fixture(scope="module")
 def mutants(model, data):
-    return run_mutants(model, data, SUITE, images=10)
+    return run_mutants(model, data, FEW_STEPS, images=10)
 
 
 def verdict(id, model, data, suite=SUITE, **options):
@@ -92,12 +96,13 @@ def test_every_mutant_is_caught(mutants):
 
 
 def test_no_check_that_catches_a_mutant_fails_anyway(model, data):
-    suite = mutant_suite(model, data, SUITE)
+    suite = mutant_suite(model, data, FEW_STEPS)
     assert audit(model, data, suite, others=[model], only=MUTANT_CHECKS).failed == ()
 
 
 def test_an_honest_attack_and_an_undefended_model_are_not_caught(model, data):
-    same = run_mutants(model, data, SUITE, images=10, attacks={"honest": craft}, defences={"none": _Around})
+    honest = {"attacks": {"honest": craft}, "defences": {"none": _Around}}
+    same = run_mutants(model, data, FEW_STEPS, images=10, **honest)
     assert not same.caught.any() and list(same.by) == ["", ""]
     assert tally(same) == "0/2"
     missed = mutant_check(same)
@@ -165,7 +170,7 @@ def test_an_attack_that_does_nothing_is_seen(model, data):
 
 def test_a_cw_that_is_too_short_is_seen(model, data):
     """By the images it misses within the budget, or, where all of them are within it, by larger changes."""
-    enough = replace(SUITE, cw=CW(6, 60, 0.02, initial_const=1.0), cw_l2=0.5)
+    enough = replace(SUITE, cw=CW(4, 30, 0.03, initial_const=1.0), cw_l2=0.5)
     (line,) = audit(model, data, enough, only=["T16"]).checks
     assert line.verdict == PASS and "a longer CW 0 more" in line.measured, line
     few = CW(1, 5, 0.05, initial_const=0.01)
@@ -178,7 +183,7 @@ def test_a_cw_that_is_too_short_is_seen(model, data):
     coarse = CW(1, 40, 0.05, initial_const=100.0)  # breaks all of them, by more than it takes
     (line,) = audit(model, data, replace(enough, cw=coarse, cw_l2=100.0, cw_share=0.999), only=["T16"]).checks
     assert line.verdict == FAIL and "within L2 100: 16 of 16, a longer CW 0 more" in line.measured, line
-    (line,) = audit(model, data, replace(enough, cw_images=5), only=["T16"]).checks
+    (line,) = audit(model, data, replace(enough, cw=few, cw_images=5), only=["T16"]).checks
     assert " of 5, " in line.measured
 
 
@@ -339,7 +344,8 @@ def test_no_attack_is_run_twice(model, data):
 
     for own, among in ((3, 3.0), (3.0, 3), (3, 3)):  # the suite's own budget, and the same among T4's
         calls.clear()
-        suite = replace(SUITE, eps_255=own, eps_grid_255=(1, among, 16))
+        short = {"pgd_steps": 3, "cw": CW(binary_search_steps=1, steps=2)}
+        suite = replace(SUITE, eps_255=own, eps_grid_255=(1, among, 16), **short)
         audit(model, data, suite, craft=counted, only=[id for id in CHECKS if id not in ("T0", "T0b", "T7")])
         assert len(calls) > 8 and len(set(calls)) == len(calls)
 
@@ -354,9 +360,8 @@ def test_of_what_is_random_too(model, data):
     for seed in (1, 2):  # of the global generator, which is as it was afterwards
         torch.manual_seed(seed)
         state = torch.get_rng_state()
-        mutants = run_mutants(
-            model, data, SUITE, attacks={"no seed": BROKEN_ATTACKS["no seed"]}, defences=some
-        )
+        attacks = {"no seed": BROKEN_ATTACKS["no seed"]}
+        mutants = run_mutants(model, data, FEW_STEPS, images=6, attacks=attacks, defences=some)
         assert torch.equal(torch.get_rng_state(), state)
         assert first is None or mutants.equals(first)
         first = mutants

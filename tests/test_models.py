@@ -1,5 +1,6 @@
 """Models: grey in, normalisation inside, safe on disk."""
 
+import json
 import pickle
 import subprocess
 import sys
@@ -85,12 +86,38 @@ def _setting(name):
         torch.backends.cudnn.conv.fp32_precision = name
 
 
-@pytest.mark.parametrize("name", ["", "ieee", "all tf32", "all ieee", "allow not", "rnn"])
-def test_convolutions_are_in_float32_whatever_was_set_and_as_before_after_it(name):
-    """In a process of its own: torch's newer and older settings do not mix, and there is no way back."""
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_models\n"
-    code += f"test_models._setting({name!r}); test_models._check_convolutions({name!r})"
-    subprocess.run([sys.executable, "-c", code], check=True)
+SETTINGS = ["", "ieee", "all tf32", "all ieee", "allow not", "rnn"]
+
+
+@pytest.fixture(scope="module")
+def ended():
+    """{setting: exit status of a process that made it and checked the convolutions}.
+
+    Each a fork of one that has imported torch, which takes longer than the check. Torch's newer and older
+    settings do not mix, and there is no way back.
+    """
+    code = f"""import json, os, sys, traceback
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_models
+ended = {{}}
+for name in test_models.SETTINGS:
+    if not (child := os.fork()):
+        try:
+            test_models._setting(name)
+            test_models._check_convolutions(name)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    ended[name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(json.dumps(ended))"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_convolutions_are_in_float32_whatever_was_set_and_as_before_after_it(ended, name):
+    assert ended[name] == 0
 
 
 def _check_convolutions(name):
