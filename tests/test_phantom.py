@@ -131,12 +131,13 @@ def test_a_network_learns_what_shortcuts_do_not_and_an_attack_undoes_it():
     assert shortcut(KNeighborsClassifier(1), thumbnails, random) > 0.97
 
     model = build_model("resnet_small", num_classes=3, seed=0)
-    fit(model, train, train, Recipe(epochs=20, batch_size=32, lr=3e-3), seed=0, progress=False)
+    seen = train.subset(range(0, len(train), 8))  # no validation, only what training asks for
+    fit(model, train, seen, Recipe(epochs=12, batch_size=32, lr=3e-3), seed=0, progress=False)
     images, labels = torch.from_numpy(test.images)[:, None] / 255, torch.from_numpy(test.labels)
     clean = (predict(model, images).argmax(1) == labels).float().mean().item()
     robust = {}
     for eps_255 in (4, 8):
-        success = craft(model, images, labels, PGD(eps_255, steps=10), seed=0).success
+        success = craft(model, images, labels, PGD(eps_255, steps=5), seed=0).success
         robust[eps_255] = 1 - success.float().mean().item()
     figures = dict(clean=clean, robust=robust, nearest=nearest, histogram=histogram)
     assert clean > 0.7, figures
