@@ -42,7 +42,7 @@ def test_adversarial_training_holds_where_normal_training_falls(phantoms, images
     """On the training images themselves, so that it tests the loop and not the generalisation."""
     some = phantoms.subset(range(0, 120, 2))
     x, y = images[::2], labels[::2]
-    recipe = Recipe(epochs=25, batch_size=20, lr=3e-3, augmentation=STILL, label_smoothing=0)
+    recipe = Recipe(epochs=16, batch_size=20, lr=3e-3, augmentation=STILL, label_smoothing=0)
     normal, robust = small(), small()
     fit(normal, some, some, recipe, progress=False)
     attack = PGD(8, steps=4)
