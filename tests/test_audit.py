@@ -344,7 +344,7 @@ def test_no_attack_is_run_twice(model, data):
 
     for own, among in ((3, 3.0), (3.0, 3), (3, 3)):  # the suite's own budget, and the same among T4's
         calls.clear()
-        short = {"pgd_steps": 3, "cw": CW(binary_search_steps=1, steps=2)}
+        short = {"cw": CW(binary_search_steps=1, steps=2)}
         suite = replace(SUITE, eps_255=own, eps_grid_255=(1, among, 16), **short)
         audit(model, data, suite, craft=counted, only=[id for id in CHECKS if id not in ("T0", "T0b", "T7")])
         assert len(calls) > 8 and len(set(calls)) == len(calls)
