@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from fortify.evaluation import TRAININGS
 from fortify.workflow.locks import wait_for_profile
 from fortify.workflow.notebooks import code_of
 from fortify.workflow.profiles import ProfileError, load_profile, read_profile
@@ -41,7 +42,8 @@ if workflow.is_main_process and not {"-n", "--dry-run", "--dryrun"} & set(sys.ar
     LOCK = wait_for_profile(BUILD)
 
 # What Table 1 takes of each run, and what the claims do.
-ROWS = ["normal_predictions.csv", "adversarial_predictions.csv", "normal_history.csv", "adversarial_history.csv"]
+ROWS = [f"{name}_{kind}.csv" for kind in ("predictions", "history") for name in ("normal", "adversarial")]
+OF_TABLE1 = [f"{name}_predictions.csv" for name, training in TRAININGS.items() if training.table1]
 PROTOCOL = ["published_predictions.csv", "published_protocol.csv"]
 MODELS = ["normal.safetensors", "adversarial.safetensors"]
 
@@ -94,7 +96,8 @@ STEPS = [  # rule, notebook, folder of its manifest, what it reads, what it writ
     Step("adversarial_training", "04_adversarial_training", "{run}", [*OF_RUN, "{run}/normal_attacked.npz"],
          each(["{run}"], "adversarial.safetensors", *(f"adversarial_{end}" for end in
               ("history.csv", "predictions.csv", "attacked.npz")))),
-    Step("results", "05_results", "results", ["data/slices.npz", *each(RUNS, *ROWS)], TABLE1 + FIGURES, costly=False),
+    Step("results", "05_results", "results", ["data/slices.npz", *each(RUNS, *dict.fromkeys(ROWS + OF_TABLE1))],
+         TABLE1 + FIGURES, costly=False),
     Step("published_protocol", "06_published_protocol", "{run}", [*OF_RUN, *each(["{run}"], *MODELS, *ROWS[:2])],
          each(["{run}"], "published.safetensors", "tone_curves.safetensors", *PROTOCOL)),
     Step("leakage", "07_leakage", "leakage",
