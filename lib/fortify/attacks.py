@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fortify.fused import FusedModel, same_logits
+from fortify.fused import FusedModel, same_logits, spread
 from fortify.models import Guarded, collected
 from fortify.runtime import device_of, float32_convolutions, frozen, progress_bar, seeded
 
@@ -211,16 +211,13 @@ def craft(
             # Copies: tensors made in inference mode take no part in gradients.
             x, y = (whole[part].to(device, copy=True) for whole in (images, labels))
             options = {"noise": None if noise is None else noise[part].to(device)}
-            with seeded(seed + start, device):  # for an attack that draws more than that start
-                x_adv = _attacked(fused, x, y, attack, **options)
-            with torch.no_grad():
-                logits = guarded(x_adv)
-                agree = fused is model or same_logits(logits, Guarded.of(fused)(x_adv))
-            if not agree:
-                with seeded(seed + start, device):
-                    x_adv = _attacked(model, x, y, attack, **options)
+            for net in (fused, model):  # the model itself where the fused one differs
+                with seeded(seed + start, device):  # for an attack that draws more than that start
+                    x_adv = _attacked(net, x, y, attack, **options)
                 with torch.no_grad():
                     logits = guarded(x_adv)
+                    if net is model or same_logits(logits, Guarded.of(net)(x_adv)):
+                        break
             if attack.minimum_norm:
                 x_adv, logits = _failed_put_back(guarded, x, y, x_adv, logits)
             probabilities, predictions = logits.softmax(1).max(1)
@@ -235,7 +232,7 @@ def prepared(model: nn.Module, images: Tensor, labels: Tensor) -> nn.Module:
     ``images`` and ``labels`` as :func:`checked` returns them. ValueError for labels outside the model's
     classes. One warning where logits are no numbers or probabilities, or gradients vanish.
     """
-    device, guarded, some = device_of(model), Guarded.of(model), _spread(len(images))
+    device, guarded, some = device_of(model), Guarded.of(model), spread(len(images), _LOOKED_AT)
     with frozen(model), float32_convolutions(device):
         # Copies: tensors made in inference mode take no part in gradients.
         x, y = images[some].to(device, copy=True), labels[some].to(device, copy=True)
@@ -272,11 +269,6 @@ def _faults(logits, still):
     if not strange and 2 * int(still.sum()) >= n:
         faults.append(f"the loss has no gradient on {int(still.sum())} of {n} images")
     return faults
-
-
-def _spread(n):
-    """Indices of at most ``_LOOKED_AT`` of ``n`` images, evenly spread."""
-    return torch.linspace(0, n - 1, min(n, _LOOKED_AT)).round().long()
 
 
 def craft_batch(

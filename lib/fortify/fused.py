@@ -258,3 +258,8 @@ def _agree(model, net, examples, logits):
 def same_logits(logits: Tensor, others: Tensor) -> bool:
     """Whether two nets gave the same logits (B, classes) of the same images, to rounding. False for NaN."""
     return bool((logits - others).abs().max() <= 1e-3 * logits.abs().max())
+
+
+def spread(n: int, most: int) -> Tensor:
+    """Indices of at most ``most`` of ``n`` images, evenly spread: what a fused net is compared on."""
+    return torch.linspace(0, n - 1, min(n, most)).round().long()

@@ -15,7 +15,7 @@ from fortify.attacks import SMALLEST_BUDGET_255, Attack, check_labels, craft, cr
 from fortify.augmentation import Augmentation, augment
 from fortify.checkpoint import TrainingState, fingerprint, stop_if_not_finite
 from fortify.data import Slices
-from fortify.fused import FusedModel
+from fortify.fused import FusedModel, spread
 from fortify.models import Guarded, predict
 from fortify.objectives import Mix, Objective, Step
 from fortify.runtime import device_of, frozen, progress_bar, seeded
@@ -139,7 +139,7 @@ def fit(
         name = fingerprint(model, train, val, asdict(recipe), attacked, seed, low, compiled)
         file = Path(checkpoints) / f"{name}.safetensors"
         state.resume(file)
-    some = _evenly(x_train).float() / 255
+    some = x_train[spread(len(x_train), 16)].float() / 255
     fused = FusedModel(model, some, autocast=low, compiled=compiled) if attacks else None
     fused_val = FusedModel(state.eval_model, some) if val_attack is not None else None
     remaining = range(state.epoch + 1, recipe.epochs + 1)
@@ -228,11 +228,6 @@ def _epoch(state, x_train, y_train, weight, recipe, objective, attacks, fused, s
 def _batches(n, batch_size):
     """Into how many batches ``n`` images go: none is of a single image, which BatchNorm cannot train on."""
     return max(1, min(-(-n // batch_size), n // 2))
-
-
-def _evenly(x, most=16):
-    """At most ``most`` of the images, evenly spread."""
-    return x[torch.linspace(0, len(x) - 1, min(len(x), most)).round().long()]
 
 
 def _mixed(x, generator):

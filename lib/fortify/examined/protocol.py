@@ -22,7 +22,7 @@ from fortify.attacks import check_labels, checked, margin
 from fortify.checkpoint import TrainingState, fingerprint, stop_if_not_finite
 from fortify.data import Slices
 from fortify.evaluation import COLUMNS
-from fortify.fused import FusedModel
+from fortify.fused import FusedModel, spread
 from fortify.runtime import device_of, float32_convolutions, frozen, progress_bar, seeded
 from fortify.training import accuracy, on_device
 
@@ -252,7 +252,7 @@ def score_published(
         with torch.no_grad():
             z = model[0](x)
         # The few images that move: first, and together.
-        fused = FusedModel(model[1:], z[:1]).net
+        fused = FusedModel(model[1:], z[spread(len(z), 8)]).net
         cw = published_cw(model, z, y, attacks, net=fused, batch_size=batch_size)
         for start in range(0, len(images), batch_size):
             part = slice(start, start + batch_size)

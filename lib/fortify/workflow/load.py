@@ -1,8 +1,7 @@
 """How OpenMP's threads wait for each other, chosen by what else the machine is doing.
 
-A thread that waits spins, which is fastest on a quiet machine and takes half of a core from a neighbour on a
-busy one: with one other busy process on two cores, attacks ran at a quarter of their speed. Spinning for a
-thousand turns only costs a sixth when quiet and doubles the speed when busy.
+A thread that waits spins. On a quiet machine that is fastest. On a busy one the spinning thread keeps the
+core from the thread that it waits for, so there it spins for a short while only.
 """
 
 import os
