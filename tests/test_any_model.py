@@ -8,9 +8,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fortify import attacks
 from fortify.attacks import CW, FGSM, PGD, AttackWarning, craft, perturbation_norms
 from fortify.audit import AuditData, Suite, audit
 from fortify.evaluation import check_rows
+from fortify.fused import spread
 from fortify.models import build_model, load_model, predict, save_model
 from fortify.runtime import pick_device
 from fortify.scoring import evaluate
@@ -191,10 +193,14 @@ def test_a_model_that_treats_images_differently_is_attacked_on_its_own_function(
         for attack in (PGD(4, steps=10), FGSM(4)):
             found, honest = (craft(model, x[images], y[images], attack, fused=f) for f in (None, model))
             assert torch.equal(found.success, honest.success)
-    # Dark images among bright ones where no look at the start sees them: the batch with them is made again.
-    hidden = torch.cat([order[:19].repeat(6), order[-1:]])
-    found, honest = (craft(model, x[hidden], y[hidden], PGD(4, steps=10), fused=f) for f in (None, model))
-    assert torch.equal(found.success, honest.success)
+    # Dark images among bright ones where no look at the start sees them: their batches are made again.
+    hidden = order[:20].repeat(6)
+    hidden[52:67] = order[-15:]
+    assert not {*range(52, 67)} & {*spread(120, attacks._LOOKED_AT).tolist()}
+    for attack in (PGD(4, steps=10), FGSM(4)):
+        found, honest = (craft(model, x[hidden], y[hidden], attack, fused=f) for f in (None, model))
+        assert torch.equal(found.success, honest.success)
+        assert torch.equal(found.images[52:67], honest.images[52:67])
 
 
 def test_datasets_and_loaders_are_taken_where_images_and_labels_are(task):
