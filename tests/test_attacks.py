@@ -1,5 +1,6 @@
 """What must be true of every attack, whatever the model."""
 
+import copy
 import re
 from dataclasses import replace
 
@@ -69,12 +70,49 @@ def test_a_restart_is_the_attack_from_the_next_seed_on_what_stands(model, images
     first = craft(model, x, y, once, seed=5)
     standing = ~first.success
     assert standing.any() and first.success.any()
-    again = craft(model, x[standing], y[standing], once, seed=6)
+    again = craft(model, x, y, once, subset=standing.nonzero().squeeze(1), seed=6)
     two = craft(model, x, y, PGD(2, steps=2, restarts=2), seed=5)
     expected, broken = first.images.clone(), first.success.clone()
     taken = standing.nonzero().squeeze(1)[again.success]
     expected[taken], broken[taken] = again.images[again.success], True
     assert torch.equal(two.images, expected) and torch.equal(two.success, broken)
+
+
+def test_a_subset_is_attacked_from_the_starts_that_it_has_in_the_whole_set(model, images, labels):
+    some, attack = [3, 11, 64, 17, 118], PGD(2, steps=3, restarts=2)
+    for seed in (0, 1):
+        whole = craft(model, images, labels, attack, seed=seed, batch_size=1)  # one by one: the same bits
+        found = craft(model, images, labels, attack, subset=some, seed=seed, batch_size=1)
+        for part, every in zip(found, whole, strict=True):
+            assert torch.equal(part, every[some])
+    alone = craft(model, images[some], labels[some], attack, seed=1, batch_size=1)
+    assert not torch.equal(alone.images, found.images), "another start"
+
+
+@pytest.mark.parametrize("subset", [[], [0, 120], [-1], [0.0], [True, False], [[0]]])
+def test_a_subset_that_is_none_is_refused(model, images, labels, subset):
+    with pytest.raises(ValueError, match=r"positions in 0\.\.119"):
+        craft(model, images, labels, FGSM(1), subset=subset)
+
+
+@pytest.mark.parametrize("settings", [{}, {"loss": "margin"}, {"random_start": False}, {"restarts": 2}])
+def test_stopping_early_finds_the_same_successes_in_fewer_passes(model, images, labels, settings):
+    attack, passed, found = PGD(4, steps=8, **settings), [], {}
+    net = copy.deepcopy(model)  # the net that is followed, told from the model itself
+    net.register_forward_pre_hook(lambda module, given: passed.append(len(given[0])))
+    for name, kind in (("every step", attack), ("early", replace(attack, stop_early=True))):
+        passed.clear()
+        found[name] = craft(model, images, labels, kind, batch_size=120, fused=net), sum(passed)
+    (whole, many), (early, few) = found["every step"], found["early"]
+    assert few < 0.7 * many
+    clean = predict(model, images).argmax(1) != labels
+    assert whole.success.sum() > clean.sum() and early.success.sum() < len(labels)
+    assert early.success[whole.success].all(), "what is broken at the end"
+    assert early.success[clean].all() or settings.get("random_start", True)
+    assert torch.equal(early.success, predict(model, early.images).argmax(1) != labels)
+    assert perturbation_norms(images, early.images)[0].max() <= 4 + ONE_ULP
+    correct = ~early.success  # which took every step
+    assert perturbation_norms(whole.images[correct], early.images[correct])[0].max() < 4
 
 
 def test_restarts_take_everything_else_as_it_is_given(model, images, labels):

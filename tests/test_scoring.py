@@ -45,6 +45,118 @@ def test_rows_are_complete_and_say_what_the_model_says(model, images, labels, pa
         assert own.l2.to_numpy() == pytest.approx((adversarial - images[part]).flatten(1).norm(dim=1).numpy())
 
 
+BUDGETS = (1, 2, 4, 8, 16, 32)
+
+
+def coarse(eps_255):
+    """A PGD that oversteps: crafted anew, its largest budgets break fewer images than those before."""
+    return PGD(eps_255, steps=2, rel_stepsize=2.0)
+
+
+@pytest.fixture(scope="module")
+def mislabelled(labels):
+    """Labels of which every fifth is another class: images that the model misclassifies when clean."""
+    return torch.where(torch.arange(len(labels)) % 5 == 0, (labels + 1) % 3, labels)
+
+
+@pytest.fixture(scope="module")
+def over_budgets(model, images, mislabelled):
+    """(attacks, rows, the same attacks each on every image)."""
+    labels = mislabelled
+    grid = [attack for eps in reversed(BUDGETS) for attack in (coarse(eps), FGSM(eps))]
+    grid += [CW(binary_search_steps=2, steps=15, stepsize=0.05)]
+    rows, _ = evaluate(model, images, labels, grid, **IDS)
+    return grid, rows, {attack: craft(model, images, labels, attack) for attack in grid}
+
+
+def of_attack(rows, attack):
+    return rows[rows.attack.eq(attack.name) & rows.eps_255.eq(getattr(attack, "eps_255", np.nan))]
+
+
+def test_an_image_is_correct_under_no_attack_that_breaks_it_in_the_full_evaluation(over_budgets):
+    """Equal or lower accuracy at every budget, image by image, and nothing else is lost."""
+    grid, rows, full = over_budgets
+    check_rows(rows)
+    lost, more = rows[rows.attack.eq("clean")].success.to_numpy(), 0
+    assert 10 < lost.sum() < 110
+    for attack in sorted((a for a in grid if not a.minimum_norm), key=lambda a: a.eps_255):
+        own, every = of_attack(rows, attack), full[attack].success.numpy()
+        assert own["index"].tolist() == list(range(len(every)))
+        assert own.success[every].all(), attack
+        smaller = [full[a].success.numpy() for a in grid if a.name == "pgd" and a.eps_255 < attack.eps_255]
+        before = np.any([lost, *smaller] if attack.name == "pgd" else [lost], axis=0)
+        assert np.array_equal(own.success, before | every), attack
+        more += (own.success & ~every).sum()
+    assert more, "where the full evaluation loses nothing again, this test says little"
+    cw = rows[rows.attack.eq("cw")]
+    assert np.array_equal(cw.success, lost | full[grid[-1]].success.numpy())
+
+
+def test_accuracy_under_pgd_never_rises_with_the_budget(over_budgets):
+    grid, rows, _ = over_budgets
+    broken = [set(of_attack(rows, coarse(eps)).query("success")["index"]) for eps in BUDGETS]
+    assert all(less <= more for less, more in zip(broken, broken[1:], strict=False))
+    assert len(broken[0]) < len(broken[-1])
+
+
+def test_what_was_lost_already_is_not_attacked(model, images, mislabelled, over_budgets):
+    """The clean image of the misclassified, and from the budget that broke it on the same image."""
+    grid, rows, full = over_budgets
+    clean = rows[rows.attack.eq("clean")].reset_index(drop=True)
+    lost = clean.success
+    for attack in grid:
+        own = of_attack(rows, attack) if not attack.minimum_norm else rows[rows.attack.eq("cw")]
+        own = own.reset_index(drop=True)
+        assert own.l2[lost].eq(0).all() and own.prediction[lost].equals(clean.prediction[lost])
+        assert own.probability[lost].equals(clean.probability[lost])
+    first = of_attack(rows, coarse(2)).reset_index(drop=True)
+    broken = first.success & ~lost
+    assert broken.any() and first.linf_255[broken].max() <= 2.001
+    later = of_attack(rows, coarse(16)).reset_index(drop=True)
+    same = ["prediction", "probability", "linf_255", "l2"]
+    pd.testing.assert_frame_equal(first.loc[broken, same], later.loc[broken, same])
+
+
+def test_what_is_kept_is_crafted_on_every_image_and_stays_broken(model, images, mislabelled, over_budgets):
+    grid, without, full = over_budgets
+    keep = {a.name: a for a in grid if a.minimum_norm or a.eps_255 == 32}
+    rows, kept = evaluate(model, images, mislabelled, grid, keep=keep, **IDS)
+    assert rows.success.equals(without.success)
+    lost = rows[rows.attack.eq("clean")].success.to_numpy()
+    assert np.array_equal(kept["fgsm"], full[FGSM(32)].images.numpy())
+    assert np.array_equal(kept["cw"][lost], images.numpy()[lost]), "its smallest change is none"
+    own, every = of_attack(rows, coarse(32)), full[coarse(32)].success.numpy()
+    change = np.abs(kept["pgd"] - images.numpy()).max((1, 2, 3)) * 255
+    assert np.allclose(change[every | lost], 32, atol=1e-3), "of its own budget, the misclassified too"
+    stays = own.success.to_numpy() & ~every & ~lost
+    assert stays.any() and change[stays].max() <= 16.001
+    seen = predict(model, torch.from_numpy(kept["pgd"])).argmax(1).numpy()
+    assert np.array_equal(seen[~lost], own.prediction[~lost])
+
+
+def test_attacks_of_other_settings_break_nothing_for_each_other(model, images, labels):
+    """A weak PGD after a strong one: only budgets of one attack are nested."""
+    strong, weak = PGD(2, steps=10), PGD(8, steps=1, rel_stepsize=0.0, random_start=False)
+    rows, _ = evaluate(model, images, labels, [strong, weak], **IDS)
+    lost = rows[rows.attack.eq("clean")].success.to_numpy()
+    assert np.array_equal(of_attack(rows, weak).success, lost), "it changes nothing"
+    assert of_attack(rows, strong).success.sum() > lost.sum()
+
+
+def test_images_that_are_kept_are_not_of_an_attack_that_stops_early(model, images, labels):
+    early = PGD(4, steps=2, stop_early=True)
+    with pytest.raises(ValueError, match=r"stop_early is no option for \['shown'\]"):
+        evaluate(model, images, labels, [early], keep={"shown": early}, **IDS)
+
+
+def test_a_model_that_is_always_wrong_is_attacked_by_nothing(model, images, labels, monkeypatch):
+    wrong = (predict(model, images).argmax(1) + 1) % 3
+    monkeypatch.setattr(scoring, "craft", None)
+    rows, kept = evaluate(model, images, wrong, [ATTACKS[1], ATTACKS[2]], keep={"cw": ATTACKS[2]}, **IDS)
+    assert rows.success.all() and rows.l2.eq(0).all()
+    assert np.array_equal(kept["cw"], images.numpy()) and not np.shares_memory(kept["cw"], images.numpy())
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_evaluation_works_where_gradients_are_off(model, images, labels, part, evaluated, context):
     with context():
@@ -115,7 +227,7 @@ def test_static_images_of_another_budget_are_refused(model, images, labels, part
     score_static(model, x, y, wide, index=part, eps_255=4, **IDS)  # CW has no budget
 
 
-def test_crafting_is_by_the_seed_and_the_batch_that_are_given(model, images, labels, part, monkeypatch):
+def test_crafting_is_by_the_seed_and_the_batch_that_are_given(model, images, mislabelled, part, monkeypatch):
     asked, attack = [], PGD(4, steps=2)
 
     def asked_for(*arguments, **options):
@@ -123,12 +235,16 @@ def test_crafting_is_by_the_seed_and_the_batch_that_are_given(model, images, lab
         return craft(*arguments, **options)
 
     monkeypatch.setattr(scoring, "craft", asked_for)
-    ids = IDS | {"seed": 3}
+    ids, labels = IDS | {"seed": 3}, mislabelled
     keep = {"found": attack}
     _, kept = evaluate(model, images[part], labels[part], [attack], index=part, keep=keep, **ids)
     evaluate(model, images[part], labels[part], [attack], index=part, batch_size=7, **ids)
     nets = [options.pop("fused") for options in asked]
     assert nets[0] is not nets[1] and model not in nets
+    attacked = [options.pop("subset").tolist() for options in asked]
+    assert attacked[0] == list(range(len(part))), "what is kept is crafted on every image"
+    clean = predict(model, images[part]).argmax(1) == labels[part]
+    assert attacked[1] == clean.nonzero().squeeze(1).tolist() != attacked[0]
     assert asked == [{"seed": 3, "batch_size": size, "progress": True} for size in (64, 7)]
     assert np.array_equal(
         kept["found"], craft(model, images[part], labels[part], attack, seed=3).images.numpy()
@@ -215,12 +331,22 @@ def test_what_happens_to_most_happens_to_the_example(phantoms, evaluated, outcom
     own = rows[rows.attack.eq("clean") & rows.label.eq(0)].head(1)
     index = np.arange(len(outcomes))
     clean = own.loc[own.index.repeat(len(outcomes))].assign(index=index, prediction=0, success=False)
-    pgd = clean.assign(attack="pgd", eps_255=4.0, success=np.bool_(outcomes), prediction=outcomes)
+    pgd = clean.assign(attack="pgd", eps_255=4.0, success=np.bool_(outcomes), prediction=outcomes, l2=1.0)
     images = np.zeros((len(outcomes), 1, 2, 2)) + index.reshape(-1, 1, 1, 1)
     table = pd.concat([clean, pgd], ignore_index=True)
     shown = pick_example(table, phantoms, label=0, attack="pgd", eps_255=4, attacked=images)
     most = int(2 * sum(outcomes) >= len(outcomes))
     assert shown.attacked[0, 0] == outcomes.index(most) and shown.prediction == most
+
+
+def test_an_example_that_was_misclassified_already_is_shown_as_its_row_says(phantoms, evaluated):
+    """Where the model classifies no image of a class correctly, none of them was attacked for the rows."""
+    rows = evaluated[0]
+    own = rows[rows.attack.eq("clean") & rows.label.eq(0)].head(1)
+    clean = own.assign(prediction=1, success=True)
+    table = pd.concat([clean, clean.assign(attack="pgd", eps_255=4.0)], ignore_index=True)
+    shown = pick_example(table, phantoms, label=0, attack="pgd", eps_255=4, attacked=np.ones((1, 1, 32, 32)))
+    assert np.array_equal(shown.attacked, shown.clean) and shown.prediction == 1
 
 
 def test_an_example_that_is_not_there_is_named(phantoms, evaluated):

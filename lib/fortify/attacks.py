@@ -38,6 +38,8 @@ class Attack(Protocol):
 
     One within a budget (``minimum_norm`` False) has a field ``eps_255``, in grey levels, and is of norm
     ``"linf"``. One without is a minimum-norm attack, which looks for the smallest change by itself.
+    A class may also say ``nested = True``: what it finds within a small budget it counts as found within a
+    larger one, which :func:`fortify.scoring.evaluate` then does not look for again.
     """
 
     name: ClassVar[str]
@@ -71,6 +73,8 @@ class PGD:
     ``rel_stepsize`` is in units of eps; None is 2.5 / steps (Madry's rule: the steps can cross the ball).
     ``loss`` is ``"cross_entropy"`` or ``"margin"`` (Carlini & Wagner's f: best other logit minus true one).
     ``restarts`` > 1 attacks what is still correct again, from another random start.
+    ``stop_early`` takes an image out of the batch in the step after it is misclassified: the same successes
+    in less time, but the image found is the first and not the worst.
     """
 
     eps_255: float
@@ -79,9 +83,11 @@ class PGD:
     random_start: bool = True
     restarts: int = 1
     loss: str = "cross_entropy"
+    stop_early: bool = False
     name: ClassVar[str] = "pgd"
     norm: ClassVar[str] = "linf"
     minimum_norm: ClassVar[bool] = False
+    nested: ClassVar[bool] = True
 
     def __post_init__(self):
         check_budget(self.eps_255)
@@ -93,7 +99,7 @@ class PGD:
             raise ValueError(f"rel_stepsize must be None or at least 0, not {self.rel_stepsize!r}")
 
     def foolbox(self) -> fb.attacks.Attack:
-        return _LinfPGD(self)
+        return _UntilBroken(self) if self.stop_early else _LinfPGD(self)
 
 
 @dataclass(frozen=True)
@@ -171,6 +177,7 @@ def craft(
     labels: Any,
     attack: Attack,
     *,
+    subset: Sequence[int] | Tensor | None = None,
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = False,
@@ -185,31 +192,34 @@ def craft(
     clean image. The random start is drawn for the whole set from ``seed``, so results do not depend on
     ``batch_size`` beyond the rounding of the convolutions. The model's mode, its parameters' gradients,
     ``images`` and the global random state are as before on return.
+    ``subset`` are positions in ``images``: these alone are attacked, each from the random start that it has
+    in the whole set, and returned.
     ``fused`` is the net whose gradients are followed, for a caller with several attacks on one model: its
     :class:`fortify.fused.FusedModel`'s, or the model itself; None makes one, and looks at the model first:
     one warning if its logits or gradients make attacks on it unreliable. A batch on which the two disagree is
     attacked again on the model itself.
-    Raises ValueError for wrong shapes, values outside [0, 1] or labels outside the model's classes, and
-    RuntimeError where an attack leaves its budget.
+    Raises ValueError for wrong shapes, values outside [0, 1], labels outside the model's classes or positions
+    outside the images, and RuntimeError where an attack leaves its budget.
     """
     _check_attack(attack)
     images, labels = checked(images, labels, device=None)
+    chosen = _positions(subset, len(images))
     device, guarded = device_of(model), Guarded.of(model)
     if fused is None:
         fused = prepared(model, images, labels)
     if getattr(attack, "restarts", 1) > 1:
         options = {"batch_size": batch_size, "progress": progress, "fused": fused}
-        return _with_restarts(model, images, labels, attack, seed, **options)
+        return _with_restarts(model, images, labels, attack, chosen, seed, **options)
     noise = None
     if getattr(attack, "random_start", False):
         # Drawn on the CPU: the same start on every device.
         noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     found = []
     with frozen(model), float32_convolutions(device):
-        for start in progress_bar(range(0, len(images), batch_size), desc=attack.name, show=progress):
-            part = slice(start, start + batch_size)
+        for start in progress_bar(range(0, len(chosen), batch_size), desc=attack.name, show=progress):
+            part = chosen[start : start + batch_size]
             # Copies: tensors made in inference mode take no part in gradients.
-            x, y = (whole[part].to(device, copy=True) for whole in (images, labels))
+            x, y = (whole[part.to(whole.device)].to(device, copy=True) for whole in (images, labels))
             options = {"noise": None if noise is None else noise[part].to(device)}
             for net in (fused, model):  # the model itself where the fused one differs
                 with seeded(seed + start, device):  # for an attack that draws more than that start
@@ -224,6 +234,17 @@ def craft(
             made = (x_adv, predictions, probabilities, predictions != y)
             found.append([whole.cpu() for whole in made])
     return Adversarial(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def _positions(subset, n):
+    """``subset`` as positions (M,) int64 on the CPU; all ``n`` for None."""
+    if subset is None:
+        return torch.arange(n)
+    chosen = torch.as_tensor(subset, device="cpu")
+    integer = not (chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool)
+    if chosen.ndim != 1 or not len(chosen) or not integer or chosen.min() < 0 or chosen.max() >= n:
+        raise ValueError(f"subset must be positions in 0..{n - 1}, at least one, not {subset!r}")
+    return chosen.to(torch.int64)
 
 
 def prepared(model: nn.Module, images: Tensor, labels: Tensor) -> nn.Module:
@@ -346,11 +367,15 @@ def craft_parts(
     Returns the adversarial images of each part. Foolbox takes one attack at a time; :func:`_steps` makes the
     same steps in fewer and larger passes.
     """
-    linf = [part for part in parts if isinstance(part[0], FGSM | PGD)]
+
+    def joins(attack):
+        return isinstance(attack, FGSM | PGD) and not getattr(attack, "stop_early", False)
+
+    linf = [part for part in parts if joins(part[0])]
     together = iter(_steps(Guarded.of(model if fused is None else fused), linf) if linf else ())
     return [
-        next(together) if isinstance(attack, FGSM | PGD) else craft_batch(model, x, y, attack, fused=fused)
-        for attack, x, y, _ in parts
+        next(together) if joins(attack) else craft_batch(model, x, y, attack, noise=noise, fused=fused)
+        for attack, x, y, noise in parts
     ]
 
 
@@ -408,19 +433,50 @@ class _LinfPGD(fb.attacks.LinfPGD):
         return lambda x: ep.astensor(margin(model(x).raw, labels.raw).sum())
 
 
+class _UntilBroken(_LinfPGD):
+    """The same steps one at a time, each for the images that were still correct before it."""
+
+    def run(self, model, inputs, criterion, *, epsilon, **kwargs):
+        x0, y, steps = inputs, criterion.labels.raw, self.steps
+        found = (x0 + epsilon * self.noise).clamp(0, 1) if self.noise is not None else x0.clone()
+        going, self.steps = torch.arange(len(y), device=y.device), 1
+        for _ in range(steps):
+            self.at = found[going]
+            moved = super().run(
+                model, x0[going], fb.criteria.Misclassification(y[going]), epsilon=epsilon, **kwargs
+            )
+            correct = self.logits.argmax(1) == y[going]
+            going = going[correct]
+            if not len(going):
+                break
+            found[going] = moved[correct]
+        return found
+
+    def get_random_start(self, x0, epsilon):
+        return ep.astensor(self.at)
+
+    def get_loss_fn(self, model, labels):
+        def watched(x):  # the step's own pass says which images were broken before it
+            logits = model(x)
+            self.logits = logits.raw.detach()
+            return logits
+
+        return super().get_loss_fn(watched, labels)
+
+
 def _relative(attack):
     return 2.5 / attack.steps if attack.rel_stepsize is None else attack.rel_stepsize
 
 
-def _with_restarts(model, images, labels, attack, seed, **options):
+def _with_restarts(model, images, labels, attack, chosen, seed, **options):
     """Restarts for the images that are still correct; restart r draws its start from seed + r."""
     once = replace(attack, restarts=1)
-    best = craft(model, images, labels, once, seed=seed, **options)
+    best = craft(model, images, labels, once, subset=chosen, seed=seed, **options)
     for restart in range(1, attack.restarts):
         correct = (~best.success).nonzero().squeeze(1)
         if len(correct) == 0:
             break
-        again = craft(model, images[correct], labels[correct], once, seed=seed + restart, **options)
+        again = craft(model, images, labels, once, subset=chosen[correct], seed=seed + restart, **options)
         for whole, new in zip(best, again, strict=True):
             whole[correct[again.success]] = new[again.success]
     return best

@@ -437,11 +437,13 @@ def pick_example(
     if attack is None:
         return example
     after, image = found.loc[seen["index"]], attacked[position]
+    image = image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)
     return replace(
         example,
-        attacked=image[0] if len(image) == 1 else np.moveaxis(image, 0, -1),
+        # A row without a change is of the clean image, whatever was kept: it was misclassified already.
+        attacked=image if after.l2 else example.clean,
         prediction=after.prediction,
         probability=after.probability,
         attack=attack,
-        eps_255=None if attack == "cw" else eps_255,
+        eps_255=None if np.isnan(after.eps_255) else eps_255,
     )

@@ -11,7 +11,16 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fortify.attacks import ATTACKS, Attack, check_labels, checked, craft, perturbation_norms, prepared
+from fortify.attacks import (
+    ATTACKS,
+    Adversarial,
+    Attack,
+    check_labels,
+    checked,
+    craft,
+    perturbation_norms,
+    prepared,
+)
 from fortify.evaluation import COLUMNS, typed
 from fortify.models import predict
 
@@ -34,28 +43,68 @@ def evaluate(
     ``images`` (N, C, H, W) float in [0, 1], ``labels`` (N,), or a Dataset or DataLoader and None, as in
     :func:`fortify.attacks.craft`; ``attacks`` from :mod:`fortify.attacks`. ``index`` are the images'
     positions in a larger set (default: 0 to N - 1). ``rows`` (``evaluation.COLUMNS``) holds the
-    clean predictions too. ``keep`` maps names to attacks of the list whose images are wanted:
-    ``kept`` is then {name: float32 array (N, C, H, W)}.
-    ValueError for a budget of 0, and as ``craft`` raises.
+    clean predictions too.
+    Nothing is attacked that is lost already, as in AutoAttack (Croce & Hein 2020). An image that the model
+    misclassifies when clean is not attacked: its row is that of the clean image. A nested attack (PGD)
+    meets its budgets from the smallest up, and what one breaks stays broken: a larger budget's row is that of
+    the same adversarial image. Accuracy under it therefore never rises with the budget. FGSM is a single
+    step, and does.
+    ``keep`` maps names to attacks of the list whose images are wanted: ``kept`` is then {name: float32 array
+    (N, C, H, W)}. An attack with a budget that is kept is crafted on every image, the misclassified ones
+    too, and only where that fails is it the image of a smaller budget.
+    ValueError for a budget of 0, for keeping an attack that stops early, and as ``craft`` raises.
     """
     images, labels = checked(images, labels)
     if any(getattr(attack, "eps_255", None) == 0 for attack in attacks):
         raise ValueError("an attack with eps_255=0 is no attack: the clean rows are there anyway")
+    wanted = dict(keep or {})
+    if early := [name for name, attack in wanted.items() if getattr(attack, "stop_early", False)]:
+        raise ValueError(f"images to keep are the worst, not the first: stop_early is no option for {early}")
     ids = {"index": range(len(labels)) if index is None else index}
     ids |= {"model_name": model_name, "split": split, "seed": seed}
     fused = prepared(model, images, labels)  # once for all the attacks
-    # In the attacks' batches: a failed attack then has the clean prediction to the bit.
-    rows = [score(model, images, labels, attack="clean", eps_255=0, batch_size=batch_size, **ids)]
-    kept = {}
     options = {"seed": seed, "batch_size": batch_size, "progress": True, "fused": fused}
-    for attack in attacks:
-        found = craft(model, images, labels, attack, **options)
-        budget = np.nan if attack.minimum_norm else attack.eps_255
-        about = {"attack": attack.name, "eps_255": budget, "protocol": "adaptive"}
-        predicted = (found.predictions, found.probabilities)
-        rows.append(_rows(images, found.images, labels, *predicted, **about, **ids))
-        kept |= {name: found.images.numpy() for name, wanted in (keep or {}).items() if wanted == attack}
+    clean = _unattacked(model, images, labels, batch_size=batch_size)
+    rows, kept, nested = {}, {}, {}
+    for attack in sorted(attacks, key=lambda attack: getattr(attack, "eps_255", 0)):
+        names = [name for name, other in wanted.items() if other == attack]
+        family = _family(attack) if getattr(attack, "nested", False) else None
+        before = nested.get(family, clean)  # what each image has come to without this attack
+        whole = bool(names) and not attack.minimum_norm
+        chosen = (torch.ones_like(before.success) if whole else ~before.success).nonzero().squeeze(1)
+        now = before
+        if len(chosen):
+            found = craft(model, images, labels, attack, subset=chosen, **options)
+            # What fails replaces nothing that succeeded, nor the clean image of a minimum-norm attack.
+            better = found.success if attack.minimum_norm else found.success | ~before.success[chosen]
+            now = Adversarial(*(part.clone() for part in before))
+            for part, new in zip(now, found, strict=True):
+                part[chosen[better]] = new[better]
+        kept |= {name: now.images.clone().numpy() for name in names}  # the next budget goes on from these
+        if whole:
+            lost = clean.success.view(-1, 1, 1, 1), *[clean.success] * 3
+            now = Adversarial(*map(torch.where, lost, clean, now))
+        if family:
+            nested[family] = now
+        about = {"attack": attack.name, "eps_255": np.nan if attack.minimum_norm else attack.eps_255}
+        rows[attack] = _rows(images, now, labels, protocol="adaptive", **about, **ids)
+    own = {"attack": "clean", "eps_255": 0, "protocol": "adaptive"}
+    rows = [_rows(images, clean, labels, **own, **ids), *(rows[attack] for attack in attacks)]
     return pd.concat(rows, ignore_index=True), kept
+
+
+def _family(attack):
+    """What attacks have in common that differ in their budget alone."""
+    settings = vars(attack).items()
+    return type(attack), tuple(sorted((name, value) for name, value in settings if name != "eps_255"))
+
+
+def _unattacked(model, images, labels, *, batch_size):
+    """The ``images`` themselves as an attack's result, on the CPU."""
+    probabilities = predict(model, images, batch_size=batch_size)
+    check_labels(labels, classes=probabilities.shape[1])
+    probability, prediction = probabilities.max(1)
+    return Adversarial(images, prediction, probability, prediction != labels)
 
 
 def score(
@@ -82,20 +131,16 @@ def score(
     """
     clean, labels = checked(clean, labels)
     adversarial = clean if adversarial is None else checked(adversarial, labels)[0]
-    probabilities = predict(model, adversarial, batch_size=batch_size)
-    check_labels(labels, classes=probabilities.shape[1])
-    probability, prediction = probabilities.max(1)
+    found = _unattacked(model, adversarial, labels, batch_size=batch_size)
     about = {"model_name": model_name, "split": split, "seed": seed, "attack": attack, "eps_255": eps_255}
     about |= {"index": range(len(labels)) if index is None else index, "protocol": protocol}
-    return _rows(clean, adversarial, labels, prediction, probability, **about)
+    return _rows(clean, found, labels, **about)
 
 
 def _rows(
     clean: Tensor,
-    adversarial: Tensor,
+    found: Adversarial,
     labels: Tensor,
-    prediction: Tensor,
-    probability: Tensor,
     *,
     index,
     attack,
@@ -105,7 +150,7 @@ def _rows(
     split,
     seed,
 ):
-    linf_255, l2 = perturbation_norms(clean, adversarial)
+    linf_255, l2 = perturbation_norms(clean, found.images)
     if len(index) != len(labels):
         raise ValueError(f"{len(index)} indices for {len(labels)} images")
     rows = {
@@ -117,9 +162,9 @@ def _rows(
         "eps_255": float(eps_255),
         "index": np.asarray(index),
         "label": labels.numpy(),
-        "prediction": prediction.numpy(),
-        "probability": probability.numpy(),
-        "success": (prediction != labels).numpy(),
+        "prediction": found.predictions.numpy(),
+        "probability": found.probabilities.numpy(),
+        "success": found.success.numpy(),
         "linf_255": linf_255.numpy(),
         "l2": l2.numpy(),
     }

@@ -144,9 +144,13 @@ def caption(
     linf, free = (sorted(name.upper() for name in kinds if kinds[name] == kind) for kind in (False, True))
     budgets = [f"{_listed(linf)}: Linf budget {eps_255:g}/255."] if linf else []
     budgets += [f"{_listed(free)}: L2 budget {cw_l2:g}, image in [0, 1]."] if free else []
+    lost = ""
+    if protocol == "adaptive":
+        lost = "A slice that is misclassified when clean counts as misclassified under every attack"
+        lost += ", one that PGD breaks as broken at every larger budget. " if "pgd" in kinds else ". "
     return (
         f"Accuracy on the test set in percent, {split} split, {protocol} attacks ({crafted[protocol]}). "
-        f"{' '.join(budgets)} "
+        f"{' '.join(budgets)} {lost}"
         f"Combined: pooled over the attacks. {seeds} seed{'s' if seeds != 1 else ''}; 95 % Wilson "
         f"intervals, each image counted once{drawn}. Images: {source}. Profile: {profile}. "
         f"Printed: {PRINTED_SOURCE}."

@@ -178,7 +178,11 @@ def iterated_beats_one_step(ctx: Context) -> Check:
 
 
 def monotone(ctx: Context) -> Check:
-    """T4: accuracy never rises with the budget."""
+    """T4: accuracy never rises with the budget.
+
+    Each budget is attacked anew, on every image. Table 1's rows cannot say this of the attack: there an image
+    that a small budget breaks stays broken (:func:`fortify.scoring.evaluate`).
+    """
     budgets = sorted({*ctx.suite.eps_grid_255, ctx.suite.eps_255, WHITE})
     correct = [ctx.n, *(int((~ctx.pgd(eps)[0]).sum()) for eps in budgets)]
     rise = max(after - before for before, after in zip(correct, correct[1:], strict=False))
