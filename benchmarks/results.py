@@ -10,6 +10,7 @@ from fortify.workflow.publish import replace_section
 
 # Benchmark: README's section.
 SECTIONS = {"speed": "speed", "scaling": "cost", "spread": "spread", "grouping": "grouping"}
+SECTIONS |= {"evaluation": "evaluation"}
 
 
 def parser(doc, devices, *, rounds=None):

@@ -108,26 +108,34 @@ def low_attacks(model, x, *, compiled=False):
 def foolbox_attacks(model, x):
     fmodel = fb.PyTorchModel(model, bounds=(0, 1))
 
-    def run(attack, epsilons=EPS):
+    def run(attack, epsilons):
         return lambda images, labels: attack(fmodel, images, labels, epsilons=epsilons)[1:]
 
-    return {
-        "pgd": lambda steps: run(fb.attacks.LinfPGD(steps=steps, rel_stepsize=2.5 / steps)),
-        "fgsm": lambda: run(fb.attacks.LinfFastGradientAttack()),
+    def cw(steps, searches=1, **options):  # as CW: stepsize, initial_const
         # All the steps, as ours and torchattacks' here: by default it stops after 4 of the 20.
-        "cw": lambda steps: run(
-            fb.attacks.L2CarliniWagnerAttack(binary_search_steps=1, steps=steps, abort_early=False), None
-        ),
+        kind = fb.attacks.L2CarliniWagnerAttack
+        return run(kind(binary_search_steps=searches, steps=steps, abort_early=False, **options), None)
+
+    return {
+        "pgd": lambda steps, eps=EPS: run(fb.attacks.LinfPGD(steps=steps, rel_stepsize=2.5 / steps), eps),
+        "fgsm": lambda eps=EPS: run(fb.attacks.LinfFastGradientAttack(), eps),
+        "cw": cw,
     }
 
 
 def torchattacks_attacks(model, x):
     import torchattacks
 
+    def cw(steps, searches=1, stepsize=0.01, initial_const=1.0):
+        # It has one constant and no search: a user calls it for each.
+        tried = [initial_const * 10**k for k in range(searches)]
+        kinds = [torchattacks.CW(model, c=c, steps=steps, lr=stepsize) for c in tried]
+        return kinds[0] if searches == 1 else lambda images, labels: [kind(images, labels) for kind in kinds]
+
     return {
-        "pgd": lambda steps: torchattacks.PGD(model, eps=EPS, alpha=2.5 / steps * EPS, steps=steps),
-        "fgsm": lambda: torchattacks.FGSM(model, eps=EPS),
-        "cw": lambda steps: torchattacks.CW(model, steps=steps),
+        "pgd": lambda steps, eps=EPS: torchattacks.PGD(model, eps=eps, alpha=2.5 / steps * eps, steps=steps),
+        "fgsm": lambda eps=EPS: torchattacks.FGSM(model, eps=eps),
+        "cw": cw,
     }
 
 
@@ -151,22 +159,19 @@ def art_attacks(model, x):
 
         return generate
 
-    def pgd(steps):
-        options = {"eps": EPS, "eps_step": 2.5 / steps * EPS, "max_iter": steps, "num_random_init": 1}
+    def pgd(steps, eps=EPS):
+        options = {"eps": eps, "eps_step": 2.5 / steps * eps, "max_iter": steps, "num_random_init": 1}
         return run(
             ProjectedGradientDescent(classifier, norm=np.inf, batch_size=len(x), verbose=False, **options)
         )
 
-    def cw(steps):
-        return run(
-            CarliniL2Method(
-                classifier, binary_search_steps=1, max_iter=steps, batch_size=len(x), verbose=False
-            )
-        )
+    def cw(steps, searches=1, stepsize=0.01, initial_const=0.01):
+        options = {"learning_rate": stepsize, "initial_const": initial_const, "binary_search_steps": searches}
+        return run(CarliniL2Method(classifier, max_iter=steps, batch_size=len(x), verbose=False, **options))
 
     return {
         "pgd": pgd,
-        "fgsm": lambda: run(FastGradientMethod(classifier, norm=np.inf, eps=EPS, batch_size=len(x))),
+        "fgsm": lambda eps=EPS: run(FastGradientMethod(classifier, norm=np.inf, eps=eps, batch_size=len(x))),
         "cw": cw,
     }
 
