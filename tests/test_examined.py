@@ -74,6 +74,7 @@ def test_the_published_cw_is_stuck_where_a_class_leads_clearly(batch):
     stuck = (lead > 1) | (lead < -attacks.cw_kappa)
     kinds = (lead > 1).sum(), (lead < -attacks.cw_kappa).sum(), (~stuck).sum()
     assert min(kinds) > 0, "the test needs all three kinds"
+    assert torch.equal(published.cw_moves(model, z, y, attacks, batch_size=5), ~stuck)
     whole = torch.tanh(z + published._cw_delta(model[1:], z, y, attacks))
     assert torch.equal(whole[stuck], torch.tanh(z)[stuck])
     moved = (whole != torch.tanh(z)).flatten(1).any(1)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fortify.attacks import check_labels, checked, margin
+from fortify.attacks import check_labels, checked
 from fortify.checkpoint import TrainingState, fingerprint, stop_if_not_finite
 from fortify.data import Slices
 from fortify.evaluation import COLUMNS
@@ -79,23 +79,34 @@ def published_cw(
 
     ``other`` is the largest of (logits - onehot): it still contains the true class. Where that leads by more
     than 1, ``real - other`` is the constant 1; where another class leads by more than kappa, the clamp is 0.
-    Neither has a gradient, and the result is tanh(z) for good. In eval mode those images are not computed
-    further, which changes no bit of theirs; the steps of the others are taken together, ``batch_size``
-    at once, on ``net`` if one is given, a fused ``model[1:]``.
+    Neither has a gradient, and the result is tanh(z) for good. In eval mode images whose gradient is zero in
+    the first step are not computed further (:func:`cw_moves`), which changes no bit of theirs; the steps of
+    the others are taken together, ``batch_size`` at once, on ``net`` if one is given, a fused ``model[1:]``.
     """
     if not attacks.cw_steps:
         return tanh(z)
     if model.training:  # images see each other in BatchNorm: one batch, all of it
         return tanh(z + _cw_delta(model[1:], z, y, attacks))
-    with torch.no_grad():
-        behind = [margin(model[1:](tanh(part)), y_part) for part, y_part in _in_batches(batch_size, z, y)]
-    behind = torch.cat(behind)
-    moving = (behind >= -1) & (behind <= attacks.cw_kappa)
+    moving = cw_moves(model, z, y, attacks, batch_size=batch_size)
     delta = torch.zeros_like(z)
     if moving.any():
         parts = _in_batches(batch_size, z[moving], y[moving])
         delta[moving] = torch.cat([_cw_delta(net or model[1:], *part, attacks) for part in parts])
     return tanh(z + delta)
+
+
+def cw_moves(
+    model: nn.Sequential, z: Tensor, y: Tensor, attacks: PublishedAttacks, *, batch_size: int = 64
+) -> Tensor:
+    """(B,) bool: which images the published CW changes at all, beyond the tanh.
+
+    Its loss has a gradient in their delta at the start, where Adam begins; the others' deltas stay at 0.
+    """
+    slopes = [
+        _cw_slope(model[1:], z_part, y_part, torch.zeros_like(z_part, requires_grad=True), attacks)
+        for z_part, y_part in _in_batches(batch_size, z, y)
+    ]
+    return torch.cat(slopes).flatten(1).any(1)
 
 
 def _in_batches(size, *tensors):
@@ -106,14 +117,19 @@ def _cw_delta(net, z, y, attacks):
     delta = torch.zeros_like(z, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=attacks.cw_lr)
     for _ in range(attacks.cw_steps):
-        logits = net(tanh(z + delta))
-        real = logits.gather(1, y[:, None]).squeeze(1)
-        other = (logits - F.one_hot(y, logits.shape[1])).amax(1)
-        hinge = (real - other + attacks.cw_kappa).clamp(min=0)
-        loss = attacks.cw_c * hinge.sum() + (delta**2).sum()
-        (delta.grad,) = torch.autograd.grad(loss, delta)
+        delta.grad = _cw_slope(net, z, y, delta, attacks)
         optimizer.step()
     return delta.detach()
+
+
+def _cw_slope(net, z, y, delta, attacks):
+    """The gradient of the published CW's loss in ``delta``."""
+    logits = net(tanh(z + delta))
+    real = logits.gather(1, y[:, None]).squeeze(1)
+    other = (logits - F.one_hot(y, logits.shape[1])).amax(1)
+    hinge = (real - other + attacks.cw_kappa).clamp(min=0)
+    loss = attacks.cw_c * hinge.sum() + (delta**2).sum()
+    return torch.autograd.grad(loss, delta)[0]
 
 
 def _gradient(model, z, y):
