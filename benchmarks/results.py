@@ -1,16 +1,25 @@
-"""Where benchmarks put what they measured: a CSV file a device, and README's section, made of all of them."""
+"""What benchmarks share: options, peak memory, a CSV file a device, and README's section of all devices."""
 
 import argparse
 import importlib
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from fortify.files import write_csv
-from fortify.workflow.publish import replace_section
 
 # Benchmark: README's section.
-SECTIONS = {"speed": "speed", "scaling": "cost", "spread": "spread", "grouping": "grouping"}
-SECTIONS |= {"evaluation": "evaluation"}
+SECTIONS = {
+    "speed": "speed",
+    "evaluation": "evaluation",
+    "scaling": "cost",
+    "spread": "spread",
+    "grouping": "grouping",
+}
 
 
 def parser(doc, devices, *, rounds=None):
@@ -22,6 +31,29 @@ def parser(doc, devices, *, rounds=None):
     return options
 
 
+def fresh(function, *arguments):
+    """What a function returns in a process of its own, which nothing has filled before."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def grown(run):
+    """(seconds, MiB that this process grows by at most) of a call; NaN MiB where there is no /proc."""
+    peak = Path("/proc/self/clear_refs")
+    if peak.exists():
+        peak.write_text("5")  # the peak so far, of what was made ready, is forgotten
+    before, start = _memory("VmRSS"), time.perf_counter()
+    run()
+    return time.perf_counter() - start, _memory("VmHWM") - before  # ru_maxrss would start at the parent's
+
+
+def _memory(field):
+    """A field of this process's status in MiB; NaN where there is no /proc."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith(field)), np.nan)
+
+
 def path(root, name, device):
     """The CSV file of a benchmark on a device."""
     return root / "benchmarks" / f"{name}_{device}.csv"
@@ -29,6 +61,8 @@ def path(root, name, device):
 
 def publish(root, name, device, table):
     """Write the CSV file, then README's section from the files of every device."""
+    from fortify.workflow.publish import replace_section  # here: every fresh process would wait for it
+
     write_csv(path(root, name, device), table)
     replace_section(root / "README.md", SECTIONS[name], section(root, name))
     print(path(root, name, device).relative_to(root))

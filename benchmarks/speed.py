@@ -25,12 +25,9 @@ out and named. They come without their pinned dependencies, into a folder of the
 import contextlib
 import functools
 import importlib.metadata
-import multiprocessing
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import foolbox as fb
 import numpy as np
@@ -319,24 +316,13 @@ def peak_memory(task, name, device, run):
         torch.cuda.reset_peak_memory_stats()
         timed(run, device)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(grown, task, name, device, SHAPES).result()
+    return results.fresh(grown, task, name, device, SHAPES)
 
 
 def grown(task, name, device, shapes):
     """By how many MiB this process grows at most, in its first call of a task."""
     SHAPES.update(shapes)
-    run, _ = ready(task, name, device)
-    before = memory_status("VmRSS")
-    run()
-    return memory_status("VmHWM") - before  # ru_maxrss would start at the parent's
-
-
-def memory_status(field):
-    """A field of this process's status in MiB; NaN where there is no /proc."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith(field)), np.nan)
+    return results.grown(ready(task, name, device)[0])[1]
 
 
 def compare(task, runs, memory, device, batch, rounds):

@@ -140,8 +140,12 @@ def test_flops_are_those_of_the_layers(speed):
     assert flops == pytest.approx(6 * counter.get_total_flops() / 2, rel=0.01) and moved > 0
 
 
-def test_scaling_covers_what_it_names_and_finds_the_cost_it_is_given(monkeypatch):
-    scaling = importlib.import_module("scaling")
+@pytest.fixture
+def scaling():
+    return importlib.import_module("scaling")
+
+
+def test_scaling_covers_what_it_names_and_finds_the_cost_it_is_given(scaling, monkeypatch):
     monkeypatch.setitem(scaling.SHAPES, "cpu", ("resnet_small", 32, 2, 1))
     for name, values in (("BATCHES", (1, 2)), ("SIDES", (32,)), ("STEPS", (1, 2)), ("IMAGES", (8, 12))):
         monkeypatch.setattr(scaling, name, values)
@@ -152,6 +156,109 @@ def test_scaling_covers_what_it_names_and_finds_the_cost_it_is_given(monkeypatch
     given = pd.DataFrame({"varied": "training: attack steps", "value": [1, 2, 4]})
     start, slope = scaling.cost(given.assign(images_per_s=1000 / (7 + 2 * given.value)))
     assert (start, slope) == pytest.approx((7, 2))
+
+
+def test_peak_memory_is_that_of_the_call_alone():
+    results = importlib.import_module("results")
+    np.ones(40_000_000)  # 305 MiB, before
+    seconds, peak = results.grown(lambda: np.ones(20_000_000))
+    assert seconds > 0 and 150 < peak < 200
+
+
+def test_growth_is_measured_for_every_size_and_its_power_is_of_the_ends(scaling, monkeypatch):
+    monkeypatch.setattr(scaling, "FOLDERS", (300, 600))
+    monkeypatch.setattr("fortify.leakage.meter._TREES", 2)
+    monkeypatch.setattr(importlib.import_module("results"), "fresh", lambda function, *a: function(*a))
+    table = scaling.measure_growth()
+    names = [f"{name}: images" for name in scaling.GROWING for _ in range(2)]
+    assert table.varied.tolist() == names and table.value.tolist() == [300, 600] * 3
+    assert (table.seconds > 0).all()
+    assert scaling.exponent([3, 1, 300], [10, 50, 100]) == pytest.approx(2)
+    given = table.assign(seconds=[1, 4, 1, 2, 1, 1], peak_mib=[2000, 4000, 1, 1, np.nan, np.nan])
+    shown, text = scaling.growth_text(given)
+    assert "| grouping: s, as N^2.0 | 1 | 4 |\n| grouping: MiB, as N^1.0 | 2,000 | 4,000 |\n" in shown
+    assert "near-duplicates: s, as N^0.0 | 1 | 1 |" in shown and "near-duplicates: MiB" not in shown
+    assert "from 300 to 600 images" in text
+
+
+def test_memory_grows_by_the_thumbnails_in_a_fresh_process(scaling):
+    """Of 2,000 images of 56 px they take 24 MiB, and r of a block of 1,024 with all takes 8."""
+    seconds, peak = importlib.import_module("results").fresh(scaling.growing, "grouping", 2000)
+    assert seconds > 0 and 32 < peak < 150
+
+
+def test_the_made_up_images_are_alike_within_a_patient_alone(scaling):
+    slices = scaling.made_up(500)
+    assert (near_duplicate_groups(slices) == slices.patients).all() and len(slices) == 500
+    assert set(np.unique(slices.labels)) == {0, 1, 2}
+
+
+def test_nodes_take_the_job_with_the_longest_chain_behind_it(scaling):
+    """Two nodes, one short and one long chain after a: whoever starts with the short one ends later."""
+    needs = {"a": set(), "b": {"a"}, "c": {"a"}, "d": {"a"}, "e": {"d"}, "f": {"b", "c", "e"}}
+    seconds = {"a": 1, "b": 2, "c": 2, "d": 2, "e": 3, "f": 0}
+    assert scaling.chains(seconds, needs) == {"a": 6, "b": 2, "c": 2, "d": 5, "e": 3, "f": 0}
+    assert [scaling.makespan(seconds, needs, nodes) for nodes in (1, 2, 3)] == [10, 6, 6]
+    assert scaling.makespan({1: 2, 2: 2, 3: 3}, {1: set(), 2: set(), 3: {1, 2}}, 2) == 5
+
+
+@pytest.fixture
+def timed(tmp_path):
+    """A checkout whose every notebook took a second."""
+    for name in ("Snakefile", "notebooks", "profiles", "lib", "paper"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for number, notebook in enumerate(sorted(ROOT.glob("notebooks/[0-9]*.ipynb"))):
+        for run, seconds in (("random-s0", 0.5), ("grouped-s0", 1.5)) if number else [("", 1)]:
+            file = tmp_path / f"build/test/benchmarks/{run}/{notebook.stem}.tsv"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"s\th:m:s\n{seconds}\t0:00:01\n")
+    (tmp_path / "build/test/random-s0").mkdir()
+    (tmp_path / "build/test/random-s0/02_baseline.json").write_text('{"device": "a computer"}')
+    return tmp_path
+
+
+def test_the_jobs_of_the_workflow_are_put_on_nodes(scaling, timed, monkeypatch):
+    """Two seeds on two splits: four runs of four steps and of the protocol, and what is done once or a split.
+
+    On four nodes: data, then three steps of all runs, then eight jobs, two a node, then the claims.
+    """
+    (timed / "benchmarks").mkdir()
+    shutil.copy(ROOT / "benchmarks/scaling_cpu.csv", timed / "benchmarks")
+    (timed / "README.md").write_text("<!-- generated: cost --><!-- /generated: cost -->")
+    monkeypatch.setattr(scaling, "find_root", lambda: timed)
+    monkeypatch.setattr(scaling, "SEEDS", (2,))
+    monkeypatch.setattr("sys.argv", ["scaling.py", "--parts", "nodes", "--profile", "test"])
+    scaling.main()
+    before, after = (pd.read_csv(root / "benchmarks/scaling_cpu.csv") for root in (ROOT, timed))
+    part, kept = scaling.parts_of(after), ["varied", "value", "seconds", "images_per_s"]
+    assert part.tolist() == sorted(part, key=scaling.PARTS["cpu"].index)
+    sizes = [table.loc[scaling.parts_of(table).eq("sizes"), kept] for table in (before, after)]
+    pd.testing.assert_frame_equal(*sizes)
+    assert ",112,32,10," in (timed / "benchmarks/scaling_cpu.csv").read_text(), "the paper shows them as text"
+    jobs, table = 1 + 4 * 3 + len(["results", "leakage"]) + 2 + 4 + 1, after[part.eq("nodes")]
+    assert (table.jobs == jobs).all() and table.value.tolist() == [1, 2, 4]
+    assert table.seconds.tolist()[::2] == [jobs, 1 + 3 + 2 + 1] and (table.chain_s == 6).all()
+    assert jobs / 2 <= table.seconds.tolist()[1] < jobs
+    shown = (timed / "README.md").read_text()
+    assert f"| 2 × 2 | {jobs} | 0.4 min | 0.2 min | 0.1 min | 0.1 min |\n" in shown
+    assert "`build/test` (a computer)" in shown and "With 2 seeds, 4 nodes take 3.1 times less" in shown
+
+
+def test_a_gpu_has_the_sizes_alone(scaling, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["scaling.py", "--device", "cuda", "--parts", "sizes", "nodes"])
+    with pytest.raises(SystemExit):
+        scaling.main()
+    assert "nodes: not measured on cuda; leave it out or --device cpu." in capsys.readouterr().err
+
+
+def test_a_workflow_without_times_is_refused(scaling, timed):
+    for file in timed.glob("build/test/benchmarks/*/07_leakage.tsv"):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match="has no times of leakage: run make test first"):
+        scaling.rule_seconds(timed, "test", {"data", "leakage", "html"})
+    assert scaling.rule_seconds(timed, "test", {"data", "attacks", "html"}) == {"data": 1, "attacks": 1}
+    with pytest.raises(RuntimeError, match="snakemake cannot plan the profile nobodys"):
+        scaling.workflow_jobs(timed, "nobodys", 1)
 
 
 @pytest.mark.parametrize(("name", "section"), [("speed", "speed"), ("scaling", "cost"), ("spread", "spread")])
