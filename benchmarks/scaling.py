@@ -16,6 +16,7 @@ Writes benchmarks/scaling_<device>.csv and README's section; with --parts, only 
 """
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -162,16 +163,33 @@ def exponent(values, sizes):
     return np.log(values[-1] / values[0]) / np.log(sizes[-1] / sizes[0])
 
 
-def workflow_jobs(root, profile, seeds):
-    """({job: rule}, {job: jobs that it waits for}) of a whole run of the profile with so many seeds."""
+def planned(root, profile, seeds, *options):
+    """What Snakemake prints of a whole run of the profile with so many seeds, which it does not run."""
     config = [f"profile={profile}", f"seeds={list(range(seeds))}", f"splits=[{','.join(SPLITS)}]"]
-    command = [sys.executable, "-m", "snakemake", "--d3dag", "--forceall", "--dry-run", "--config", *config]
+    command = [sys.executable, "-m", "snakemake", "--forceall", "--dry-run", *options, "--config", *config]
     shown = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if shown.returncode:
         raise RuntimeError(f"snakemake cannot plan the profile {profile}:\n{shown.stdout}{shown.stderr}")
-    graph = json.loads(shown.stdout[shown.stdout.index("{") :])
+    return shown.stdout
+
+
+def workflow_jobs(root, profile, seeds):
+    """({job: rule}, {job: jobs that it waits for})."""
+    shown = planned(root, profile, seeds, "--d3dag")
+    graph = json.loads(shown[shown.index("{") :])
     rules = {node["id"]: node["value"]["rule"] for node in graph["nodes"]}
     return rules, {job: {edge["u"] for edge in graph["edges"] if edge["v"] == job} for job in rules}
+
+
+def rule_priorities(root, profile):
+    """{rule: priority} of those that have one other than 0; the graph does not say it."""
+    found, rule = {}, None
+    for line in planned(root, profile, 1, "--quiet", "host").splitlines():
+        if start := re.match(r"(?:local)?rule (\w+):", line):
+            rule = start[1]
+        elif priority := re.match(r" +priority: (-?\d+)", line):
+            found[rule] = int(priority[1])
+    return found
 
 
 def rule_seconds(root, profile, rules):
@@ -198,13 +216,17 @@ def chains(seconds, needs):
     return longest
 
 
-def makespan(seconds, needs, nodes):
-    """Seconds until every job is done: a free node takes the ready job with the longest chain behind it."""
+def makespan(seconds, needs, nodes, priority):
+    """Seconds until every job is done, each node running one at a time.
+
+    A free node takes the ready job of the highest ``priority`` {job: number}, of those the one with the
+    longest chain behind it.
+    """
     longest, sorter = chains(seconds, needs), TopologicalSorter(needs)
     sorter.prepare()
     ready, running, now = [], [], 0.0
     while sorter.is_active():
-        ready = sorted([*ready, *sorter.get_ready()], key=lambda job: (longest[job], job))
+        ready = sorted([*ready, *sorter.get_ready()], key=lambda job: (priority[job], longest[job], job))
         while ready and len(running) < nodes:
             job = ready.pop()
             heappush(running, (now + seconds[job], job))
@@ -216,17 +238,18 @@ def makespan(seconds, needs, nodes):
 
 def simulate(root, profile):
     """One row a number of seeds and of nodes: seconds, the jobs, and the seconds of their longest chain."""
-    rows = []
+    rows, of_priority = [], rule_priorities(root, profile)
     for seeds in SEEDS:
         rules, needs = workflow_jobs(root, profile, seeds)
         of_rule = rule_seconds(root, profile, set(rules.values()))
         manifest = next((root / "build" / profile).glob("*/02_baseline.json"))
         device = json.loads(manifest.read_text(encoding="utf-8"))["device"]
         seconds = {job: of_rule.get(rule, 0) for job, rule in rules.items()}  # 0: no notebook's
+        priority = {job: of_priority.get(rule, 0) for job, rule in rules.items()}
         about = {"seeds": seeds, "jobs": sum(rule in of_rule for rule in rules.values())}
         about |= {"chain_s": max(chains(seconds, needs).values()), "profile": profile, "device": device}
         for nodes in NODES:
-            row = {"varied": NODE, "value": nodes, "seconds": makespan(seconds, needs, nodes)}
+            row = {"varied": NODE, "value": nodes, "seconds": makespan(seconds, needs, nodes, priority)}
             rows.append(row | about)
     return pd.DataFrame(rows)
 
@@ -298,14 +321,14 @@ def node_text(table):
         lines.append("| " + " | ".join(cells) + " |")
     last = table[table.seeds.eq(table.seeds.max())].set_index("value")
     sooner = last.seconds[nodes[0]] / last.seconds[nodes[-1]]
-    text = f"With {last.seeds.iloc[0]:g} seeds, {nodes[-1]} nodes take {sooner:.1f} times less time "
+    text = f"{nodes[-1]} nodes finish {last.seeds.iloc[0]:g} seeds {sooner:.1f} times faster "
     text += f"than {nodes[0]}. No number of nodes is faster than the longest chain of jobs that wait for "
     text += "each other. **This is computed, not run**: from the time that each rule took in "
     text += f"`build/{about.profile}` ({about.device}) and Snakemake's own graph of the jobs. Each "
     text += "simulated node is as fast as that machine and runs one job at a time. A free node takes "
-    text += "the ready job that has the longest chain behind it. A rule takes the mean of its jobs "
-    text += "there, however many seeds it reads. Queues, file transfers and the HTML pages take no "
-    text += "time.\n"
+    text += "the ready job of the highest priority, and of those the one with the longest chain behind "
+    text += "it. A rule takes the mean of its jobs there, however many seeds it reads. Queues, file "
+    text += "transfers and the HTML pages take no time.\n"
     return ["\n".join(lines) + "\n", text]
 
 
