@@ -277,7 +277,10 @@ def test_a_workflow_without_times_is_refused(scaling, timed):
         scaling.workflow_jobs(timed, "nobodys", 1)
 
 
-@pytest.mark.parametrize(("name", "section"), [("speed", "speed"), ("scaling", "cost"), ("spread", "spread")])
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [("speed", "speed"), ("scaling", "cost"), ("spread", "spread"), ("evaluation", "evaluation")],
+)
 def test_the_readme_shows_what_was_measured(name, section):
     shown = README.split(f"<!-- generated: {section} -->\n")[1].split(f"<!-- /generated: {section} -->")[0]
     assert shown == importlib.import_module("results").section(ROOT, name)
