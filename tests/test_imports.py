@@ -109,6 +109,7 @@ def test_the_core_needs_no_posix_and_no_optional_package():
         ("import fortify.data", ("pandas",)),
         ("import fortify.models, fortify.training, fortify.scoring", ("torch", "pandas", "foolbox")),
         ("import fortify.attacks, fortify.fused", ("torch", "foolbox")),
+        ("import fortify.examined.claims, fortify.examined.matrix, fortify.examined.printed", ("pandas",)),
         ("import fortify.splits", ("pandas",)),  # reading one; making one needs more
     ],
 )

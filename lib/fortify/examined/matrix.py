@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from fortify.evaluation import accuracy_table, at_budget
-from fortify.examined.protocol import PUBLISHED
+from fortify.examined.printed import PUBLISHED
 
 
 def matrix(

@@ -9,6 +9,7 @@ import scipy
 from fortify.intervals import wilson
 from fortify.tables import PRINTED
 
+PUBLISHED = ("published_pgd", "published_fgsm", "published_cw")  # names of the published attacks in rows
 TEST_SIZE, VALIDATION_SIZE = 160, 165  # of the authors' folders, printed by their notebook
 CLEAN_COUNTS = (149, 152, TEST_SIZE)  # 93.12 % and 95.0 %, the only counts that print so
 

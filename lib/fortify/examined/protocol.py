@@ -22,11 +22,10 @@ from fortify.attacks import check_labels, checked
 from fortify.checkpoint import TrainingState, fingerprint, stop_if_not_finite
 from fortify.data import Slices
 from fortify.evaluation import COLUMNS
+from fortify.examined.printed import PUBLISHED
 from fortify.fused import FusedModel, spread
 from fortify.runtime import device_of, float32_convolutions, frozen, progress_bar, seeded
 from fortify.training import accuracy, on_device
-
-PUBLISHED = ("published_pgd", "published_fgsm", "published_cw")
 
 
 @dataclass(frozen=True)
