@@ -21,7 +21,7 @@ from snakemake.exceptions import WorkflowError
 
 # Executed notebooks hold no progress bars, and their kernel is this environment's.
 os.environ |= {"TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
-os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # papermill is this one's too
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # so is its python
 # glibc hands each layer's freed output back to the system and takes the next one's anew, page by page.
 os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
@@ -143,8 +143,8 @@ for step in STEPS:
         threads: workflow.cores if step.costly else 1
         # --cwd makes it run where JupyterLab would; the executed copy is a log so that a failed one is kept.
         shell:
-            "python -m fortify.workflow.locks {params.lock} papermill {input[0]} {log.notebook} --kernel python3"
-            " --cwd notebooks --no-progress-bar -y {params.values:q} >{log.text} 2>&1"
+            "python -m fortify.workflow.locks {params.lock} python -m fortify.workflow.papermill {input[0]} {log.notebook}"
+            " --kernel python3 --cwd notebooks --no-progress-bar -y {params.values:q} >{log.text} 2>&1"
             " || {{ tail -n 25 {log.text} >&2; exit 1; }}"
 
 

@@ -117,3 +117,11 @@ def test_a_room_loads_only_what_it_uses(statement, needs):
     done = ran(f"{statement}; import sys; print(*[name for name in {HEAVY} if name in sys.modules])")
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) <= {*needs}, f"{statement} loads more than {needs}"
+
+
+def test_papermill_starts_without_building_a_grammar_of_iris():
+    command = [sys.executable, "-X", "importtime", "-m", "fortify.workflow.papermill", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "papermill" in done.stdout + done.stderr
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "jsonschema" in loaded and not {"rfc3987_syntax.syntax_helpers", "lark"} & loaded

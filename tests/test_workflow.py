@@ -335,7 +335,7 @@ def test_another_notebook_costs_a_file_and_a_row(cut):
     config = ("profile=test", "shine=4")
     shown = snakemake("build/test/random-s0/more.csv", "--dry-run", "-p", config=config, cwd=cut)
     assert jobs(shown.stdout) == {"data": 1, "baseline": 1, "more": 1}
-    assert "papermill notebooks/10_more.ipynb" in shown.stdout and "shine: 4" in shown.stdout
+    assert "fortify.workflow.papermill notebooks/10_more.ipynb" in shown.stdout and "shine: 4" in shown.stdout
 
 
 def test_a_folder_is_cleared_but_for_the_locks_and_not_while_a_run_is_at_work(tmp_path):
