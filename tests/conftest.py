@@ -56,6 +56,7 @@ test_the_reference_run_is_five_seeds_on_both_splits
 test_a_companion_profile_is_a_table_1_with_its_audit
 test_the_published_training_is_run_on_its_seeds_alone
 test_a_model_of_any_kind_is_attacked_and_audited_as_the_plain_one
+test_the_audit_is_run_on_its_splits_alone
 """.split()
 # With `-n 2` one worker runs what is of one file, or needs the finished run, so that fixtures are made once.
 # The longest come first, a short one behind each of the first two: a worker is given two at once.

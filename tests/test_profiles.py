@@ -126,6 +126,7 @@ def test_the_projects_profiles_fit(path):
     for name in ("eps_255", "cw_l2", "matrix_eps_255", "seeds", "splits"):
         values = [own[name] for own in whole.values() if name in own]
         assert len(values) > 1 and all(value == values[0] for value in values), f"they speak of one {name}"
+    assert set(found["09_claims"]["audit_splits"]) <= set(found["01_data"]["splits"])
     assert set(found["09_claims"]["published_seeds"]) <= set(found["01_data"]["seeds"]) or path.stem in (
         "demo",
         "test",

@@ -200,6 +200,26 @@ def test_the_published_training_is_run_on_its_seeds_alone(changes, seeds):
 
 
 @pytest.mark.parametrize(
+    ("config", "splits"),
+    [
+        (("profile=demo",), ["random"]),
+        (("profile=demo", "splits=[grouped]"), ["grouped"]),  # its own split is not run: the first that is
+        (("profile=test", "audit_splits=[grouped]", "seeds=[0,1]"), ["grouped"]),
+    ],
+)
+def test_the_audit_is_run_on_its_splits_alone(config, splits):
+    shown = snakemake("--dry-run", "-p", "--forceall", config=config).stdout
+    assert re.findall(r"(\w+)-s0/08_robustness_audit.ipynb --kernel", shown) == splits
+    assert jobs(shown)["robustness_audit"] == 1
+    assert re.search(r"audit_splits: \[(.*?)\]", shown)[1].split(", ") == splits
+    read = re.search(r"^rule claims:\n    input: (.*)", shown, re.MULTILINE)[1]
+    assert re.findall(r"audit_(\w+)-s0.csv", read) == splits
+    leakage = re.search(r"^rule leakage:\n    input: (.*)", shown, re.MULTILINE)[1]
+    both = set(re.findall(r"(\w+)-s0/02_baseline.ipynb --kernel", shown))
+    assert set(re.findall(r"(\w+)-s0/normal.safetensors", leakage)) == both, "of all splits, as before"
+
+
+@pytest.mark.parametrize(
     ("config", "message"),
     [
         (("profile=test", "esp_255=4"), "no notebook has a parameter esp_255"),
@@ -271,6 +291,7 @@ def test_make_tables_makes_the_claims_where_what_they_read_is_there(cut):
     touch(cut, "tables/audit_random-s2.csv", *(f"random-s2/{name}" for name in PUBLISHED))
     shown = tables(cut)
     assert jobs(shown) == {"results": 1, "claims": 1, "html": 1, "tables": 1}
+    assert re.search(r"audit_splits: \[(.*?)\]", shown)[1] == "random", "as many as are there"
     assert set(re.findall(r"(\w+-s\d+)/published_protocol.csv", shown)) == {"random-s2"}
     # A companion profile has no claims, whatever is there.
     profile = cut / "notebooks/profiles/test.yaml"

@@ -30,6 +30,8 @@ from fortify.workflow.profiles import (
     with_inherited,
 )
 
+_SPLITS = ("random", "grouped")
+
 
 class PublishError(RuntimeError):
     """What was executed is not what would be published; the message says what to rerun."""
@@ -292,14 +294,18 @@ def update_readme(root: Path, profile: str) -> None:
 
 def _audited(tables):
     """What notebook 8 says against Table 1: the checks that failed. Markdown."""
-    failed = []
-    for split in ("random", "grouped"):
-        for path in sorted(tables.glob(f"audit_{split}-s*.csv"), key=_seed_of):
+    audits = {split: sorted(tables.glob(f"audit_{split}-s*.csv"), key=_seed_of) for split in _SPLITS}
+    audited, failed = [split for split, paths in audits.items() if paths], []
+    for split, paths in audits.items():
+        for path in paths:
             where = f"{split} split, seed {path.stem.partition('-s')[2]}"
             for row in pd.read_csv(path).query("verdict == 'fail'").itertuples():
                 found = row.measured if pd.isna(row.note) else row.note
                 failed.append(f"*{row.check}* ({where}, {row.model} model: {found})")
-    said = f"Checks of the audit (notebook 08) that fail: {'; '.join(failed) if failed else 'none'}."
+    if not audited:
+        return "Notebook 08, the audit, has not been run.\n"
+    only = "" if len(audited) == len(_SPLITS) else f", {audited[0]} split alone"
+    said = f"Checks of the audit (notebook 08{only}) that fail: {'; '.join(failed) if failed else 'none'}."
     if failed:
         said += " Where a check of the attacks fails, the accuracy under attack is an upper bound."
     return said + "\n"
@@ -311,7 +317,7 @@ def _seed_of(path):
 
 def _tables1(folder, suffix=""):
     """Table 1 of each split that ``folder`` holds, under its heading. Markdown."""
-    found = {split: folder / f"table1_{split}.md" for split in ("random", "grouped")}
+    found = {split: folder / f"table1_{split}.md" for split in _SPLITS}
     return [
         f"**Table 1, {split} split{suffix}**\n\n{path.read_text(encoding='utf-8')}"
         for split, path in found.items()
@@ -374,7 +380,7 @@ def published_parameters(root: Path, profile: str) -> dict[str, dict[str, Any]]:
     notebooks = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
     parameters = load_profile(root / "notebooks" / "profiles" / f"{profile}.yaml", notebooks)
     parameters = with_inherited(parameters, notebooks)
-    seeds = {}  # of each notebook
+    seeds, splits = {}, {}  # of each notebook
     for path in sorted((published_folders(root, profile)[1] / "runs").glob("*-s*/[0-9]*.json")):
         ran, today = json.loads(path.read_text(encoding="utf-8"))["parameters"], parameters[path.stem]
         # The run's own, and not the profile's.
@@ -385,9 +391,12 @@ def published_parameters(root: Path, profile: str) -> dict[str, dict[str, Any]]:
                     f"{today[name]!r}; run it again and publish, or restore the profile"
                 )
         seeds.setdefault(path.stem, set()).add(ran["seed"])
+        splits.setdefault(path.stem, set()).add(ran["split"])
     if seeds:
         parameters["01_data"]["seeds"] = sorted(seeds["02_baseline"])
         parameters["09_claims"]["published_seeds"] = sorted(seeds.get("06_published_protocol", ()))
+        audited = splits.get("08_robustness_audit", ())
+        parameters["09_claims"]["audit_splits"] = [split for split in _SPLITS if split in audited]
     return parameters
 
 
