@@ -16,7 +16,7 @@ CONFIG = --config profile=$@ $(if $(SEEDS),'seeds=[$(SEEDS)]')
 WORKFLOW = $(SNAKEMAKE) data $(CONFIG) && $(SNAKEMAKE) $(CONFIG)
 
 help:
-	@echo "make demo     the whole paper on embedded phantoms, about 15 minutes on two cores; prints Table 1"
+	@echo "make demo     the whole paper on embedded phantoms, about 15 minutes on two cores; Table 1 first"
 	@echo "make check    ruff and the fast tests, for people at work: under a minute and a half on two cores"
 	@echo "make test     ruff, all tests, every notebook twice (papermill and nbmake)"
 	@echo "make data     download the IQ-OTH/NCCD slices to data/iq-oth-nccd"
@@ -39,8 +39,6 @@ $(ENV): requirements.lock requirements-uv.lock install.py pyproject.toml
 
 demo: $(ENV)
 	$(WORKFLOW)
-	@cat build/demo/tables/table1.txt
-	@echo "Figures: build/demo/figures   Tables: build/demo/tables   Notebooks: build/demo/html/index.html"
 
 .PHONY: check
 # Two workers with one thread each: two threads of one test are slower, and wait for each other in a loop.
@@ -63,13 +61,11 @@ data: $(ENV)
 
 $(RUN_PROFILES): $(ENV)
 	$(WORKFLOW)
-	@cat build/$@/tables/table1.txt
 
 tables: CONFIG = --config profile=$(PROFILE) finished=true $(if $(SEEDS),'seeds=[$(SEEDS)]')
 tables: $(ENV)
 	$(SNAKEMAKE) data $(CONFIG)
 	$(SNAKEMAKE) tables --allowed-rules results claims html tables $(CONFIG)
-	@cat build/$(PROFILE)/tables/table1.txt
 
 publish: $(ENV)
 	python -m fortify.workflow.publish commit build/$(PROFILE)

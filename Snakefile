@@ -16,7 +16,8 @@ from fortify.evaluation import TRAININGS
 from fortify.workflow.locks import wait_for_profile
 from fortify.workflow.notebooks import code_of
 from fortify.workflow.profiles import ProfileError, load_profile, read_profile
-from fortify.workflow.steps import Step, each, finished_runs, image_files, split_and_seed
+from fortify.workflow.progress import show_progress
+from fortify.workflow.steps import Step, each, finished_runs, image_files, needed_for, split_and_seed
 from snakemake.exceptions import WorkflowError
 
 # Executed notebooks hold no progress bars, and their kernel is this environment's.
@@ -38,7 +39,7 @@ except ProfileError as error:
     raise WorkflowError(str(error))
 
 # Snakemake's own lock outlives a killed run (and is off, see profiles/default); this one does not.
-if workflow.is_main_process and not {"-n", "--dry-run", "--dryrun"} & set(sys.argv):
+if workflow.is_main_process and not workflow.output_settings.dryrun:
     LOCK = wait_for_profile(BUILD)
 
 # What Table 1 takes of each run, and what the claims do.
@@ -79,7 +80,7 @@ def tables(names):
 TABLE1 = [f"tables/table1_{split}.{kind}" for split in SPLITS for kind in ("csv", "md", "tex")]
 TABLE1 += ["tables/table1.txt", *tables("accuracy curve kept_epochs robustness_scores")]
 FIGURES = "fig1_system fig3_normal_clean fig4_normal_attacked fig5_adversarial_benign".split()
-FIGURES += ["fig6_adversarial_malignant_normal"]
+FIGURES += ["fig6_adversarial_malignant_normal", "robustness_curves"]
 FIGURES = [f"figures/{name}.{kind}" for name in FIGURES for kind in ("pdf", "png")]
 LEAKAGE = tables("leak_meter leak_summary leak_twins leak_tells groups group_sensitivity lungs_or_scanner")
 AUDITS = [f"tables/audit_{split}-s{SEEDS[0]}.csv" for split in AUDITED]
@@ -110,6 +111,8 @@ STEPS = [  # rule, notebook, folder of its manifest, what it reads, what it writ
     Step("claims", "09_claims", "claims",
          [*TABLE1, *LEAKAGE, *AUDITS, *each(PUBLISHED_RUNS, *PROTOCOL), *each(RUNS, *ROWS[:2])], LEDGER, costly=False),
 ]  # fmt: skip
+FIRST = needed_for("results", STEPS)  # what Table 1 needs runs before all else
+show_progress(workflow, BUILD, seeds=SEEDS)
 
 
 def built(paths):
@@ -143,6 +146,7 @@ for step in STEPS:
         benchmark:
             f"{BUILD}/benchmarks/{step.below}.tsv"
         threads: workflow.cores if step.costly else 1
+        priority: int(step.name in FIRST)
         # --cwd makes it run where JupyterLab would; the executed copy is a log so that a failed one is kept.
         shell:
             "python -m fortify.workflow.locks {params.lock} python -m fortify.workflow.papermill {input[0]} {log.notebook}"

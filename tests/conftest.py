@@ -6,7 +6,7 @@ from workflow import BUILD, clear, snakemake
 
 # What `make check` leaves out: every notebook, what needs one of these fixtures, and these tests of about
 # three seconds or more, all their cases together, on a quiet machine.
-SLOW_FIXTURES = {"finished", "honest", "meter", "published", "mutants"}
+SLOW_FIXTURES = {"called", "finished", "honest", "meter", "published", "mutants"}
 SLOW = """
 test_a_cw_that_is_too_short_is_seen
 test_an_honest_attack_and_an_undefended_model_are_not_caught
@@ -57,6 +57,7 @@ test_a_companion_profile_is_a_table_1_with_its_audit
 test_the_published_training_is_run_on_its_seeds_alone
 test_a_model_of_any_kind_is_attacked_and_audited_as_the_plain_one
 test_the_audit_is_run_on_its_splits_alone
+test_a_run_shows_its_steps_and_table_1_as_soon_as_it_is_made
 """.split()
 # With `-n 2` one worker runs what is of one file, or needs the finished run, so that fixtures are made once.
 # The longest come first, a short one behind each of the first two: a worker is given two at once.
@@ -106,11 +107,17 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 @pytest.fixture(scope="session")
-def finished():
-    """The folder of the test profile's whole run, each notebook through papermill."""
+def called():
+    """The test profile's whole run, each notebook through papermill: the finished process and its output."""
     clear()
     done = snakemake("--forceall", "--quiet", "rules")
     assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture(scope="session")
+def finished(called):
+    """The folder of that run."""
     return BUILD
 
 

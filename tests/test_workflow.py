@@ -66,9 +66,30 @@ def test_table_1_is_what_the_rows_say(finished):
         assert f"{k}/{n}" in (BUILD / "tables" / "table1.txt").read_text()
 
 
-def test_a_second_call_does_nothing(finished):
-    again = snakemake("--dry-run")
-    assert "Nothing to be done" in again.stdout + again.stderr
+def test_each_step_is_named_as_it_starts_and_table_1_is_printed_as_soon_as_it_is_made(called):
+    shown = re.findall(r"^(\d+) of (\d+): (.*)$", called.stderr, re.MULTILINE)
+    assert [(int(number), int(total)) for number, total, _ in shown] == [(i, 15) for i in range(1, 16)]
+    names = [name for _, _, name in shown]
+    per_run = ("baseline", "attacks", "adversarial training", "published protocol", "robustness audit")
+    once = {"data", "results", "leakage", "claims", "html"}
+    assert set(names) == {f"{name}, {split}" for name in per_run for split in ("random", "grouped")} | once
+    assert names[0] == "data" and names[-2:] == ["claims", "html"]
+    assert re.search(
+        r"results$(.*\n)+Table 1 is ready\. .*claims, html\.$(.*\n)+.*claims$", called.stderr, re.M
+    )
+    assert "Select jobs" not in called.stderr and "%" not in called.stderr, "Snakemake's own lines"
+    places = f"Figures: {BUILD}/figures   Tables: {BUILD}/tables   Pages: {BUILD}/html/index.html\n"
+    places = places.replace(f"{ROOT}/", "")
+    assert called.stdout.startswith(f"\n{(BUILD / 'tables/table1.txt').read_text()}\nIts figure: ")
+    assert called.stdout.count("Table 1. ") == 2 and called.stdout.endswith(f".ipynb\n{places}")
+    for path in re.findall(r": (build/\S+)", called.stdout):
+        assert (ROOT / path).exists(), path
+
+
+def test_a_second_call_does_nothing_but_print_table_1(called):
+    """Which is at the end, and not when the slices alone are called for."""
+    again = snakemake("--quiet", "rules")
+    assert again.stderr.splitlines()[1:] == ["everything is up to date"] and again.stdout == called.stdout
 
 
 def test_notebook_1_crops_what_networks_are_shown_and_not_what_is_split(finished, tmp_path):
@@ -141,7 +162,8 @@ def test_a_step_holds_what_it_inherits_and_not_what_it_does_not():
 def test_another_seed_leaves_the_finished_one(finished):
     two = ("profile=test", "seeds=[0,1]")
     try:
-        assert snakemake("data", "--quiet", "rules", config=two).returncode == 0
+        done = snakemake("data", "--quiet", "rules", config=two)
+        assert (done.returncode, done.stdout) == (0, "") and done.stderr.splitlines()[-1] == "data"
         found = jobs(snakemake("--dry-run", config=two).stdout)
     finally:  # as it was
         assert snakemake("data", "--quiet", "rules").returncode == 0
@@ -159,14 +181,18 @@ def test_tables_are_made_without_the_weights(finished, tmp_path):
     for path in weights:
         shutil.move(tmp_path / f"{path.parent.name}-{path.name}", path)
     assert done.returncode == 0 and len(weights) == 8, done.stderr[-2000:]
-    assert table.read_text() == before
+    assert table.read_text() == before and done.stdout.startswith(f"\n{before}")
 
 
 def test_the_reference_run_is_five_seeds_on_both_splits():
-    found = jobs(snakemake("--dry-run", "--forceall", config=("profile=paper",)).stdout)
+    shown = snakemake("--dry-run", "--forceall", config=("profile=paper",)).stdout
+    found = jobs(shown)
     per_run = dict.fromkeys(("baseline", "attacks", "adversarial_training", "published_protocol"), 10)
     once = {"data": 1, "results": 1, "leakage": 1, "robustness_audit": 2, "claims": 1}
     assert {rule: found[rule] for rule in (*per_run, *once)} == per_run | once
+    # What Table 1 needs comes first.
+    first = re.findall(r"^rule (\w+):\n(?:    .*\n)*?    priority: 1$", shown, re.MULTILINE)
+    assert set(first) == {"data", "baseline", "attacks", "adversarial_training", "results"}
 
 
 @pytest.mark.parametrize("profile", companion_profiles(ROOT / "notebooks/profiles"))
@@ -329,6 +355,10 @@ def test_ones_own_images_as_the_readme_says(cut):
     bare = os.environ | {"PATH": os.defpath, "FORTIFY_ROOT": str(cut)}
     ran = subprocess.run(command, cwd=cut, capture_output=True, text=True, env=bare)
     assert "/nowhere" in ran.stderr and "No module named" not in ran.stderr, ran.stderr[-2000:]
+    assert (
+        "\ndata failed; see build/mine/notebooks/01_data.ipynb, build/mine/notebooks/01_data.log\n"
+        in ran.stderr
+    )
     options = yaml.safe_load((ROOT / "profiles/default/config.yaml").read_text())
     assert options == {
         "cores": "all",

@@ -1,1 +1,1 @@
-"""Plumbing of this project's own paper: profiles, publishing, pages, downloads, locks."""
+"""Plumbing of this project's own paper: profiles, steps, progress, locks, publishing, pages, downloads."""

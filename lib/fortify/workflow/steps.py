@@ -1,5 +1,6 @@
 """What the Snakefile's rules are made of: a step is a notebook with what it reads, writes and depends on."""
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +72,23 @@ class Step(NamedTuple):
 def each(runs: Iterable[str], *names: str) -> list[str]:
     """Paths of these files in every run's folder."""
     return [f"{run}/{name}" for run in runs for name in names]
+
+
+def needed_for(name: str, steps: Iterable[Step]) -> set[str]:
+    """Names of the step ``name`` and of those of ``steps`` that it needs, directly or through others."""
+    of = {step.name: step for step in steps}
+    maker = {_of_any_run(path): step.name for step in of.values() for path in step.writes}
+    found, left = {name}, [name]
+    while left:
+        reads = map(_of_any_run, of[left.pop()].reads)
+        new = {maker[path] for path in reads if path in maker} - found
+        found |= new
+        left += new
+    return found
+
+
+def _of_any_run(path):
+    return re.sub(r"[a-z]+-s\d+", "{run}", path)
 
 
 def split_and_seed(run: str) -> tuple[str, int]:
