@@ -1,5 +1,6 @@
 """The workflow: papermill runs every notebook with the test profile, and redoes no more than it must."""
 
+import importlib
 import json
 import os
 import re
@@ -527,3 +528,20 @@ def test_the_manifests_say_what_was_inherited(finished):
     )
     claims = json.loads((BUILD / "claims/09_claims.json").read_text())
     assert claims["inherited"]["01_data"] == {"splits": ["random", "grouped"], "seeds": [0]}
+
+
+def test_an_evaluation_is_timed_on_the_models_of_a_finished_run(finished, tmp_path, monkeypatch):
+    """benchmarks/evaluation.py: its ways count alike, and a run that was cut off goes on."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    evaluation, path = importlib.import_module("evaluation"), tmp_path / "evaluation.csv"
+    monkeypatch.setattr(evaluation, "OTHERS", ("foolbox",))
+    table = evaluation.measure(ROOT, "test", 1, 6, path)
+    names = ["fortify", "fortify, every image", "foolbox"]
+    assert table.library.tolist() == 4 * names and table.seconds.gt(0).all()
+    counts = table.pivot(index=["split", "model"], columns="library", values="correct_pgd_4")
+    assert (counts["fortify"] <= counts["fortify, every image"]).all()
+    path.write_text("\n".join(path.read_text().splitlines()[:-2]) + "\n")
+    again = evaluation.measure(ROOT, "test", 1, 6, path)
+    assert again.seconds[:10].tolist() == pytest.approx(table.seconds[:10].tolist()) and len(again) == 12
+    lines = "".join(evaluation.section(table, "cpu"))
+    assert "| random |" in lines and "| grouped |" in lines and "6 test slices" in lines
