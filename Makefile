@@ -29,6 +29,8 @@ help:
 	@echo "make pdf      paper/paper.pdf from the published tables"
 	@echo "make html     build/site: the committed notebooks as pages, Table 1 first"
 	@echo "make lab      JupyterLab with the notebooks"
+	@echo "make bundle   one archive with all that a machine without a network lacks: see README (HAVE, PYTHON_VERSION, PLATFORM)"
+	@echo "make unbundle FILE=results-x.tar.gz: results from there into build/ (FORCE=1 replaces runs that differ)"
 	@echo "make clean    remove build/ (results), not the environment"
 
 $(ENV): requirements.lock requirements-uv.lock install.py pyproject.toml
@@ -79,6 +81,16 @@ html: $(ENV)
 
 lab: $(ENV)
 	jupyter lab notebooks
+
+# torch must fit the other machine's driver, and takes gigabytes: that machine has it, unless HAVE= says less.
+.PHONY: bundle unbundle
+HAVE ?= torch torchvision
+bundle: $(ENV)
+	python -m fortify.workflow.bundle make --have "$(HAVE)" --with "$(WITH)" --python "$(PYTHON_VERSION)" \
+		--platform "$(PLATFORM)" $(if $(filter no,$(DATA)),--no-data)
+
+unbundle: $(ENV)
+	python -m fortify.workflow.bundle unbundle "$(FILE)" $(if $(FORCE),--force)
 
 clean:
 	rm -rf build .snakemake
