@@ -8,6 +8,11 @@ from workflow import BUILD, clear, snakemake
 # three seconds or more, all their cases together, on a quiet machine.
 SLOW_FIXTURES = {"called", "finished", "honest", "meter", "published", "mutants"}
 SLOW = """
+test_a_step_that_is_ended_by_its_limit_leaves_what_was_whole
+test_another_seed_than_the_first_is_not_audited
+test_nothing_that_a_step_runs_imports_what_is_unused
+test_run_sh_asks_for_a_gpu_unless_told_otherwise
+test_wheels_are_those_of_the_machine_by_what_they_say_they_need
 test_a_cw_that_is_too_short_is_seen
 test_an_honest_attack_and_an_undefended_model_are_not_caught
 test_no_attack_is_run_twice
@@ -61,7 +66,7 @@ test_a_run_shows_its_steps_and_table_1_as_soon_as_it_is_made
 """.split()
 # With `-n 2` one worker runs what is of one file, or needs the finished run, so that fixtures are made once.
 # The longest come first, a short one behind each of the first two: a worker is given two at once.
-TOGETHER = {"test_workflow.py": "finished", "test_survival.py": "finished"}
+TOGETHER = dict.fromkeys(("test_packed.py", "test_survival.py", "test_workflow.py"), "finished")
 ORDER = "finished notebooks test_lab.py test_disk.py test_audit.py test_benchmarks.py test_fused.py".split()
 
 

@@ -27,6 +27,7 @@ from packaging.utils import canonicalize_name
 # What loads other packages is imported in functions: first `unmet` says which are missing.
 
 GPU_TESTS = "tests/test_gpu.py"
+MANIFEST = re.compile(r"\d\d_\w+\.json")
 
 
 class BundleError(RuntimeError):
@@ -146,14 +147,14 @@ def step(words: Sequence[str], *, out: Path, started: float, seconds: float = 0)
 
     def pack_what_is_new(*, last=False):
         nonlocal seen
-        # Notebooks and logs grow while they run: they alone are no reason.
-        now = {p: stamp(p) for p in result_files(root) if last or p.suffix not in (".ipynb", ".log")}
-        if now.items() <= seen.items() and not last:
+        # A notebook's manifest is the last that it writes; of other steps it is any file.
+        now = {p: stamp(p) for p in result_files(root) if MANIFEST.fullmatch(p.name) or not plan.profile}
+        new = [path for path in now if now[path] != seen.get(path)]
+        if not new and not last:
             return
-        for path in sorted(now.keys() - seen.keys()):
-            if re.fullmatch(r"\d\d_\w+\.json", path.name):
-                say(f"finished: {path.relative_to(root)}")
         seen = now
+        for path in new:
+            say(f"finished: {path.relative_to(root)}")
         about = {"step": [*words], "status": status if last else "running", "commit": commit}
         about |= {"profile": plan.profile, "seconds": round(time.time() - started)}
         try:

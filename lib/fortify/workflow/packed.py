@@ -57,7 +57,7 @@ def finished_files(root: Path, plan: Plan, before: Mapping[Path, Any]) -> dict[s
         name = path.relative_to(root).as_posix()
         if not plan.profile and before.get(path) != stamp(path):
             found[name if name.startswith("build/") else f"build/{name}"] = path
-        elif plan.profile and name.startswith(f"build/{plan.profile}/"):
+        elif plan.profile and re.match(f"build/{plan.profile}/(?!html/)", name):
             if not (of := _RUN.search(name)) or of[1] in runs:
                 found[_place(root, plan, name)] = path
     members = {}
@@ -82,7 +82,7 @@ def _place(root, plan, name):
         manifests = [n for n in plan.rules if n.endswith(f"{of}.json") and ("/" in of) == bool(_RUN.match(n))]
         done = [n for n in manifests if (root / "build" / plan.profile / n).is_file()]
         rule = plan.rules[done[0]] if done else "data"
-    again = rule in REMADE or (folder in ("data", "html") and not below.startswith("data/splits/"))
+    again = rule in REMADE or (folder == "data" and not below.startswith("data/splits/"))
     return f"{'made-there' if again else 'build'}/{plan.profile}/{below}"
 
 
@@ -97,8 +97,9 @@ def shown_images(build: Path, run: str, model: str) -> bytes:
         attacked = file["pgd"]
     kept, places = np.full_like(attacked, np.nan), np.arange(len(attacked)).reshape(-1, 1, 1, 1)
     for label in rows.label.unique():
-        place = pick_example(rows, slices, label=label, attacked=places, **about).attacked.item()
-        kept[place] = attacked[place]
+        place = pick_example(rows, slices, label=label, attacked=places, **about).attacked
+        if place.size == 1:  # else it is the clean image, which the attack did not change
+            kept[place.item()] = attacked[place.item()]
     buffer = io.BytesIO()
     np.savez_compressed(buffer, pgd=kept)
     return buffer.getvalue()

@@ -67,31 +67,10 @@ export XDG_CACHE_HOME="$here/cache" IPYTHONDIR="$here/cache/ipython"
 export JUPYTER_RUNTIME_DIR="$here/cache/jupyter" JUPYTER_PLATFORM_DIRS=1 JUPYTER_PREFER_ENV_PATH=1
 # A variable of the shell that called might point to another checkout.
 export FORTIFY_ROOT="$here/checkout"
-export PYTHONPATH="$here/checkout/lib${PYTHONPATH:+:$PYTHONPATH}"
+theirs=${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH="$here/checkout/lib$theirs"
 if [ -d "$here/data" ]; then export FORTIFY_DATA="$here/data"; else unset FORTIFY_DATA; fi
 if [ -n "$cpu" ]; then export CUDA_VISIBLE_DEVICES=; fi
-
-check_device() {
-    if command -v nvidia-smi >/dev/null; then nvidia-smi || true; else echo "there is no nvidia-smi here"; fi
-    "$python" - <<'EOF'
-import sys
-
-import torch
-
-there = torch.cuda.is_available()
-print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, CUDA is available: {there}", flush=True)
-if there:
-    print(f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory >> 30} GiB")
-EOF
-    [ -n "$cpu" ] || "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-        fail "torch finds no GPU here. For a rehearsal without one: sh run.sh --cpu ..."
-}
-
-if "$python" -c 'import torch' 2>/dev/null; then check_device; checked=1; else checked=; fi
-
-install() {
-    "$@" install --quiet --no-index --no-deps --no-compile --no-warn-script-location "$here"/wheels/*.whl
-}
 
 if [ -d "$here/wheels" ]; then
     "$python" - "$here/bundle.json" <<'EOF' || exit 2
@@ -102,6 +81,37 @@ here = ".".join(map(str, sys.version_info[:2]))
 if here != wanted:
     sys.exit(f"run.sh: the wheels are for Python {wanted}, and this is {here}: set PYTHON, or make bundle PYTHON_VERSION={here}")
 EOF
+fi
+if command -v nvidia-smi >/dev/null; then nvidia-smi || true; else echo "there is no nvidia-smi here"; fi
+# 3 where torch is not installed, 1 where a GPU is wanted and there is none.
+device() {
+    "$python" - "$cpu" <<'EOF'
+import sys
+
+try:
+    import torch
+except ImportError:
+    sys.exit(3)
+there = torch.cuda.is_available()
+print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, CUDA is available: {there}", flush=True)
+if there:
+    print(f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory >> 30} GiB")
+sys.exit(not there and not sys.argv[1])
+EOF
+}
+check_device() {
+    status=0
+    device || status=$?
+    [ $status != 1 ] || fail "torch finds no GPU here. For a rehearsal without one: sh run.sh --cpu ..."
+    [ $status = 0 ]
+}
+if check_device; then checked=1; else checked=; fi
+
+install() {
+    "$@" install --quiet --no-index --no-deps --no-compile --no-warn-script-location "$here"/wheels/*.whl
+}
+
+if [ -d "$here/wheels" ]; then
     env=$here/env
     if [ ! -e "$env/installed" ]; then
         rm -rf "$env"
@@ -122,12 +132,12 @@ EOF
         touch "$env/installed"
     fi
     if [ -d "$env/site" ]; then
-        export PYTHONPATH="$PYTHONPATH:$env/site" JUPYTER_PATH="$env/site/share/jupyter"
+        export PYTHONPATH="$here/checkout/lib:$env/site$theirs" JUPYTER_PATH="$env/site/share/jupyter"
     fi
     export PATH="$env/bin:$env/site/bin:$PATH"
     python=$env/bin/python
 fi
-if [ -z "$checked" ]; then check_device; fi
+if [ -z "$checked" ]; then check_device || fail "torch is neither here nor in the archive"; fi
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$here/checkout"
