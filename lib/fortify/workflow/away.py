@@ -28,6 +28,7 @@ from packaging.utils import canonicalize_name
 
 GPU_TESTS = "tests/test_gpu.py"
 MANIFEST = re.compile(r"\d\d_\w+\.json")
+SETTLED = 3  # seconds for which a file must not have changed to be packed as soon as possible
 
 
 class BundleError(RuntimeError):
@@ -147,8 +148,11 @@ def step(words: Sequence[str], *, out: Path, started: float, seconds: float = 0)
 
     def pack_what_is_new(*, last=False):
         nonlocal seen
-        # A notebook's manifest is the last that it writes; of other steps it is any file.
-        now = {p: stamp(p) for p in result_files(root) if MANIFEST.fullmatch(p.name) or not plan.profile}
+        # A notebook's manifest is the last file that it writes; of other steps it is any. Snakemake touches
+        # it once papermill has ended, and with that the executed copy is whole.
+        settled = time.time() - (0 if last else SETTLED)
+        wanted = [p for p in result_files(root) if MANIFEST.fullmatch(p.name) or not plan.profile]
+        now = {path: of for path in wanted if (of := stamp(path)) and of[1] / 1e9 <= settled}
         new = [path for path in now if now[path] != seen.get(path)]
         if not new and not last:
             return

@@ -82,7 +82,8 @@ def _place(root, plan, name):
         manifests = [n for n in plan.rules if n.endswith(f"{of}.json") and ("/" in of) == bool(_RUN.match(n))]
         done = [n for n in manifests if (root / "build" / plan.profile / n).is_file()]
         rule = plan.rules[done[0]] if done else "data"
-    again = rule in REMADE or (folder == "data" and not below.startswith("data/splits/"))
+    # The splits come back too: where those made here differ, the results are of others.
+    again = (rule in REMADE or folder == "data") and not below.startswith("data/splits/")
     return f"{'made-there' if again else 'build'}/{plan.profile}/{below}"
 
 
