@@ -108,7 +108,9 @@ check_device() {
 if check_device; then checked=1; else checked=; fi
 
 install() {
-    "$@" install --quiet --no-index --no-deps --no-compile --no-warn-script-location "$here"/wheels/*.whl
+    with=$1
+    shift
+    "$with" -m pip install --quiet --no-index --no-deps --no-compile --no-warn-script-location "$@" "$here"/wheels/*.whl
 }
 
 if [ -d "$here/wheels" ]; then
@@ -121,13 +123,13 @@ if [ -d "$here/wheels" ]; then
             # The machine's Python may be of an environment itself, whose packages are not the system's.
             "$python" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
                 >"$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/machine.pth"
-            install "$env/bin/python" -m pip
+            install "$env/bin/python"
         else
             echo "Python cannot make a virtual environment here; using a folder"
             mkdir -p "$env/bin"
             printf '#!/bin/sh\nexec "%s" "$@"\n' "$(command -v "$python")" >"$env/bin/python"
             chmod +x "$env/bin/python"
-            install "$python" -m pip --target "$env/site"
+            install "$python" --target "$env/site"
         fi
         touch "$env/installed"
     fi
