@@ -66,7 +66,7 @@ def make(
     commit, made = _committed(root)
     about = {"commit": commit, "unused": UNUSED, "brought": []}
     about["needs"] = [str(need) for need in project_needs(root)]
-    members = {"run.sh": Path(__file__).with_name("run.sh").read_bytes()}
+    preset, members = 6, {"run.sh": Path(__file__).with_name("run.sh").read_bytes()}
     if data:
         slices = find_data()
         files = [p for name in IQ_OTH_NCCD.classes for p in sorted((slices / name).rglob("*")) if p.is_file()]
@@ -79,6 +79,7 @@ def make(
             )
             for name, path in sorted(found.items()):
                 members[f"wheels/{path.name}"] = slim(path, name, environment["platform_machine"])
+                preset = 0 if path.stat().st_size > LARGE else preset
         about |= {"python": python, "platform": platform, "brought": sorted(found)}
         print(f"{len(found)} wheels for Python {python} on {platform}; left to that machine: ", end="")
         print(", ".join(sorted(had)) or "nothing", flush=True)
@@ -86,7 +87,6 @@ def make(
     checkout = subprocess.check_output(["git", "-C", root, "archive", "HEAD", "--", ".", *NOT_CHECKED_OUT])
     of = f"-py{python}-{platform}" if wheels else ""
     target = root / "build" / "bundle" / f"fortify-{commit[:7]}{of}.tar.xz"
-    preset = 6 if max(map(len, members.values())) < LARGE else 0
     with atomic_path(target) as temporary, tarfile.open(temporary, "w:xz", preset=preset) as tar:
         with tarfile.open(fileobj=io.BytesIO(checkout)) as source:
             for entry in source:
