@@ -161,6 +161,7 @@ def test_a_run_that_differs_stays_unless_it_is_replaced_whole(root, capsys):
     said = capsys.readouterr().err
     assert "1 results are there already and differ, like test/random-s0/a.csv." in said and "FORCE=1" in said
     assert (run / "a.csv").read_text() == "1" and not (run / "b.csv").exists()
+    assert main(["unbundle", ""]) == 1 and "Which results?" in capsys.readouterr().err
     assert main(["unbundle", str(path), "--force"]) == 0
     assert "replaced: test/random-s0\n" in capsys.readouterr().out
     assert sorted(p.name for p in run.iterdir()) == ["a.csv", "b.csv"], "no weights of another training"

@@ -276,6 +276,8 @@ def slim(wheel: Path, name: str, arch: str) -> bytes:
 
 
 def _unbundle(file, *, force):
+    if not file:
+        raise BundleError("Which results? make unbundle FILE=results-....tar.gz")
     written, about = unpack(file, force=force)
     root = find_root()
     git = ["git", "-C", root, "rev-parse", "HEAD"]
