@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from fortify.evaluation import TRAININGS
-from fortify.workflow.locks import wait_for_profile
+from fortify.workflow.locks import join_call, wait_for_profile
 from fortify.workflow.notebooks import code_of
 from fortify.workflow.profiles import ProfileError, load_profile, read_profile
 from fortify.workflow.progress import show_progress
@@ -41,6 +41,8 @@ except ProfileError as error:
 # Snakemake's own lock outlives a killed run (and is off, see profiles/default); this one does not.
 if workflow.is_main_process and not workflow.output_settings.dryrun:
     LOCK = wait_for_profile(BUILD)
+if not workflow.is_main_process:  # a notebook as a job of its own, on a cluster
+    LOCK = join_call(f"{BUILD}/.notebook-lock")
 
 # What Table 1 takes of each run, and what the claims do.
 ROWS = [f"{name}_{kind}.csv" for kind in ("predictions", "history") for name in ("normal", "adversarial")]
@@ -147,11 +149,17 @@ for step in STEPS:
             f"{BUILD}/benchmarks/{step.below}.tsv"
         threads: workflow.cores if step.costly else 1
         priority: int(step.name in FIRST)
+        resources:
+            gpu=step.gpus(PARAMETERS),
         # --cwd makes it run where JupyterLab would; the executed copy is a log so that a failed one is kept.
         shell:
             "python -m fortify.workflow.locks {params.lock} python -m fortify.workflow.papermill {input[0]} {log.notebook}"
             " --kernel python3 --cwd notebooks --no-progress-bar -y {params.values:q} >{log.text} 2>&1"
             " || {{ tail -n 25 {log.text} >&2; exit 1; }}"
+
+
+localrules:
+    html,
 
 
 rule html:

@@ -1,8 +1,10 @@
 """What several test files share: tiny phantoms, a model trained on them for a moment, the real slices."""
 
+import shutil
+
 import pytest
 import torch
-from workflow import BUILD, clear, snakemake
+from workflow import BUILD, ROOT, clear, snakemake
 
 # What `make check` leaves out: every notebook, what needs one of these fixtures, and these tests of about
 # three seconds or more, all their cases together, on a quiet machine.
@@ -59,6 +61,7 @@ test_make_tables_takes_what_is_whole_of_each_split
 test_make_tables_makes_the_claims_where_what_they_read_is_there
 test_the_reference_run_is_five_seeds_on_both_splits
 test_a_companion_profile_is_a_table_1_with_its_audit
+test_a_job_asks_for_what_its_network_wants
 test_the_published_training_is_run_on_its_seeds_alone
 test_a_model_of_any_kind_is_attacked_and_audited_as_the_plain_one
 test_the_audit_is_run_on_its_splits_alone
@@ -66,7 +69,9 @@ test_a_run_shows_its_steps_and_table_1_as_soon_as_it_is_made
 """.split()
 # With `-n 2` one worker runs what is of one file, or needs the finished run, so that fixtures are made once.
 # The longest come first, a short one behind each of the first two: a worker is given two at once.
-TOGETHER = dict.fromkeys(("test_packed.py", "test_survival.py", "test_workflow.py"), "finished")
+TOGETHER = dict.fromkeys(
+    ("test_packed.py", "test_slurm.py", "test_survival.py", "test_workflow.py"), "finished"
+)
 ORDER = "finished notebooks test_lab.py test_disk.py test_audit.py test_benchmarks.py test_fused.py".split()
 
 
@@ -124,6 +129,16 @@ def called():
 def finished(called):
     """The folder of that run."""
     return BUILD
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what the workflow needs, without results."""
+    for name in ("lib", "notebooks", "paper", "profiles"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy2(ROOT / "Snakefile", tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

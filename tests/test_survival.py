@@ -30,15 +30,6 @@ if "ipykernel_launcher" in sys.orig_argv:
 
 
 @pytest.fixture
-def checkout(tmp_path):
-    for name in ("lib", "notebooks", "paper", "profiles"):
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, tmp_path / name)
-    shutil.copy2(ROOT / "Snakefile", tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def untrained(finished, checkout):
     """A checkout with the finished run, but for the random split's adversarial training and what follows."""
     shutil.copytree(BUILD, checkout / "build/test")

@@ -7,10 +7,13 @@ import contextlib
 import fcntl
 import os
 import sys
+import uuid
 from pathlib import Path
 from typing import NoReturn, TextIO
 
 from fortify.workflow.load import cores_in_use, waiting
+
+CALL = "FORTIFY_CALL"  # names a call of the workflow to its jobs, which inherit its environment
 
 
 def wait_for_lock(path: str | Path, *, what: str, shared: bool = False) -> TextIO:
@@ -22,7 +25,7 @@ def wait_for_lock(path: str | Path, *, what: str, shared: bool = False) -> TextI
     path, kind = Path(path), fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")
+        file = open(path, "a+")  # NFS refuses a shared lock on a file that is not open for reading
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -44,9 +47,30 @@ def _say(message):
 
 
 def wait_for_profile(build: str | Path) -> TextIO:
-    """Hold the lock of a profile's folder, once no notebook of an earlier workflow is at work in it."""
+    """Hold the lock of a profile's folder, once no notebook of an earlier workflow is at work in it.
+
+    Jobs of an earlier workflow that wait in a cluster's queue are refused from now on: see :func:`join_call`.
+    """
     lock = wait_for_lock(Path(build) / ".lock", what="another run in this checkout")
-    wait_for_lock(Path(build) / ".notebook-lock", what="a notebook whose run was killed").close()
+    with wait_for_lock(Path(build) / ".notebook-lock", what="a notebook whose run was killed") as notebooks:
+        os.environ[CALL] = uuid.uuid4().hex
+        notebooks.truncate(0)
+        notebooks.write(os.environ[CALL])
+    return lock
+
+
+def join_call(path: str | Path) -> TextIO:
+    """Hold the lock file ``path``, shared, as a job of the workflow that :func:`wait_for_profile` began.
+
+    Raises RuntimeError in a job of an earlier one, which began before the one that is at work now.
+    """
+    lock = wait_for_lock(path, what="a workflow", shared=True)
+    lock.seek(0)
+    if os.environ.get(CALL, "") not in ("", lock.read()):
+        lock.close()
+        raise RuntimeError(
+            f"the workflow that asked for this job was killed, and called again since ({path})"
+        )
     return lock
 
 
@@ -55,7 +79,7 @@ def run_locked(path: str | Path, command: list[str]) -> NoReturn:
 
     So a notebook that goes on after its workflow was killed is waited for by the next, not raced.
     """
-    lock = wait_for_lock(path, what="a workflow", shared=True)
+    lock = join_call(path)
     os.set_inheritable(lock.fileno(), True)
     os.environ |= waiting(cores_in_use())
     os.execvp(command[0], command)

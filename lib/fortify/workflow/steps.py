@@ -58,6 +58,15 @@ class Step(NamedTuple):
 
         return filled
 
+    def gpus(self, parameters: Mapping[str, Mapping[str, Any]]) -> int:
+        """How many GPUs to ask a cluster for: one where its parameters say so, or leave it to the machine.
+
+        In the latter case none for the small network, nor for a notebook that has no ``device``.
+        """
+        device = parameters[self.notebook].get("device", "cpu")
+        small = parameters["02_baseline"]["arch"] == "resnet_small"
+        return int(device.startswith("cuda") or (device == "auto" and not small))
+
     def inherited(self, parameters: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """Values of the parameters that the notebook reads in other notebooks' manifests.
 
