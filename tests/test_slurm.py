@@ -1,5 +1,7 @@
 """The grid on a cluster: profiles/slurm, and a real Slurm of this one machine (tests/slurm/cluster)."""
 
+import errno
+import fcntl
 import os
 import re
 import shutil
@@ -24,8 +26,8 @@ PATH = f"{os.environ['PATH']}:/usr/sbin"  # Debian's daemons
 PROGRAMS = ("sbatch", "squeue", "scancel", "munged", "slurmctld", "slurmd")
 MISSING = [program for program in PROGRAMS if not shutil.which(program, path=PATH)]
 COSTLY = {"baseline", "attacks", "adversarial_training", "published_protocol", "leakage", "robustness_audit"}
-# As many at once and threads each as in the local run. This Slurm keeps no accounts that sacct could read.
-OPTIONS = "--jobs 2 --max-threads 1 --slurm-status-command squeue".split()
+# As many threads as in the local run. This Slurm keeps no accounts for sacct to read.
+OPTIONS = "--jobs 4 --max-threads 1 --slurm-status-command squeue".split()
 OPTIONS += "--slurm-init-seconds-before-status-checks 8".split()
 
 
@@ -38,7 +40,7 @@ def test_it_keeps_the_options_of_the_default_profile_in_whose_place_it_stands():
     default, own = (
         yaml.safe_load((path / "config.yaml").read_text()) for path in (PROFILE.with_name("default"), PROFILE)
     )
-    assert default.pop("cores") == "all" and default.pop("quiet")
+    assert default.pop("cores") == "all", "here of the login node"
     assert default.items() <= own.items()
 
 
@@ -46,7 +48,7 @@ def test_it_keeps_the_options_of_the_default_profile_in_whose_place_it_stands():
 def test_a_job_asks_for_what_its_network_wants(profile):
     """A GPU for ResNet-50 and none for the small network; more time and memory where it trains or attacks."""
     shown = subprocess.run(
-        command("--dry-run", "--forceall", config=f"profile={profile}"),
+        command("--dry-run", "--forceall", "--quiet", "host", config=f"profile={profile}"),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -76,6 +78,15 @@ def test_a_job_that_a_killed_workflow_left_in_the_queue_is_refused_after_the_nex
     monkeypatch.setenv(CALL, first)
     with pytest.raises(RuntimeError, match="was killed, and called again since"):
         join_call(lock)
+
+
+def test_a_file_system_without_locks_is_one_clear_error(tmp_path, monkeypatch):
+    def none(file, kind):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.raises(OSError, match=r"Function not implemented\): put the checkout on.*/\.lock'"):
+        wait_for_profile(tmp_path)
 
 
 @pytest.fixture
@@ -152,12 +163,12 @@ def test_the_whole_grid_through_sbatch_where_a_cancelled_job_is_made_again(finis
     subprocess.run(["scancel", cancelled], check=True)
     assert whole.wait() == 0, log.read_text()[-4000:]
 
-    said = log.read_text()
-    assert re.findall(r"SLURM-job '(\d+)' failed, SLURM status is: '(\w+)'", said) == [
-        (cancelled, "CANCELLED")
-    ]
-    assert said.count("Trying to restart job") == 1
-    assert len(re.findall("has been submitted with SLURM jobid", said)) == 1 + 14 + 1
-    refused = (checkout / f".snakemake/slurm_logs/rule_data/{left}.log").read_text()
-    assert "was killed, and called again since" in refused
+    slurm_logs = checkout / ".snakemake/slurm_logs"
+    of_cancelled = slurm_logs / f"rule_adversarial_training/random-s0/{cancelled}.log"
+    (failed,) = re.findall("^(.*) failed; see (.*)", log.read_text(), re.MULTILINE)
+    assert failed[0] == "adversarial training, random" and str(of_cancelled) in failed[1].split(", ")
+    assert "CANCELLED" in of_cancelled.read_text()
+    assert "called again since" in (slurm_logs / f"rule_data/{left}.log").read_text()
+    *_, whole_log = sorted((checkout / ".snakemake/log").glob("*.log"))
+    assert whole_log.read_text().count("has been submitted with SLURM jobid") == 14 + 1
     assert differing(checkout, everything=True) == []

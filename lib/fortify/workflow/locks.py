@@ -20,7 +20,7 @@ def wait_for_lock(path: str | Path, *, what: str, shared: bool = False) -> TextI
     """Hold the lock file ``path`` until the returned file is closed or the process ends, however it ends.
 
     While another process holds it this waits, and says so: ``what`` is at work. Any number of processes hold
-    it together if it is ``shared`` to each.
+    it together if it is ``shared`` to each. OSError where the file system has no locks, as on some clusters.
     """
     path, kind = Path(path), fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     while True:
@@ -31,6 +31,9 @@ def wait_for_lock(path: str | Path, *, what: str, shared: bool = False) -> TextI
         except BlockingIOError:
             _say(f"waiting for {what} to end (it holds {path})")
             fcntl.flock(file, kind)
+        except OSError as error:
+            why = f"no lock ({error.strerror}): put the checkout on a file system that has them (flock)"
+            raise OSError(error.errno, why, str(path)) from None
         # Somebody may have removed the folder meanwhile: a file that is gone locks nobody out.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
