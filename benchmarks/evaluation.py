@@ -105,7 +105,7 @@ def ways(model, x):
     return found
 
 
-def measure(root, profile, rounds, images, path):
+def measure(root, profile, rounds, images, path, libraries=(OURS, BEFORE, *OTHERS)):
     """One row a round, split, model and library; those that ``path`` holds are not measured again."""
     build = root / "build" / profile
     rows = pd.read_csv(path).to_dict("records") if path.exists() else []
@@ -121,7 +121,7 @@ def measure(root, profile, rounds, images, path):
             for model_name in MODELS:
                 model = load_model(run / f"{model_name}.safetensors")
                 wrong = int((predict(model, x).argmax(1) != y).sum())
-                found = ways(model, x)
+                found = {name: way for name, way in ways(model, x).items() if name in libraries}
                 names = list(found)
                 turn = number % len(names)
                 for name in names[turn:] + names[:turn]:
@@ -143,7 +143,8 @@ def measure(root, profile, rounds, images, path):
 
 def section(table, device):
     """README's text: seconds of both models together and the ratio within a round, by split and library."""
-    whole = table.groupby(["split", "round", "library"], sort=False).seconds.sum().unstack()
+    both = table.groupby(["split", "round", "library"], sort=False).seconds
+    whole = both.sum().where(both.size().eq(len(MODELS))).unstack()
     names = [name for name in (OURS, BEFORE, *OTHERS) if name in whole]
     lines = ["| split | " + " | ".join(SHORT.get(n, n) for n in names) + " |"]
     lines.append("| --- |" + " ---: |" * len(names))
@@ -151,7 +152,8 @@ def section(table, device):
         own, cells = whole.loc[split], []
         for name in names:
             ratio = own[name] / own[OURS]
-            cells.append(f"{own[name].median():.0f} s" + f" ({ratio.median():.1f}×)" * (name != OURS))
+            shown = f"{own[name].median():.0f} s" + f" ({ratio.median():.1f}×)" * (name != OURS)
+            cells.append(shown if own[name].notna().any() else "")
         lines.append(f"| {split} | " + " | ".join(cells) + " |")
     about = table.iloc[0]
     lost = table.drop_duplicates(["split", "model"]).set_index(["split", "model"]).misclassified
@@ -170,6 +172,9 @@ def main():
     parser = results.parser(__doc__, SHAPES, rounds=1)
     parser.add_argument("--images", type=int, default=64, help="test slices of each split")
     parser.add_argument("--again", action="store_true", help="measure what is there already again")
+    parser.add_argument(
+        "--libraries", nargs="+", choices=(OURS, BEFORE, *OTHERS), default=(OURS, BEFORE, *OTHERS)
+    )
     arguments = parser.parse_args()
     root = find_root()
     sys.path.append(str(root / "build" / "benchmark-packages"))
@@ -178,7 +183,9 @@ def main():
         path.unlink(missing_ok=True)
     warnings.simplefilter("ignore", UserWarning)
     with contextlib.redirect_stdout(sys.stderr):
-        table = measure(root, SHAPES[arguments.device], arguments.rounds, arguments.images, path)
+        table = measure(
+            root, SHAPES[arguments.device], arguments.rounds, arguments.images, path, arguments.libraries
+        )
     results.publish(root, "evaluation", arguments.device, table)
 
 
