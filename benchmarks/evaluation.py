@@ -145,7 +145,8 @@ def section(table, device):
     """README's text: seconds of both models together and the ratio within a round, by split and library."""
     both = table.groupby(["split", "round", "library"], sort=False).seconds
     whole = both.sum().where(both.size().eq(len(MODELS))).unstack()
-    names = [name for name in (OURS, BEFORE, *OTHERS) if name in whole]
+    names = [name for name in (OURS, BEFORE, *OTHERS) if name in whole and whole[name].notna().any()]
+    partly = [SHORT.get(name, name) for name in OTHERS if name in whole and name not in names]
     lines = ["| split | " + " | ".join(SHORT.get(n, n) for n in names) + " |"]
     lines.append("| --- |" + " ---: |" * len(names))
     for split in SPLITS:
@@ -163,7 +164,8 @@ def section(table, device):
         f"Seconds for both models' evaluation over all budgets, in brackets how many times `fortify`'s. "
         f"{about['images']} test slices of a split, {SHAPES[device]} profile, float32, "
         f"{rounds} round{'s' if rounds != 1 else ''}, {about.device}. "
-        f"Misclassified when clean by the normal and the adversarial model, {lost}: those need no attack.\n"
+        f"Misclassified when clean by the normal and the adversarial model, {lost}: those need no attack."
+        f"{''.join(f' {name} has not been measured to its end yet.' for name in partly)}\n"
     )
     return ["\n".join(lines) + "\n", text]
 
