@@ -3,12 +3,12 @@
     python benchmarks/evaluation.py               both models of the laptop profile's seed 0, on either split
 
 Clean accuracy, PGD and FGSM over the profile's budgets, and CW, on the models that `make laptop SEEDS=0` left
-in build/laptop and on a part of their test slices. "fortify" is what notebooks 3 and 4 call, which attacks
-nothing that is lost already; "fortify, every image" crafts each attack on each image, as they did before.
-The others do what their documentation shows: each attack at each budget on every image, and a count. Steps
-and step sizes are the same; torchattacks' CW, which searches for no constant, is called for as many constants
-as the others' search tries. Float32, every library once a round, the order turning. Read the ratio. Rows are
-kept as they are measured, so a run that was cut off goes on.
+in build/laptop and on a part of their test slices. "fortify" is what notebooks 3 and 4 call, with no images to
+keep: it attacks nothing that is lost already. "fortify, every image" crafts each attack on each image, as they
+did before. The others do what their documentation shows: each attack at each budget on every image, and a
+count. Steps and step sizes are the same. torchattacks' CW, which searches for no constant, is called for as
+many constants as the others' search tries. Float32, every library once a round, the order turning. Read the
+ratio. Rows are kept as they are measured, so a run that was cut off goes on; --again measures all anew.
 
 Writes benchmarks/evaluation_cpu.csv and README's section. The other libraries come as benchmarks/speed.py
 says.
@@ -172,7 +172,7 @@ def section(table, device):
 
 def main():
     parser = results.parser(__doc__, SHAPES, rounds=1)
-    parser.add_argument("--images", type=int, default=64, help="test slices of each split")
+    parser.add_argument("--images", type=int, default=32, help="test slices of each split")
     parser.add_argument("--again", action="store_true", help="measure what is there already again")
     parser.add_argument(
         "--libraries", nargs="+", choices=(OURS, BEFORE, *OTHERS), default=(OURS, BEFORE, *OTHERS)

@@ -47,8 +47,8 @@ def evaluate(
     Nothing is attacked that is lost already, as in AutoAttack (Croce & Hein 2020). An image that the model
     misclassifies when clean is not attacked: its row is that of the clean image. A nested attack (PGD)
     meets its budgets from the smallest up, and what one breaks stays broken: a larger budget's row is that of
-    the same adversarial image. Accuracy under it therefore never rises with the budget. FGSM is a single
-    step, and does.
+    the same adversarial image. Accuracy under it therefore never rises with the budget. Under FGSM, a
+    single step, it may.
     ``keep`` maps names to attacks of the list whose images are wanted: ``kept`` is then {name: float32 array
     (N, C, H, W)}. An attack with a budget that is kept is crafted on every image, the misclassified ones
     too, and only where that fails is it the image of a smaller budget.
