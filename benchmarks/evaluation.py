@@ -3,10 +3,10 @@
     python benchmarks/evaluation.py               both models of the laptop profile's seed 0, on either split
 
 Clean accuracy, PGD and FGSM over the profile's budgets, and CW, on the models that `make laptop SEEDS=0` left
-in build/laptop and on a part of their test slices. "fortify" is what notebooks 3 and 4 call, with no images to
-keep: it attacks nothing that is lost already. "fortify, every image" crafts each attack on each image, as they
-did before. The others do what their documentation shows: each attack at each budget on every image, and a
-count. Steps and step sizes are the same. torchattacks' CW, which searches for no constant, is called for as
+in build/laptop and on a part of their test slices. "fortify" is what notebooks 3 and 4 call, with no images
+to keep: it attacks nothing that is lost already. "fortify, every image" crafts each attack on each image, as
+they did before. The others do what their documentation shows: each attack at each budget on every image, and
+a count. Steps and step sizes are the same. torchattacks' CW, which searches for no constant, is called for as
 many constants as the others' search tries. Float32, every library once a round, the order turning. Read the
 ratio. Rows are kept as they are measured, so a run that was cut off goes on; --again measures all anew.
 
