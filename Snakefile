@@ -34,7 +34,8 @@ try:
     lists = {name: list(map(yaml.safe_load, map(str, v))) for name, v in config.items() if isinstance(v, list)}
     changes = {k: v for k, v in (config | lists).items() if k not in ("profile", "finished")}
     PARAMETERS = load_profile(FILE, sorted(Path("notebooks").glob("[0-9]*.ipynb")), changes=changes)
-    COMPANION = read_profile(FILE)[1]["beside"]
+    ABOUT = read_profile(FILE)[1]
+    COMPANION = ABOUT["beside"]
 except ProfileError as error:
     raise WorkflowError(str(error))
 
@@ -51,7 +52,12 @@ PROTOCOL = ["published_predictions.csv", "published_protocol.csv"]
 MODELS = ["normal.safetensors", "adversarial.safetensors"]
 
 DATA = PARAMETERS["01_data"]
-RUNS = [f"{split}-s{seed}" for seed in DATA["seeds"] for split in DATA["splits"]]
+RUNS = [
+    f"{split}-s{seed}"
+    for seed in DATA["seeds"]
+    for split in DATA["splits"]
+    if seed in ABOUT["seeds_of"].get(split, [seed])
+]
 FINISHED = bool(config.get("finished"))  # make tables: what is whole, of each split, whatever the profile's seeds
 if FINISHED:
     needs = [*ROWS, "02_baseline.json", "03_attacks.json", "04_adversarial_training.json"]

@@ -50,9 +50,17 @@ def test_values_override_and_defaults_stay(tmp_path, notebook):
 def test_a_title_and_whether_it_stands_beside_another_are_no_parameters(tmp_path, notebook):
     path = profile(tmp_path, "title: a smaller one\nbeside: true\nlr: 1\n")
     assert load_profile(path, [notebook])["01_x"].keys() == declared_parameters(notebook).keys()
-    assert read_profile(path) == ({"lr": 1}, {"title": "a smaller one", "beside": True})
+    about = {"title": "a smaller one", "beside": True, "seeds_of": {}}
+    assert read_profile(path) == ({"lr": 1}, about)
     assert companion_profiles(tmp_path) == {"p": "a smaller one"}
     assert companion_profiles(profile(tmp_path, "title: a smaller one\n").parent) == {}
+
+
+def test_a_split_may_have_fewer_seeds(tmp_path, notebook):
+    path = profile(tmp_path, "seeds_of: {random: [0, 1]}\n")
+    assert read_profile(path)[1]["seeds_of"] == {"random": [0, 1]}
+    with pytest.raises(ProfileError, match="seeds_of must give the random split a list of seeds, not 3"):
+        read_profile(profile(tmp_path, "seeds_of: {random: 3}\n"))
 
 
 def test_changes_go_over_the_file_and_are_checked_as_it_is(tmp_path, notebook):

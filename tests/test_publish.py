@@ -221,7 +221,7 @@ def test_another_network_stands_beside_what_is_shown(checkout, capsys):
 
     It has no ledger of claims, nor what else is of the paper and of whole slices.
     """
-    assert len(companion_profiles(ROOT / "notebooks/profiles")) == 3
+    assert len(companion_profiles(ROOT / "notebooks/profiles")) == 4
     shutil.copytree(checkout / "build/laptop", checkout / "build/resnet18")
     (checkout / "build/resnet18/tables/claims.md").unlink()
     for folder, made in (("notebooks", source()), ("build/laptop/notebooks", executed())):

@@ -10,7 +10,7 @@ import yaml
 from fortify.runs import checked_parameter, declared_parameters
 from fortify.workflow.notebooks import inherited_parameters
 
-ABOUT = {"title": str, "beside": bool}  # what a profile says of itself: no parameters
+ABOUT = {"title": "", "beside": False, "seeds_of": {}}  # what a profile says of itself: no parameters
 
 
 class ProfileError(ValueError):
@@ -20,9 +20,10 @@ class ProfileError(ValueError):
 def read_profile(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(parameters, about) of a YAML file, unchecked but for its form.
 
-    ``about`` holds its ``title``, a line for readers, and ``beside``: whether it is a companion profile,
-    whose Table 1 and audit stand beside another's. Raises ProfileError for a file that is missing or no flat
-    mapping, and where these two are no text and no boolean.
+    ``about`` holds its ``title``, a line for readers, ``beside``: whether it is a companion profile, whose
+    Table 1 and audit stand beside another's, and ``seeds_of`` {split: seeds}, where a split is run with fewer
+    seeds than the others. Raises ProfileError for a file that is missing or no flat mapping, and where these
+    are of another type.
     """
     path = Path(path)
     if not path.is_file():
@@ -34,10 +35,13 @@ def read_profile(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ProfileError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ProfileError(f"{path} must be lines of `name: value`, not {type(values).__name__}")
-    about = {"beside": False, "title": ""} | {k: v for k, v in values.items() if k in ABOUT}
-    for name, kind in ABOUT.items():
-        if not isinstance(about[name], kind):
-            raise ProfileError(f"{path}: {name} must be {kind.__name__}, not {about[name]!r}")
+    about = ABOUT | {k: v for k, v in values.items() if k in ABOUT}
+    for name, default in ABOUT.items():
+        if not isinstance(about[name], type(default)):
+            raise ProfileError(f"{path}: {name} must be {type(default).__name__}, not {about[name]!r}")
+    for split, seeds in about["seeds_of"].items():
+        if not isinstance(seeds, list):
+            raise ProfileError(f"{path}: seeds_of must give the {split} split a list of seeds, not {seeds!r}")
     return {k: v for k, v in values.items() if k not in ABOUT}, about
 
 
