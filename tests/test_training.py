@@ -10,10 +10,11 @@ import fortify.training as training
 from fortify import checkpoint, objectives
 from fortify.attacks import CW, FGSM, PGD, craft
 from fortify.augmentation import Augmentation, augment
+from fortify.data import to_tensor
 from fortify.fused import FusedModel
 from fortify.models import build_model, predict
 from fortify.objectives import Step
-from fortify.training import Recipe, class_weights, fit
+from fortify.training import Recipe, class_weights, fit, layers
 
 STILL = Augmentation(flip=False, degrees=0, zoom=0, translate=0)
 THIRDS = {FGSM(4): 1 / 3, PGD(4, steps=2): 1 / 3, PGD(4, steps=2, loss="margin"): 1 / 3}
@@ -113,7 +114,8 @@ def test_same_seed_same_weights(parts):
 
 @pytest.mark.parametrize("attacks", [None, THIRDS], ids=["normal", "adversarial"])
 def test_an_interrupted_training_ends_in_the_same_weights(parts, tmp_path, monkeypatch, attacks):
-    recipe = Recipe(epochs=3, batch_size=16, eps_warmup=0.5, mixup=1.0, ema=0.9 if attacks else 0.0)
+    own = {"ema": 0.9} if attacks else {"layer_decay": 0.5}
+    recipe = Recipe(epochs=3, batch_size=16, eps_warmup=0.5, mixup=1.0, **own)
     val_attack = PGD(4, steps=2) if attacks else None
     arguments = dict(attacks=attacks, val_attack=val_attack, seed=1, progress=False)
     whole = small()
@@ -138,6 +140,55 @@ def test_an_interrupted_training_ends_in_the_same_weights(parts, tmp_path, monke
     assert len(epochs) == 1, "two of the three epochs were on disk"
     assert torch.equal(weights(resumed), weights(whole))
     assert history.equals(expected)
+
+
+def test_the_classifying_layer_learns_fastest_and_at_0_alone(parts):
+    model = small()
+    named = layers(model)
+    assert named[-1] is model[1].fc and len(named) == 7  # stem: convolution and norm; four stages; fc
+    assert sum(len(list(part.parameters())) for part in named) == len(list(model.parameters()))
+    head = {"fc.weight", "fc.bias"}
+    for decay, still in ((0.0, True), (0.5, False)):
+        model, before = small(), small().state_dict()
+        fit(model, *parts, Recipe(epochs=2, batch_size=16, layer_decay=decay), progress=False)
+        now = dict(model[1].named_parameters())
+        moved = {name for name in now if not torch.equal(now[name], before[f"1.{name}"])}
+        assert (moved == head) if still else (head < moved)
+    groups = training._parameter_groups(model, Recipe(lr=0.1, layer_decay=0.5))
+    assert [group["lr"] for group in groups] == pytest.approx([0.1 * 0.5**depth for depth in range(7)])
+    model.class_token = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match="child modules"):
+        training._parameter_groups(model, Recipe(layer_decay=0.5))
+
+
+def test_layers_are_the_blocks_of_a_resnet_and_the_parts_of_any_module():
+    assert len(layers(build_model("resnet50", num_classes=3))) == 1 + 1 + 16 + 1
+    plain = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.Linear(2, 2))
+    assert layers(plain) == [plain[0], plain[2]]
+
+
+def test_frozen_statistics_are_those_it_came_with(parts):
+    for frozen in (True, False):
+        model = small()
+        fit(model, *parts, Recipe(epochs=1, batch_size=16, freeze_batchnorm=frozen), progress=False)
+        kept = model[1].stem[1].running_mean.abs().max() == 0
+        assert kept == frozen
+
+
+def test_logits_are_adjusted_by_the_shares_of_the_classes(parts):
+    """A rare class is predicted more often where its logit was made smaller in the loss."""
+    train, val = parts
+    rare = np.flatnonzero(train.labels == 0)[:4]
+    few = train.subset(np.sort(np.append(rare, np.flatnonzero(train.labels != 0))))
+    shift = training._logit_shift(torch.as_tensor(few.labels), 3, 2.0)
+    shares = np.bincount(few.labels) / len(few)
+    assert shift.numpy() == pytest.approx(2 * np.log(shares), abs=1e-5)
+    called = {}
+    for power in (0.0, 2.0):
+        model, recipe = small(), Recipe(epochs=8, batch_size=16, lr=3e-3, augmentation=STILL)
+        fit(model, few, few, replace(recipe, logit_adjustment=power), progress=False)
+        called[power] = predict(model, to_tensor(val.images))[:, 0].mean().item()
+    assert called[2.0] > called[0.0] + 0.05
 
 
 def test_a_checkpoint_of_another_recipe_is_not_read(parts, tmp_path):
@@ -386,6 +437,8 @@ def test_an_absent_class_and_an_empty_set_are_named(parts, phantoms):
         {"eps_warmup": 2},
         {"mixup": -0.1},
         {"ema": 1},
+        {"layer_decay": 1.5},
+        {"logit_adjustment": -1},
         {"precision": "float16"},
     ],
 )

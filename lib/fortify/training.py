@@ -30,6 +30,11 @@ class Recipe:
     ``eps_warmup`` of the epochs. With ``ema`` the network that is validated and kept is an exponential
     moving average of the trained one: at each step it keeps that share of itself (less in the first steps).
     ``class_balance`` is the power of the inverse class frequency that weights the loss; 0 is no weighting.
+    ``logit_adjustment`` adds that many times the log of a class's share to its logit in the loss, so that the
+    logits themselves favour rare classes (Menon et al. 2021); 1 aims at balanced accuracy.
+    For weights that are trained already: the classifying layer learns at ``lr``, every layer below it at
+    ``layer_decay`` times the rate of the one above it (:func:`layers`), so that 0 trains it alone;
+    ``freeze_batchnorm`` keeps the statistics that normalise in training, as they do in evaluation.
     In the first ``mixup`` of the epochs every image of a batch, attacked or clean, is mixed with another one
     of it in a share drawn anew for each batch, the loss with it (mixup, Zhang et al. 2018; shares uniform).
     ``precision`` is of the training passes and the attacks in them: ``"float32"`` (on a GPU torch's default,
@@ -47,6 +52,9 @@ class Recipe:
     eps_warmup: float = 0.0
     ema: float = 0.0
     class_balance: float = 0.0
+    logit_adjustment: float = 0.0
+    layer_decay: float = 1.0
+    freeze_batchnorm: bool = False
     mixup: float = 0.0
     precision: str = "auto"
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -60,6 +68,10 @@ class Recipe:
             raise ValueError(f"eps_warmup is a share of the epochs, 0 to 1, not {self.eps_warmup}")
         if not 0 <= self.mixup <= 1:
             raise ValueError(f"mixup is a share of the epochs, 0 to 1, not {self.mixup}")
+        if not 0 <= self.layer_decay <= 1:
+            raise ValueError(f"layer_decay is a share of the learning rate, 0 to 1, not {self.layer_decay}")
+        if self.logit_adjustment < 0:
+            raise ValueError(f"logit_adjustment must be at least 0, not {self.logit_adjustment}")
         if not 0 <= self.ema < 1:
             raise ValueError(
                 f"ema is what the average keeps of itself at a step, 0 to below 1, not {self.ema}"
@@ -126,10 +138,12 @@ def fit(
     x_val, y_val = on_device(val, "cpu")
     weight = class_weights(y_train.cpu(), len(train.class_names), power=recipe.class_balance)
     weight = torch.tensor(weight, dtype=torch.float32, device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    shift = _logit_shift(y_train, len(train.class_names), recipe.logit_adjustment)
+    groups = _parameter_groups(model, recipe)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
     batches = _batches(len(y_train), recipe.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=recipe.lr, total_steps=recipe.epochs * batches
+        optimizer, max_lr=[group["lr"] for group in groups], total_steps=recipe.epochs * batches
     )
     state = TrainingState(model, optimizer, schedule, ema=recipe.ema)
     file = None
@@ -147,7 +161,7 @@ def fit(
         with seeded(epoch_seed, device):  # for nets with dropout: a resumed epoch draws the same
             now = _at_epoch(attacks, epoch, recipe)
             mixes = epoch <= recipe.mixup * recipe.epochs
-            data = (x_train, y_train, weight)
+            data = (x_train, y_train, weight, shift)
             losses, correct = _epoch(state, *data, recipe, objective, now, fused, epoch_seed, mixes)
         stop_if_not_finite(losses, epoch, file)
         val_accuracy = accuracy(state.eval_model, x_val, y_val)
@@ -179,7 +193,40 @@ def class_weights(labels: Sequence[int], num_classes: int, *, power: float = 1.0
     return weights * counts.sum() / (weights * counts).sum()
 
 
-def _epoch(state, x_train, y_train, weight, recipe, objective, attacks, fused, seed, mixes=False):
+def layers(model: nn.Module) -> list[nn.Module]:
+    """The parts of a network that have weights, in order; the last is the classifying layer.
+
+    They are the children of a network that :func:`fortify.models.build_model` made, or of any other module,
+    and in place of a sequence its own parts: a ResNet's stem, its blocks and ``fc``.
+    """
+    children = list(model.children())
+    if isinstance(model, nn.Sequential):
+        children = [part for child in children for part in (list(child.children()) or [child])]
+    parts = []
+    for child in children:
+        parts += child.children() if isinstance(child, nn.Sequential) else [child]
+    return [part for part in parts if next(part.parameters(), None) is not None]
+
+
+def _parameter_groups(model, recipe):
+    """What the optimiser trains, at which rate."""
+    if recipe.layer_decay == 1:
+        return [{"params": list(model.parameters()), "lr": recipe.lr}]
+    groups = []
+    for depth, layer in enumerate(reversed(layers(model))):
+        groups.append({"params": list(layer.parameters()), "lr": recipe.lr * recipe.layer_decay**depth})
+    if sum(len(group["params"]) for group in groups) != len(list(model.parameters())):
+        raise ValueError("layer_decay is for networks whose weights all lie in child modules; use 1")
+    return groups
+
+
+def _logit_shift(labels, num_classes, power):
+    """What is added to the logits (classes,) in the loss: ``power`` times the log of the classes' shares."""
+    shares = torch.bincount(labels, minlength=num_classes) / len(labels)
+    return power * shares.log() if power else torch.zeros(num_classes, device=labels.device)
+
+
+def _epoch(state, x_train, y_train, weight, shift, recipe, objective, attacks, fused, seed, mixes=False):
     """One pass over the training set: (losses (batches,), share of correct training examples).
 
     With ``mixes`` images are mixed: one is correct where the class of its larger share is predicted.
@@ -190,6 +237,10 @@ def _epoch(state, x_train, y_train, weight, recipe, objective, attacks, fused, s
     losses, correct, seen = [], torch.zeros((), device=device), 0
     guarded = Guarded(model, dtype=torch.float32)
     model.train()
+    if recipe.freeze_batchnorm:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
 
     def crafted(parts):
         noise = [torch.rand(x.shape, generator=generator, device=device) * 2 - 1 for _, x, _ in parts]
@@ -198,7 +249,7 @@ def _epoch(state, x_train, y_train, weight, recipe, objective, attacks, fused, s
             return [x.detach() for x in craft_parts(model, parts, fused=fused.refresh())]
 
     def loss_of(logits, labels):
-        return F.cross_entropy(logits, labels, weight, label_smoothing=recipe.label_smoothing)
+        return F.cross_entropy(logits + shift, labels, weight, label_smoothing=recipe.label_smoothing)
 
     for index in order.tensor_split(_batches(len(y_train), recipe.batch_size)):  # sizes differ by one
         step = Step(
