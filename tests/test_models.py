@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from torchvision.models import resnet, resnet50
 
 from fortify.attacks import PGD, craft
+from fortify.files import read_safetensors, write_safetensors
 from fortify.models import BasicBlock, build_model, load_model, predict, save_model
 from fortify.runtime import float32_convolutions, seeded
 
@@ -174,6 +176,32 @@ def test_imagenet_weights_fill_all_but_the_head(monkeypatch):
     assert net.fc.weight.shape == (3, 2048)
 
 
+def test_the_classifying_layer_is_fresh_whatever_the_number_of_classes(monkeypatch):
+    import torchvision
+
+    donor = torchvision.models.squeezenet1_1(num_classes=1000)
+    weights = torchvision.models.SqueezeNet1_1_Weights.DEFAULT
+    monkeypatch.setattr(type(weights), "get_state_dict", lambda self, **_: donor.state_dict())
+    scratch, net = (
+        build_model("squeezenet1_1", num_classes=1000, weights=w, seed=0)[1] for w in (None, "imagenet")
+    )
+    assert torch.equal(net.features[0].weight, donor.features[0].weight)
+    assert torch.equal(net.classifier[1].weight, scratch.classifier[1].weight)
+
+
+def test_imagenet_weights_of_a_densenet_are_taken_by_their_older_names(monkeypatch):
+    import torchvision
+
+    donor = torchvision.models.densenet121(num_classes=1000).state_dict()
+    files = {k: v for k, v in donor.items() if not k.endswith("num_batches_tracked")}
+    older = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", k): v for k, v in files.items()}
+    assert older.keys() != files.keys()
+    weights = torchvision.models.DenseNet121_Weights.DEFAULT
+    monkeypatch.setattr(type(weights), "get_state_dict", lambda self, **_: older)
+    net = build_model("densenet121", num_classes=3, weights="imagenet", seed=0)[1].state_dict()
+    assert all(torch.equal(v, donor[k]) for k, v in net.items() if not k.startswith("classifier"))
+
+
 def test_no_network_is_one_clear_error(monkeypatch):
     import torchvision
 
@@ -191,6 +219,7 @@ def test_no_network_is_one_clear_error(monkeypatch):
         ({"arch": "resnet51"}, "unknown arch"),
         ({"arch": "fcn_resnet50"}, "unknown arch"),  # a segmentation net
         ({"arch": "resnet50", "weights": "best"}, "imagenet"),
+        ({"arch": "resnet_small", "weights": "best.pth"}, "safetensors"),
         ({"arch": "resnet_small", "weights": "imagenet"}, "no ImageNet"),
     ],
 )
@@ -260,3 +289,69 @@ def test_weights_of_another_architecture_are_refused(model, tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="m.safetensors"):
         load_model(tmp_path / "m.safetensors")
+
+
+def tensors(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("classes", [3, 5])
+def test_weights_of_a_saved_model_are_taken_and_its_classes_where_they_are_as_many(model, tmp_path, classes):
+    save_model(tmp_path / "m.safetensors", model)
+    scratch, warm = (
+        tensors(build_model("resnet_small", num_classes=classes, weights=weights, seed=0))
+        for weights in (None, tmp_path / "m.safetensors")
+    )
+    own = tensors(model)
+    for name in warm:
+        expected = scratch if name.startswith("1.fc.") and classes != 3 else own
+        assert torch.equal(warm[name], expected[name]), name
+
+
+def test_weights_of_a_bare_state_dict_are_taken_with_and_without_its_classifying_layer(tmp_path):
+    donor = resnet.resnet18(num_classes=3).state_dict()
+    bare = {k: v for k, v in donor.items() if not k.endswith("num_batches_tracked")}
+    headless = {k: v for k, v in bare.items() if not k.startswith("fc.")}
+    scratch = build_model("resnet18", num_classes=3, seed=0)[1].state_dict()
+    for given, of_head in ((bare, donor), (headless, scratch)):
+        save_file(given, tmp_path / "m.safetensors")
+        path = str(tmp_path / "m.safetensors")
+        net = build_model("resnet18", num_classes=3, weights=path, seed=0)[1].state_dict()
+        assert all(torch.equal(net[k], bare[k]) for k in headless)
+        assert torch.equal(net["fc.weight"], of_head["fc.weight"])
+
+
+def test_weights_that_do_not_fit_are_refused_and_named(model, tmp_path):
+    path = tmp_path / "m.safetensors"
+
+    def refused(arch="resnet_small"):
+        with pytest.raises(ValueError) as caught:
+            build_model(arch, num_classes=3, weights=path)
+        assert str(path) in str(caught.value)
+        return str(caught.value)
+
+    with pytest.raises(FileNotFoundError, match="m.safetensors"):
+        build_model("resnet_small", num_classes=3, weights=path)
+    save_model(path, model)
+    assert "resnet_small, not of resnet18" in refused("resnet18")
+    bare = {k: v.contiguous() for k, v in tensors(model[1]).items()}
+    save_file({f"net.{k}": v for k, v in bare.items()}, path)
+    assert "nothing in common" in refused() and "net.fc.bias" in refused()
+    save_file({k: v for k, v in bare.items() if k != "stem.0.weight"} | {"more": torch.ones(1)}, path)
+    assert "stem.0.weight (1) missing; more (1) not in the net" in refused()
+    save_file(bare | {"stem.0.weight": torch.ones(24, 3, 5, 5)}, path)
+    assert "stem.0.weight (1) of another shape" in refused()
+    path.write_bytes(b"half")
+    assert "not a whole safetensors file" in refused()
+
+
+def test_weights_stored_in_float16_are_loaded_in_float32(model, images, tmp_path):
+    save_model(tmp_path / "m.safetensors", model)
+    stored, metadata = read_safetensors(tmp_path / "m.safetensors")
+    half = {k: v.half() if v.is_floating_point() else v for k, v in stored.items()}
+    write_safetensors(tmp_path / "half.safetensors", half, metadata)
+    loaded = load_model(tmp_path / "half.safetensors")
+    kinds = {v.dtype for v in loaded.state_dict().values()}
+    assert kinds == {torch.float32, torch.int64} and len(half) == len(stored)
+    assert torch.equal(loaded[1].fc.weight, model[1].fc.weight.half().float())
+    assert (predict(loaded, images) - predict(model, images)).abs().max() < 0.05

