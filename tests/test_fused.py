@@ -1,5 +1,6 @@
 """The fused is the model's function, or the model itself; the loop for training batches is Foolbox's."""
 
+import importlib.util
 import shutil
 
 import pytest
@@ -33,9 +34,11 @@ def input_gradient(model, x):
 
 
 ARCHS = ("resnet_small", "resnet18", "resnet50", "densenet121", "mobilenet_v2", "vgg11_bn", "googlenet")
+no_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
+LITE0 = pytest.param("efficientnet_lite0", marks=no_timm)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [*ARCHS, LITE0])
 def test_same_logits_and_same_gradients(arch):
     model, x = lived_in(arch)
     model, x = model[:2].double(), x.double()  # without the layer that rounds logits to float32
@@ -48,11 +51,26 @@ def test_same_logits_and_same_gradients(arch):
     assert not any(module.training for module in fused.modules())
 
 
-def test_nothing_is_left_to_fuse_in_the_resnets():
-    for arch in ("resnet_small", "resnet18", "resnet50"):
-        model, x = lived_in(arch)
-        left = [type(m).__name__ for m in FusedModel(model, x[:1]).net.modules()]
-        assert "BatchNorm2d" not in left and left.count("GreyStem") == 1
+@pytest.mark.parametrize("arch", ["resnet_small", "resnet18", "resnet50", LITE0])
+def test_nothing_is_left_to_fuse(arch):
+    model, x = lived_in(arch)
+    left = list(FusedModel(model, x[:1]).net.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in left)
+    assert [type(m) for m in left].count(GreyStem) == 1
+    assert sum(isinstance(m, nn.ReLU6) for m in left) == sum(isinstance(m, nn.ReLU6) for m in model.modules())
+
+
+@no_timm
+@pytest.mark.parametrize("side", [32, 33, 48])
+@pytest.mark.parametrize("size", [3, 5, 7])
+def test_grey_stem_pads_as_tensorflow_where_the_convolution_does(size, side):
+    from timm.layers import Conv2dSame
+
+    torch.manual_seed(0)
+    conv, normalise = Conv2dSame(3, 8, size, stride=2), Normalise(mean=(0.5,) * 3, std=(0.2, 0.3, 0.4))
+    assert GreyStem.fits(conv)
+    x = torch.rand(2, 1, side, side + 2)
+    assert torch.allclose(GreyStem(normalise, conv)(x), conv(normalise(x)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", [32, 33, 48])
@@ -83,7 +101,7 @@ def test_refresh_takes_over_what_training_changed():
     assert torch.allclose(fused.refresh()(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("arch", ["resnet_small", "resnet18", "convnext_tiny"])
+@pytest.mark.parametrize("arch", ["resnet_small", "resnet18", "convnext_tiny", LITE0])
 def test_weights_rounded_beforehand_are_those_that_autocast_rounds(arch):
     """Bit for bit, before and after a step of training; what autocast leaves in float32 stays so."""
     model, x = lived_in(arch)
@@ -96,7 +114,7 @@ def test_weights_rounded_beforehand_are_those_that_autocast_rounds(arch):
         for p in m.parameters(recurse=False)
         if p.dtype != p.float().dtype
     }
-    assert kinds <= {nn.Conv2d, nn.Linear} and kinds
+    assert kinds and all(issubclass(kind, nn.Conv2d | nn.Linear) for kind in kinds)
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(4)) * 2 - 1
     for _ in range(2):
         with frozen(model), torch.autocast("cpu", torch.bfloat16):
@@ -181,7 +199,7 @@ def test_what_cannot_be_fused_is_found_out_before_training_too():
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [*ARCHS, LITE0])
 def test_an_untrained_model_is_fused(arch):
     model, x = build_model(arch, num_classes=3, seed=0).eval(), torch.rand(1, 1, 64, 64)
     assert FusedModel(model, x).net is not model

@@ -17,6 +17,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from fortify.models import Guarded, Normalise
 from fortify.runtime import eval_mode, float32_convolutions
 
+# The exact types: a subclass or a parametrisation (spectral norm) may compute something else. timm's pad as
+# TensorFlow does before the convolution, or apply the modules that they hold after the BatchNorm.
+_SAME = "timm.layers.conv2d_same.Conv2dSame"
+_CONVOLUTIONS = ("torch.nn.modules.conv.Conv2d", _SAME)
+_NORMS = ("torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchNormAct2d")
+
 
 class FusedModel:
     """``net`` computes what ``model`` does in eval mode; :meth:`refresh` takes over its present weights.
@@ -56,7 +62,7 @@ class FusedModel:
             for (conv, norm, name), (target, target_norm, _) in pairs:
                 if target.bias is None:
                     target.bias = nn.Parameter(torch.zeros_like(norm.running_mean), requires_grad=False)
-                setattr(parent, name, nn.Identity())
+                setattr(parent, name, nn.Sequential(*target_norm.children()))  # timm's hold an activation
                 self._fused.append((target, conv, norm))
                 absorbed |= {target, target_norm}
         for own, target in both:
@@ -73,7 +79,8 @@ class FusedModel:
             apart = {stem.conv for stem in self._stems}
             for module in net.modules():
                 # The exact types: a subclass may do more with its weights than what autocast rounds them for.
-                if type(module) in (nn.Conv2d, nn.Linear, GreyStem) and module not in apart:
+                plain = type(module) in (nn.Linear, GreyStem) or _named(module) in _CONVOLUTIONS
+                if plain and module not in apart:
                     for tensor in _tensors(module):
                         tensor.data = tensor.data.bfloat16()
         if compiled and self.net is net:
@@ -140,7 +147,8 @@ class GreyStem(nn.Module):
     def __init__(self, normalise: Normalise, conv: nn.Conv2d) -> None:
         super().__init__()
         self.normalise, self.conv, self.offsets = normalise, conv, {}
-        pad, size = conv.padding[0], conv.kernel_size[0]
+        size = conv.kernel_size[0]
+        pad = (size - 2) // 2 if _named(conv) == _SAME else conv.padding[0]  # above and left, of even sides
         self.front, self.before = pad % 2, (pad + 1) // 2  # the kernel starts on an even pixel
         self.blocks = (size + self.front + 1) // 2
         self.register_buffer("kernel", self._kernel(), persistent=False)
@@ -150,9 +158,8 @@ class GreyStem(nn.Module):
         """Whether ``conv`` is one that this can replace: square, of three channels, at stride 2."""
         square = len(set(conv.kernel_size)) == 1 and conv.padding in ((0, 0), (1, 1), (2, 2), (3, 3))
         plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
-        return (
-            type(conv) is nn.Conv2d and conv.in_channels == 3 and conv.stride == (2, 2) and square and plain
-        )
+        known = _named(conv) in _CONVOLUTIONS
+        return known and conv.in_channels == 3 and conv.stride == (2, 2) and square and plain
 
     def _kernel(self):
         grey = (self.conv.weight / self.normalise.std).sum(1)
@@ -192,8 +199,7 @@ def _conv_then_batchnorm(parent):
     """[(convolution, the BatchNorm listed right after it, that one's name)] among a module's children."""
     children, found = list(parent.named_children()), []
     for (_, conv), (name, norm) in zip(children, children[1:], strict=False):
-        # The exact types: a subclass or a parametrisation (spectral norm) may compute something else.
-        if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.track_running_stats:
+        if _named(conv) in _CONVOLUTIONS and _named(norm) in _NORMS and norm.track_running_stats:
             if conv.out_channels == norm.num_features and not (_hooked(conv) or _hooked(norm)):
                 found.append((conv, norm, name))
     return found
@@ -215,6 +221,11 @@ def _take_grey(parent):
                 parent[0] = nn.Identity()
                 return [stem]
     return []
+
+
+def _named(module):
+    """The full name of a module's type, whose package need not be installed."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _hooked(module):
