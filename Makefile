@@ -25,6 +25,7 @@ help:
 	@echo "              of a profile, SEEDS=0 or SEEDS=0,1: only these; seeds that are there already are not run again"
 	@echo "make tables   results of the runs that are whole, without their weights, of PROFILE=laptop (or another)"
 	@echo "make publish  executed notebooks, figures and tables of PROFILE=laptop (or paper) for committing;"
+	@echo "              weights of seed 0 with their cards, where they fit into 4 MB;"
 	@echo "              of a companion profile (beside: true) figures and tables, to stand beside those"
 	@echo "make pdf      paper/paper.pdf from the published tables"
 	@echo "make html     build/site: the committed notebooks as pages, Table 1 first"
@@ -71,6 +72,7 @@ tables: $(ENV)
 
 publish: $(ENV)
 	python -m fortify.workflow.publish commit build/$(PROFILE)
+	python -m fortify.workflow.publish weights build/$(PROFILE)
 	python -m fortify.workflow.publish pdf
 
 pdf: $(ENV)

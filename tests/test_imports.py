@@ -11,7 +11,7 @@ LIB = Path(__file__).parents[1] / "lib" / "fortify"
 FLOORS = (  # a module imports from the floors below it; inside a floor in the order given
     ("files", "runtime", "intervals", "images", "dicom", "augmentation"),
     ("data", "splits", "pretrained", "models", "regions", "runs", "evaluation"),
-    ("phantom", "fused", "tables", "figures", "checkpoint", "objectives"),
+    ("phantom", "fused", "tables", "figures", "checkpoint", "objectives", "published"),
     ("attacks",),
     ("training", "scoring"),
 )

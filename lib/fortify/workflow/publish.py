@@ -2,6 +2,8 @@
 
 python -m fortify.workflow.publish commit build/laptop
     notebooks/, figures/, paper/tables and README.md
+python -m fortify.workflow.publish weights build/laptop
+    paper/models: the weights of seed 0 of each split with their cards; what is left out is printed
 python -m fortify.workflow.publish pdf [laptop]
     paper/paper.pdf, from paper/paper.typ and the published tables of a profile: if none is named, of the
     committed notebooks'
@@ -253,6 +255,100 @@ def _whole_files(folder):
     return sorted(p for p in folder.glob("[!.]*") if p.is_file())
 
 
+def publish_weights(build: str | Path) -> list[str]:
+    """Put the weights of seed 0 of each split, with a card each, into ``paper/models/<profile>``.
+
+    They must be of the run that the published tables are of (:func:`commit`): the card shows their Table 1.
+    What an earlier publish left of the profile goes. Returns a line for each model, published or left out
+    because it is larger than 4 MB or because its weights are not on this machine; the folder's README has it
+    too. Of phantoms nothing is published. Raises PublishError where the tables are not this run's.
+    """
+    from fortify.published import MODELS, published_sha256, sha256_of  # here: these load torch
+
+    build, root = Path(build).resolve(), find_root()
+    profile, folder = build.name, root / MODELS
+    runs = [run for run in published_runs(build) if run.endswith("-s0")]
+    data = json.loads((build / "data/01_data.json").read_text(encoding="utf-8"))
+    if data["parameters"].get("dataset") == "phantom":
+        return [f"{profile}: left out, its images are phantoms"]
+    manifests = {run: _manifests(build, root, run) for run in runs}  # all of them before anything changes
+    sums = {name: sha for name, sha in published_sha256(folder).items() if not name.startswith(f"{profile}/")}
+    if (folder / profile).is_dir():
+        shutil.rmtree(folder / profile)
+    said = {}
+    for run in runs:
+        for training in ("normal", "adversarial"):
+            name = f"{profile}/{run}/{training}"
+            said[name] = _publish_one(build, root, run, training, manifests[run])
+            if (path := folder / f"{name}.safetensors").is_file():
+                sums[name] = sha256_of(path)
+    lines = [f"{sha}  {name}.safetensors\n" for name, sha in sorted(sums.items())]
+    write_text(folder / "SHA256SUMS", "".join(lines))
+    readme = folder / "README.md"
+    before = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    others = {m[1]: m[2] for m in re.finditer(r"^- `(.+?)`: (.+)$", before, re.MULTILINE)}
+    others = {name: text for name, text in others.items() if not name.startswith(f"{profile}/")}
+    bullets = [f"- `{name}`: {text}" for name, text in sorted((others | said).items())]
+    write_text(readme, _MODELS_README + "\n".join(bullets) + "\n")
+    return [f"{name}: {text}" for name, text in said.items()]
+
+
+_MODELS_README = """# Trained weights
+
+Seed 0 of each split, normal and adversarial training. The card beside each file says what it was trained on,
+how well it does and what it must not be used for. **Not a medical device.** From a checkout:
+
+```python
+from fortify.published import load_published
+
+model = load_published("laptop/grouped-s0/adversarial")
+```
+
+`SHA256SUMS` is checked on loading. Weights are MIT, as the code; the slices that they were trained on are
+CC BY 4.0.
+
+"""
+
+
+def _manifests(build, root, run):
+    """{notebook: manifest} of the run in ``build``, of which the published tables must be."""
+    paths = [build / run / f"{n}.json" for n in ("02_baseline", "03_attacks", "04_adversarial_training")]
+    for path in paths:
+        published = published_folders(root, build.name)[1] / "runs" / run / path.name
+        if not path.is_file():
+            raise PublishError(f"{path} is missing; run that profile first")
+        if not published.is_file() or published.read_bytes() != path.read_bytes():
+            raise PublishError(f"the published tables are not of {path}; publish that profile's tables first")
+    paths.append(build / "data/01_data.json")
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def _publish_one(build, root, run, training, manifests):
+    """Publish one training's weights and card; returns what README says of it."""
+    from fortify.data import Slices, to_tensor
+    from fortify.models import load_model, predict
+    from fortify.published import MODELS, model_card, publish_model
+    from fortify.splits import read_split
+
+    source, split = build / run / f"{training}.safetensors", run.rpartition("-s")[0]
+    if not source.is_file():
+        return "left out: its weights are not on the machine that published the tables"
+    target = root / MODELS / build.name / run / source.name
+    slices = Slices.load(build / "data/slices.npz")
+    parts = read_split(build / "data/splits" / f"{run}.csv", slices, grouped=split == "grouped")
+    test = slices.subset(parts["test"])
+    images = to_tensor(test.images)
+    stored = publish_model(source, target, images)
+    if stored is None:
+        return f"left out: a {load_model(source).arch} takes more than 4 MB"
+    k = int((predict(load_model(target), images).argmax(1).numpy() == test.labels).sum())
+    table = pd.read_csv(published_folders(root, build.name)[1] / f"table1_{split}.csv")
+    card = model_card(target, stored=stored, manifests=manifests, table=table, clean=(k, len(test)))
+    write_text(target.with_suffix(".md"), card)
+    megabytes = target.stat().st_size / 1e6
+    return f"{megabytes:.1f} MB, {stored}; [card]({build.name}/{run}/{training}.md)"
+
+
 def update_readme(root: Path, profile: str) -> None:
     """Rewrite README.md's ``generated`` sections of results, claims and notebooks that await a run.
 
@@ -401,14 +497,16 @@ def published_parameters(root: Path, profile: str) -> dict[str, dict[str, Any]]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``commit FOLDER`` or ``pdf [PROFILE]``; returns the exit code."""
-    if [*arguments[:1], len(arguments)] not in (["commit", 2], ["pdf", 1], ["pdf", 2]):
+    """``commit FOLDER``, ``weights FOLDER`` or ``pdf [PROFILE]``; returns the exit code."""
+    if [*arguments[:1], len(arguments)] not in (["commit", 2], ["weights", 2], ["pdf", 1], ["pdf", 2]):
         print(__doc__, file=sys.stderr)
         return 2
     root = find_root()
     try:
         if arguments[0] == "pdf":
             print(pdf(*arguments[1:] or [shown_profile(root)]).relative_to(root))
+        elif arguments[0] == "weights":
+            print(*publish_weights(arguments[1]), sep="\n")
         else:
             for path in commit(arguments[1]):
                 print(path.relative_to(root))
