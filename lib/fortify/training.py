@@ -174,7 +174,7 @@ def fit(
         if file is not None:
             state.save(file)
     model.load_state_dict(state.best)
-    model.eval()
+    model.eval().to(memory_format=torch.contiguous_format)  # as a model read from its file is
     return state.table()
 
 
