@@ -28,7 +28,7 @@ THUMBNAIL = 56  # px, as the groups of fortify.splits
 FOREST_BINS, SOFT_BINS = 64, 16
 _TREES = 200
 _LEAST = 1e-3  # probability of a class that no tree votes for
-_PENALTY = 1e-3  # C of the logistic regression; looked at on the grouped folds, where every value did as well
+_PENALTY = 1e-3  # C of the logistic regression; on the grouped folds others did nearly as well
 _PRECISION = 0.1 / 255  # of RayS's radii
 
 
@@ -349,8 +349,8 @@ def rays(
 
     It asks for predictions alone, at most ``queries`` an image: along a direction of plus and minus ones,
     whose blocks it turns one after another, ever smaller, it looks for the smallest Linf radius that is
-    misclassified, and stops within ``eps_255``. Not HopSkipJump: of that Foolbox's probes in Linf are of
-    some 1e-5, which rounding to 8 bits removes. It draws nothing.
+    misclassified, and stops within ``eps_255``. It draws nothing. Not HopSkipJump: in Linf Foolbox's probes
+    are far smaller than half a grey level, which rounding to 8 bits removes.
     """
     flat, eps = images.flatten(1), eps_255 / 255
     n, size = flat.shape
