@@ -191,12 +191,7 @@ def headless(model: nn.Module) -> nn.Module:
 
 
 def _frozen_features(train, seed):
-    try:
-        net = build_model("efficientnet_lite0", num_classes=len(train.class_names), weights="imagenet")
-    except (ImportError, ValueError) as error:  # without timm there is no such network
-        raise ImportError(
-            "frozen features need the extra `pretrained`: pip install '.[pretrained]'"
-        ) from error
+    net = build_model("efficientnet_lite0", num_classes=len(train.class_names), weights="imagenet")
     return FrozenFeatures(headless(net), **_given(train))
 
 
