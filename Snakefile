@@ -47,7 +47,13 @@ if not workflow.is_main_process:  # a notebook as a job of its own, on a cluster
 
 # What Table 1 takes of each run, and what the claims do.
 ROWS = [f"{name}_{kind}.csv" for kind in ("predictions", "history") for name in ("normal", "adversarial")]
-OF_TABLE1 = [f"{name}_predictions.csv" for name, training in TRAININGS.items() if training.table1]
+OF_TABLE1 = [
+    f"{name}_{kind}.csv"
+    for kind in ("predictions", "logits")
+    for name, training in TRAININGS.items()
+    if training.table1
+]
+SIMPLE = ["baselines_predictions.csv", "baselines_logits.csv"]
 PROTOCOL = ["published_predictions.csv", "published_protocol.csv"]
 MODELS = ["normal.safetensors", "adversarial.safetensors"]
 
@@ -60,7 +66,7 @@ RUNS = [
 ]
 FINISHED = bool(config.get("finished"))  # make tables: what is whole, of each split, whatever the profile's seeds
 if FINISHED:
-    needs = [*ROWS, "02_baseline.json", "03_attacks.json", "04_adversarial_training.json"]
+    needs = [*ROWS, *OF_TABLE1, *SIMPLE, "02_baseline.json", "03_attacks.json", "04_adversarial_training.json"]
     RUNS = finished_runs(BUILD, needs, splits=DATA["splits"], seeds=changes.get("seeds"))
     if not RUNS:
         raise WorkflowError(f"{BUILD} holds no finished run; run that profile first")
@@ -85,7 +91,8 @@ def tables(names):
     return [f"tables/{name}.csv" for name in names.split()]
 
 
-TABLE1 = [f"tables/table1_{split}.{kind}" for split in SPLITS for kind in ("csv", "md", "tex")]
+TABLE1 = [f"table1_{split}{part}" for split in SPLITS for part in ("", "_classes")]
+TABLE1 = [f"tables/{name}.{kind}" for name in TABLE1 for kind in ("csv", "md", "tex")]
 TABLE1 += ["tables/table1.txt", *tables("accuracy curve kept_epochs robustness_scores")]
 FIGURES = "fig1_system fig3_normal_clean fig4_normal_attacked fig5_adversarial_benign".split()
 FIGURES += ["fig6_adversarial_malignant_normal", "robustness_curves"]
@@ -103,11 +110,11 @@ STEPS = [  # rule, notebook, folder of its manifest, what it reads, what it writ
     Step("baseline", "02_baseline", "{run}", OF_RUN,
          each(["{run}"], "normal.safetensors", "normal_history.csv")),
     Step("attacks", "03_attacks", "{run}", [*OF_RUN, "{run}/normal.safetensors"],
-         each(["{run}"], "normal_predictions.csv", "normal_attacked.npz")),
+         each(["{run}"], "normal_predictions.csv", "normal_logits.csv", "normal_attacked.npz", *SIMPLE)),
     Step("adversarial_training", "04_adversarial_training", "{run}", [*OF_RUN, "{run}/normal_attacked.npz"],
          each(["{run}"], "adversarial.safetensors", *(f"adversarial_{end}" for end in
-              ("history.csv", "predictions.csv", "attacked.npz")))),
-    Step("results", "05_results", "results", ["data/slices.npz", *each(RUNS, *dict.fromkeys(ROWS + OF_TABLE1))],
+              ("history.csv", "predictions.csv", "logits.csv", "attacked.npz")))),
+    Step("results", "05_results", "results", ["data/slices.npz", *each(RUNS, *dict.fromkeys(ROWS + OF_TABLE1 + SIMPLE))],
          TABLE1 + FIGURES, costly=False),
     Step("published_protocol", "06_published_protocol", "{run}", [*OF_RUN, *each(["{run}"], *MODELS, *ROWS[:2])],
          each(["{run}"], "published.safetensors", "tone_curves.safetensors", *PROTOCOL)),

@@ -473,3 +473,60 @@ def test_combined_pools_the_attacks_that_are_named():
     table = evaluation.accuracy_table(rows, class_names=NAMES, pooled=("pgd", "fgsm")).set_index("attack")
     assert (table.k["combined"], table.n["combined"]) == (table.k["pgd"] + table.k["fgsm"], 8)
     assert table.k["cw"] == 3, "counted by itself"
+
+
+def logits_of(values, labels, *, attack="clean", model="normal", seed=0):
+    """Logits of slices 0, 1, ... as :func:`fortify.scoring.logits` has them."""
+    table = pd.DataFrame(values, columns=[f"logit_{c}" for c in range(len(values[0]))])
+    about = {"model": model, "split": "random", "seed": seed, "attack": attack}
+    table = table.assign(**about, index=range(len(table)), label=labels)
+    return table[[*about, "index", "label", *table.columns[: len(values[0])]]]
+
+
+GROUPS = (7, 7, 7, 3, 5, 5, 9)  # of the slices 0 to 6; 6 is not tested
+CLEAN = [(0, 4, 0), (3, 0, 0), (0.5, 0, 0), (0, 0, 1), (2, 0, 2), (0, 0, 0)]
+# Of group 7 two are class 1 and one is 0; 3 is a single slice; of group 5 either label is as frequent.
+OF_SLICES = (1, 0, 1, 2, 2, 0)
+
+
+def test_a_scan_is_decided_by_its_mean_logit():
+    """By slice group 7 is two votes for class 0; its mean is 3.5, 4 and 0, thirds of it, for class 1."""
+    table = evaluation.scan_decisions(logits_of(CLEAN, OF_SLICES), GROUPS).set_index("index")
+    assert table.index.tolist() == [3, 5, 7], "a group without a slice in the test set is none"
+    assert table.prediction.to_dict() == {7: 1, 3: 2, 5: 0}, "5: a tie of 0 and 2 is the first's"
+    assert table.label.to_dict() == {7: 1, 3: 2, 5: 0}, "the most frequent, of equals the lowest"
+    assert table.mixed.to_dict() == {7: True, 3: False, 5: True}
+
+
+def test_scans_are_counted_as_slices_are():
+    attacked = [(0, 0, 5), *CLEAN[1:]]
+    seeds = [logits_of(CLEAN, OF_SLICES, seed=s) for s in (0, 1)]
+    seeds.append(logits_of(attacked, OF_SLICES, attack="pgd"))
+    seeds.append(logits_of(CLEAN, OF_SLICES, attack="pgd", seed=1))
+    table = evaluation.accuracy_table(
+        evaluation.scan_decisions(pd.concat(seeds), GROUPS), class_names=NAMES
+    ).set_index("attack")
+    clean, pgd = table.loc["clean"], table.loc["pgd"]
+    assert (clean.k, clean.n, clean.images, clean.seeds) == (6, 6, 3, 2)
+    assert (clean.low, clean.high) == intervals.wilson(3, 3), "a scan is counted once, whatever the seeds"
+    assert (pgd.k, pgd.n) == (5, 6) and pgd.recall_malignant == 0.5
+    assert pgd.balanced_accuracy == pytest.approx((1 + 0.5 + 1) / 3)
+
+
+def test_gains_are_of_the_headline_attack_whatever_it_is_called():
+    adversarial = make_rows({"clean": (0, 1, 2, 0), "pgd": (0, 0, 0, 1)}, model="adversarial")
+    forest = make_rows({"clean": (0, 1, 2, 1), evaluation.BLACK_BOX: (1, 0, 0, 0)}, model="forest")
+    rows = evaluation.at_budget(pd.concat([adversarial, forest]), eps_255=1, cw_l2=1)
+    table = evaluation.headline_gains(rows, range(20)).set_index(["model", "attack"])
+    assert table.gain_percent.to_dict() == {("forest", "clean"): 25.0, ("forest", "pgd"): -50.0}
+    assert (table.k_adversarial.tolist(), table.k.tolist()) == ([3, 2], [4, 0])
+
+
+def test_logits_are_read_as_they_were_written(tmp_path):
+    table = logits_of(CLEAN, OF_SLICES)
+    write_csv(tmp_path / "logits.csv", table)
+    pd.testing.assert_frame_equal(evaluation.read_logits(tmp_path / "logits.csv"), table, check_dtype=False)
+    for wrong in (table.drop(columns="label"), table.iloc[:, :6], table.assign(more=1)):
+        write_csv(tmp_path / "logits.csv", wrong)
+        with pytest.raises(ValueError, match="is no table of logits"):
+            evaluation.read_logits(tmp_path / "logits.csv")

@@ -184,6 +184,14 @@ def test_commit_writes_notebooks_figures_tables_and_readme(checkout):
     assert sorted(p.name for p in runs.iterdir()) == ["02_baseline.json", "normal_predictions.csv.gz"]
     assert gzip.decompress((runs / "normal_predictions.csv.gz").read_bytes()) == b"index,label\n1,2\n"
     readme = (checkout / "README.md").read_text()
+    assert "**Classes" not in readme
+    (checkout / "build/laptop/tables/table1_random_classes.md").write_text("| recall |\n")
+    assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
+    readme = (checkout / "README.md").read_text()
+    below = (
+        "**Table 1, random split**\n\n| a |\n\n**Classes, scans and baselines, random split**\n\n| recall |\n"
+    )
+    assert below in readme
     assert (
         readme.startswith("top\n")
         and readme.endswith("\nend\n")

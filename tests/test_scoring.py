@@ -370,3 +370,18 @@ def test_static_images_that_no_gradient_changed_are_of_no_other_budget(model, im
     crafted = {name: x.numpy() for name in ("fgsm", "pgd", "cw")}
     rows = score_static(model, x, y, crafted, index=part, eps_255=4, **IDS)
     assert rows.linf_255.eq(0).all() and set(rows[rows.attack == "fgsm"].eps_255) == {4}
+
+
+def test_logits_are_the_models_own_of_each_attack(model, images, labels, part, evaluated):
+    _, kept = evaluated
+    shown = {"clean": images[part], "pgd": kept["pgd"]}
+    table = scoring.logits(model, shown, labels[part], index=part, **IDS)
+    assert table.attack.tolist() == ["clean"] * len(part) + ["pgd"] * len(part)
+    assert table["index"].tolist() == [*part, *part] and table.label.tolist() == 2 * labels[part].tolist()
+    for attack, own in table.groupby("attack"):
+        logits = torch.tensor(own.filter(like="logit_").to_numpy())
+        of_model = predict(model, torch.as_tensor(shown[attack]), batch_size=64)
+        assert torch.allclose(logits.softmax(1), of_model, atol=1e-6)
+    assert table.columns[:4].tolist() == ["model", "split", "seed", "attack"]
+    with pytest.raises(ValueError, match="3 indices for"):
+        scoring.logits(model, shown, labels[part], index=[1, 2, 3])

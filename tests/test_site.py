@@ -115,6 +115,12 @@ def test_a_builds_pages_are_of_each_run(build, capsys):
     assert capsys.readouterr().out.strip() == str(build / "html/index.html")
     index = (build / "html/index.html").read_text(encoding="utf-8")
     assert '<a href="random-s0_02_a.html">1 · A question (random-s0)</a><br>Is it so?' in index
+    assert index.count("<h2>Table 1, random split") == 1 and "<h2>Classes" not in index
+    (build / "tables/table1_random_classes.md").write_text("| c |\n| --- |\n| <9 |\n\nUnder it.\n")
+    assert site.main([str(build)]) == 0
+    both = (build / "html/index.html").read_text(encoding="utf-8")
+    assert both.count("<h2>Table 1") == both.count("<h2>Classes, scans and baselines, random split</h2>") == 1
+    assert both.index("Note.") < both.index("<h2>Classes") < both.index("<td>&lt;9</td>")
     assert "<td>&lt;2</td>" in index and "Note." in index and "not the reference run" in index
     assert (
         '<a href="random-s0_02_a.html#cell-id=c"><img src="figures/curve.png" alt="A &lt;curve&gt;"' in index

@@ -67,6 +67,40 @@ def test_table_1_is_what_the_rows_say(finished):
         assert f"{k}/{n}" in (BUILD / "tables" / "table1.txt").read_text()
 
 
+def test_classes_and_scans_under_table_1_are_what_the_rows_say(finished):
+    """From rows and logits of one run to the published table, by another road than the library's."""
+    groups = pd.read_csv(BUILD / "data/splits/grouped-s0.csv").group.to_numpy()
+    table = pd.read_csv(BUILD / "tables/table1_grouped_classes.csv").set_index(["model", "unit", "attack"])
+    run = BUILD / "grouped-s0"
+    rows = pd.concat([read_rows(run / f"{name}_predictions.csv") for name in ("adversarial", "baselines")])
+    logits = pd.concat([pd.read_csv(run / f"{name}_logits.csv") for name in ("adversarial", "baselines")])
+    profile = yaml.safe_load((ROOT / "notebooks/profiles/test.yaml").read_text())
+    assert table.index.unique("model").tolist() == ["normal", "adversarial", *profile["baselines"]]
+    for model, unit, attack in table.index:
+        if model == "normal":
+            continue
+        own = rows[rows.model.eq(model) & rows.attack.eq(attack) & rows.protocol.eq("adaptive")]
+        own = own[own.eps_255.isin([0, 4])]
+        right = own.prediction.eq(own.label)
+        recall = right[own.label.eq(1)].mean()
+        if unit == "scan":
+            own = logits[logits.model.eq(model) & logits.attack.eq(attack)]
+            right, labels = [], []
+            for group in np.unique(groups[own["index"]]):
+                slices = own[groups[own["index"]] == group]
+                labels.append(slices.label.mode()[0])
+                right.append(slices.filter(like="logit_").sum().to_numpy().argmax() == labels[-1])
+            recall = np.mean(np.array(right)[np.array(labels) == 1])
+        line = table.loc[(model, unit, attack)]
+        assert (line.k, line.n) == (sum(right), len(right)), (model, unit, attack)
+        assert line.recall_malignant_percent == pytest.approx(100 * recall)
+    (shown,) = [c for c in nbformat.read(BUILD / "notebooks/05_results.ipynb", 4).cells if c.id == "05-23"]
+    texts = [output.data["text/markdown"] for output in shown.outputs]
+    for split in ("grouped", "random"):
+        markdown = (BUILD / f"tables/table1_{split}_classes.md").read_text(encoding="utf-8")
+        assert any(text.endswith(markdown) for text in texts), "notebook 5 shows the file"
+
+
 def test_each_step_is_named_as_it_starts_and_table_1_is_printed_as_soon_as_it_is_made(called):
     shown = re.findall(r"^(\d+) of (\d+): (.*)$", called.stderr, re.MULTILINE)
     assert [(int(number), int(total)) for number, total, _ in shown] == [(i, 15) for i in range(1, 16)]
@@ -268,6 +302,7 @@ def test_what_does_not_fit_is_one_clear_error(config, message):
 
 TABLE1 = ("normal_predictions.csv", "adversarial_predictions.csv", "normal_history.csv")
 TABLE1 += ("adversarial_history.csv", "02_baseline.json", "03_attacks.json", "04_adversarial_training.json")
+TABLE1 += ("normal_logits.csv", "adversarial_logits.csv", "baselines_predictions.csv", "baselines_logits.csv")
 PUBLISHED = ("published_predictions.csv", "published_protocol.csv", "06_published_protocol.json")
 
 

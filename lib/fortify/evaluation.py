@@ -49,6 +49,7 @@ TRAININGS = {
     "tone curves": Training("#a569bd", "D"),
     "adversarial": Training("#0b4f8a", "o", table1=True),
 }
+BLACK_BOX = "black-box"  # the attack on a classifier without a gradient: fortify.baselines
 _PAPER = ("pgd", "fgsm", "cw")  # the paper's attacks in its order; any other comes after them
 
 _MODEL = ["model", "split", "seed"]
@@ -102,6 +103,18 @@ def read_rows(path: str | Path) -> pd.DataFrame:
                 f"{path}: column {column!r} must hold {dtype} in every row; it reads as {holds}."
             )
     return typed(rows)
+
+
+def read_logits(path: str | Path) -> pd.DataFrame:
+    """Read a table of :func:`fortify.scoring.logits` from CSV; ValueError where it is no such table."""
+    table = pd.read_csv(path)
+    columns = [*_MODEL, "attack", "index", "label"]
+    rest = list(table.columns)[len(columns) :]
+    if list(table)[: len(columns)] != columns or rest != [f"logit_{c}" for c in range(len(rest))] or not rest:
+        raise ValueError(
+            f"{path} is no table of logits: it needs {', '.join(columns)}, logit_0, logit_1, ..."
+        )
+    return table
 
 
 def check_rows(rows: pd.DataFrame) -> None:
@@ -211,6 +224,44 @@ def paired_gain(
         shares = zip(("gain", "low", "high"), (more.mean(), *interval), strict=True)
         table.append(row | {f"{name}_percent": 100 * share for name, share in shares})
     return _sorted(pd.DataFrame(table))
+
+
+def scan_decisions(logits: pd.DataFrame, groups: Sequence[Any]) -> pd.DataFrame:
+    """One decision a scan, from the mean logit over its slices: rows for :func:`accuracy_table`.
+
+    ``logits`` is one or more :func:`fortify.scoring.logits`; ``groups`` (N,) the group of every slice, which
+    stands in for its scan. Of a group only the slices that ``logits`` holds count, those of the test set. A
+    scan's label is the most frequent one among them, of equally frequent ones the lowest; ``mixed`` says
+    whether they are of several classes. Of equal mean logits the first class is predicted. One row per
+    (model, split, seed, attack, group): ``index`` is the group.
+    Each slice was attacked on its own: an adversary who aims at the mean may do better.
+    """
+    columns = [column for column in logits if column.startswith("logit_")]
+    slices = logits.assign(group=np.asarray(groups)[logits["index"]])
+    scans = slices.groupby([*_MODEL, "attack", "group"], sort=False)
+    table = scans[columns].mean()
+    table["prediction"] = table[columns].to_numpy().argmax(1)
+    table["label"] = scans.label.agg(lambda own: np.bincount(own).argmax())
+    table["mixed"] = scans.label.nunique().gt(1)
+    table = table.drop(columns=columns).reset_index().rename(columns={"group": "index"})
+    return _sorted(table.assign(protocol="adaptive", minimum_norm=False))
+
+
+def headline_gains(
+    rows_at_budget: pd.DataFrame, groups: Sequence[Any], *, reference: str = "adversarial"
+) -> pd.DataFrame:
+    """How many more of the same slices each other model classifies correctly than ``reference``.
+
+    :func:`paired_gain` with the column ``model``, clean and under PGD, of a model without a gradient under
+    :data:`BLACK_BOX`; ``attack`` is "clean" or "pgd".
+    """
+    rows = rows_at_budget[rows_at_budget.protocol.eq("adaptive")]
+    rows = rows.assign(attack=rows.attack.replace(BLACK_BOX, "pgd"))
+    rows = rows[rows.attack.isin(("clean", "pgd"))]
+    names = [name for name in rows.model.unique() if name != reference]
+    pairs = {name: paired_gain(rows, groups, models=(reference, name)) for name in names}
+    table = [own.rename(columns={f"k_{name}": "k"}).assign(model=name) for name, own in pairs.items()]
+    return pd.concat(table, ignore_index=True)
 
 
 def accuracy_table(

@@ -1,8 +1,9 @@
-"""One image file: decoded to 8-bit grey or RGB or refused, and brought to a square of the wanted size."""
+"""One image file: decoded to 8-bit grey or RGB or refused, brought to a square; and histograms of many."""
 
 import itertools
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageChops, ImageFile, ImageOps
 
 MIN_SIDE, MAX_SIDE = 32, 4096  # pixels; a thumbnail or an icon is no CT slice, and nothing larger is one
@@ -102,3 +103,20 @@ def fit_square(image: Image.Image, *, size: int, aspect: str) -> Image.Image:
     square = Image.new(image.mode, (size, size))
     square.paste(image, ((size - inner[0]) // 2, (size - inner[1]) // 2))
     return square
+
+
+def histograms(images: np.ndarray, bins: int) -> np.ndarray:
+    """Share of the pixels in each of ``bins`` equal ranges of intensity: (N, bins).
+
+    ``images`` uint8 (N, H, W), or (N, H, W, C) with (N, bins C) shares; ``bins`` divides 256.
+    """
+    features = [
+        [np.bincount(one.ravel() // (256 // bins), minlength=bins) / one.size for one in _channels(image)]
+        for image in images
+    ]
+    return np.array(features).reshape(len(images), -1)
+
+
+def _channels(image):
+    """The channels of an image (H, W) or (H, W, C), each (H, W)."""
+    return [image] if image.ndim == 2 else list(np.moveaxis(image, 2, 0))

@@ -226,6 +226,15 @@ def predict(model: nn.Module, images: Any, *, batch_size: int = 256) -> Tensor:
     Raises ValueError for another shape or type, or a model without a logit for each class; intensities of
     0..255 are taken for very bright ones.
     """
+    return _of_batches(model, images, batch_size, lambda logits: logits.softmax(1))
+
+
+def predict_logits(model: nn.Module, images: Any, *, batch_size: int = 256) -> Tensor:
+    """Logits (N, classes), float32 on the CPU, in eval mode; images and errors as :func:`predict`'s."""
+    return _of_batches(model, images, batch_size, lambda logits: logits)
+
+
+def _of_batches(model, images, batch_size, function):
     images, _ = collected(images, None)
     if images.ndim != 4 or not images.is_floating_point():
         kind = f"{tuple(images.shape)} {images.dtype}"
@@ -233,7 +242,7 @@ def predict(model: nn.Module, images: Any, *, batch_size: int = 256) -> Tensor:
     device, guarded = device_of(model), Guarded.of(model)
     with eval_mode(model), torch.no_grad(), float32_convolutions(device):
         # The type first: some devices know no float64.
-        parts = [guarded(x.to(torch.float32).to(device)).softmax(1).cpu() for x in images.split(batch_size)]
+        parts = [function(guarded(x.to(torch.float32).to(device))).cpu() for x in images.split(batch_size)]
     return torch.cat(parts)
 
 

@@ -34,6 +34,8 @@ _WRITERS = (  # the first prefix that fits
     ("data/", "01_data"),
     ("normal_predictions", "03_attacks"),
     ("normal_attacked", "03_attacks"),
+    ("normal_logits", "03_attacks"),
+    ("baselines_", "03_attacks"),
     ("normal", "02_baseline"),
     ("adversarial", "04_adversarial_training"),
     ("published", "06_published_protocol"),

@@ -22,7 +22,7 @@ from fortify.attacks import (
     prepared,
 )
 from fortify.evaluation import COLUMNS, typed
-from fortify.models import predict
+from fortify.models import predict, predict_logits
 
 
 def evaluate(
@@ -135,6 +135,38 @@ def score(
     about = {"model_name": model_name, "split": split, "seed": seed, "attack": attack, "eps_255": eps_255}
     about |= {"index": range(len(labels)) if index is None else index, "protocol": protocol}
     return _rows(clean, found, labels, **about)
+
+
+def logits(
+    model: nn.Module,
+    images: Mapping[str, Any],
+    labels: Any,
+    *,
+    index: Sequence[int] | None = None,
+    model_name: str = "model",
+    split: str = "all",
+    seed: int = 0,
+    batch_size: int = 64,
+) -> pd.DataFrame:
+    """Logits of every slice, clean and attacked, for decisions by scan (:func:`evaluation.scan_decisions`).
+
+    ``images`` maps "clean" and names of attacks to images (N, C, H, W) in [0, 1] of the same slices: those
+    that :func:`evaluate` kept, of which every one is attacked, misclassified ones too. Columns: model, split,
+    seed, attack, index, label and logit_0 to logit_(C-1), one row per (attack, slice). ValueError as
+    :func:`score` raises it.
+    """
+    parts = []
+    for attack, own in images.items():
+        own, truth = checked(own, labels)
+        found = predict_logits(model, own, batch_size=batch_size).numpy()
+        check_labels(truth, classes=found.shape[1])
+        at = range(len(truth)) if index is None else index
+        if len(at) != len(truth):
+            raise ValueError(f"{len(at)} indices for {len(truth)} images")
+        about = {"model": model_name, "split": split, "seed": seed, "attack": attack}
+        part = pd.DataFrame(about | {"index": np.asarray(at), "label": truth.numpy()})
+        parts.append(part.assign(**{f"logit_{c}": found[:, c] for c in range(found.shape[1])}))
+    return pd.concat(parts, ignore_index=True)
 
 
 def _rows(

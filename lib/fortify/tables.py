@@ -142,8 +142,8 @@ def caption(
     drawn = "; by groups: bootstrap of whole groups of near-duplicates" if by_groups else ""
     kinds, seeds = attacks_in(table), int(table.seeds.max())
     linf, free = (sorted(name.upper() for name in kinds if kinds[name] == kind) for kind in (False, True))
-    budgets = [f"{_listed(linf)}: Linf budget {eps_255:g}/255."] if linf else []
-    budgets += [f"{_listed(free)}: L2 budget {cw_l2:g}, image in [0, 1]."] if free else []
+    budgets = [f"{listed(linf)}: Linf budget {eps_255:g}/255."] if linf else []
+    budgets += [f"{listed(free)}: L2 budget {cw_l2:g}, image in [0, 1]."] if free else []
     lost = ""
     if protocol == "adaptive":
         lost = "A slice that is misclassified when clean counts as misclassified under every attack"
@@ -157,8 +157,8 @@ def caption(
     )
 
 
-def _listed(names):
-    """``A, B and C``."""
+def listed(names):
+    """``A, B and C`` of several words."""
     *some, last = names
     return f"{', '.join(some)} and {last}" if some else last
 

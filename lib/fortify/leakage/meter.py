@@ -29,6 +29,7 @@ from sklearn.preprocessing import StandardScaler
 
 from fortify import splits
 from fortify.data import IQ_OTH_NCCD, DataError, Slices, load_folder
+from fortify.images import histograms
 from fortify.intervals import wilson
 
 THUMBNAIL = 56  # px, as the groups of fortify.splits
@@ -67,20 +68,16 @@ def frame_features(images: np.ndarray) -> np.ndarray:
     width = max(1, round(FRAME_OF_THUMBNAIL / THUMBNAIL * side))
     outer = np.ones((side, side), dtype=bool)
     outer[width:-width, width:-width] = False
-    frames = [[splits.box_thumbnail(one, side)[outer] for one in _channels(image)] for image in images]
+    channels = images[..., None] if images.ndim == 3 else images
+    frames = [
+        [splits.box_thumbnail(one, side)[outer] for one in np.moveaxis(image, 2, 0)] for image in channels
+    ]
     return np.array(frames).reshape(len(images), -1) / 255
 
 
 def histogram_features(images: np.ndarray) -> np.ndarray:
     """Share of the pixels in each of 32 equal ranges of intensity: (N, 32), of C channels (N, 32 C)."""
-    features = [
-        [
-            np.bincount(one.ravel() // (256 // HISTOGRAM_BINS), minlength=HISTOGRAM_BINS) / one.size
-            for one in channels
-        ]
-        for channels in map(_channels, images)
-    ]
-    return np.array(features).reshape(len(images), -1)
+    return histograms(images, HISTOGRAM_BINS)
 
 
 def background_features(images: np.ndarray) -> np.ndarray:
@@ -101,11 +98,6 @@ def background_features(images: np.ndarray) -> np.ndarray:
         sd, noise = corners.std(), laplacian.std()
         scalars.append(((corners == 0).mean(), corners.mean(), sd, noise, noise / sd if sd else 0.0))
     return np.array(scalars)
-
-
-def _channels(image):
-    """The channels of an image (H, W) or (H, W, C), each (H, W)."""
-    return [image] if image.ndim == 2 else list(np.moveaxis(image, 2, 0))
 
 
 def _forest(seed):

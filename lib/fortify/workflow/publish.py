@@ -33,6 +33,7 @@ from fortify.workflow.profiles import (
 )
 
 _SPLITS = ("random", "grouped")
+PARTS1 = {"": "Table 1", "_classes": "Classes, scans and baselines"}  # {end of the file's name: title}
 
 
 class PublishError(RuntimeError):
@@ -412,12 +413,12 @@ def _seed_of(path):
 
 
 def _tables1(folder, suffix=""):
-    """Table 1 of each split that ``folder`` holds, under its heading. Markdown."""
-    found = {split: folder / f"table1_{split}.md" for split in _SPLITS}
+    """Table 1 of each split that ``folder`` holds, and under it its classes, where there. Markdown."""
+    titles = {f"table1_{split}{end}": (split, title) for split in _SPLITS for end, title in PARTS1.items()}
     return [
-        f"**Table 1, {split} split{suffix}**\n\n{path.read_text(encoding='utf-8')}"
-        for split, path in found.items()
-        if path.exists()
+        f"**{title}, {split} split{suffix}**\n\n{path.read_text(encoding='utf-8')}"
+        for name, (split, title) in titles.items()
+        if (path := folder / f"{name}.md").exists()
     ]
 
 

@@ -17,7 +17,7 @@ import nbformat
 
 from fortify.files import find_root, write_text
 from fortify.runs import run_order
-from fortify.workflow.publish import PublishError, published_folders, shown_profile
+from fortify.workflow.publish import PARTS1, PublishError, published_folders, shown_profile
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#1f2328}
@@ -130,11 +130,12 @@ def _card(name, link, alt):
 
 def _index(tables, profile, listed, cards, pdf):
     parts = []
-    for path in sorted(tables.glob("table1_*.md"), reverse=True):  # random, as in the paper, before grouped
-        split = path.stem.removeprefix("table1_")
-        parts.append(
-            f"<h2>Table 1, {html.escape(split)} split</h2>{_table(path.read_text(encoding='utf-8'))}"
-        )
+    splits = {path.stem.split("_")[1] for path in tables.glob("table1_*.md")}
+    for split in sorted(splits, reverse=True):  # random, as in the paper, before grouped
+        for end, title in PARTS1.items():
+            if (path := tables / f"table1_{split}{end}.md").exists():
+                shown = _table(path.read_text(encoding="utf-8"))
+                parts.append(f"<h2>{title}, {html.escape(split)} split</h2>{shown}")
     items = []
     for name, run, notebook in listed:
         words = html.escape(f"{_title(notebook)} ({run})" if run else _title(notebook))
