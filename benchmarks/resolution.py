@@ -4,7 +4,7 @@
 
 A linear classifier on the frozen features of EfficientNet-Lite0 (ImageNet, 224 px), on the grouped split's
 five folds with the wide validation of recipes.py. The slices are first reduced to fewer pixels and enlarged
-again, or given Gaussian noise, in training and validation alike: what is lost is what the removed detail told.
+again, or given noise, in training and validation alike: what is lost is what the removed detail told.
 No test slice is looked at. Writes benchmarks/resolution.csv and README's section.
 """
 
@@ -13,11 +13,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import torch
-from fortify.baselines import headless
 from recipes import WIDE
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
+from fortify.baselines import headless
 from fortify.data import load_iq_oth_nccd, to_tensor
 from fortify.files import find_root, write_csv
 from fortify.intervals import cluster_interval
