@@ -50,7 +50,7 @@ def test_values_override_and_defaults_stay(tmp_path, notebook):
 def test_a_title_and_whether_it_stands_beside_another_are_no_parameters(tmp_path, notebook):
     path = profile(tmp_path, "title: a smaller one\nbeside: true\nlr: 1\n")
     assert load_profile(path, [notebook])["01_x"].keys() == declared_parameters(notebook).keys()
-    about = {"title": "a smaller one", "beside": True, "seeds_of": {}}
+    about = {"title": "a smaller one", "beside": True, "first": False, "seeds_of": {}}
     assert read_profile(path) == ({"lr": 1}, about)
     assert companion_profiles(tmp_path) == {"p": "a smaller one"}
     assert companion_profiles(profile(tmp_path, "title: a smaller one\n").parent) == {}

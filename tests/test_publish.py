@@ -138,6 +138,7 @@ def test_a_failed_cell_is_not_published():
 
 TITLES = {"laptop": "a small net", "paper": "the reference run"}
 TITLES |= {"resnet18": "ResNet-18 in place of ResNet-50\nbeside: true"}
+TITLES |= {"resnet50": "the paper's network\nbeside: true\nfirst: true"}
 
 
 def planned(build, **parameters):
@@ -259,6 +260,19 @@ def test_another_network_stands_beside_what_is_shown(checkout, capsys):
     assert readme.index("| b |") < readme.index(failed)
     assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
     assert (checkout / "README.md").read_text() == readme, "the next publish of the other keeps it"
+
+
+def test_the_papers_network_leads_once_three_seeds_of_each_split_are_there(checkout):
+    assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
+    shutil.copytree(checkout / "build/laptop", checkout / "build/resnet50")
+    tables = checkout / "build/resnet50/tables"
+    for seeds, leads in (((5, 2), False), ((3, 5), True)):
+        for split, n in zip(("random", "grouped"), seeds, strict=True):
+            (tables / f"table1_{split}.csv").write_text(f"model,seeds\nnormal,{n}\n")
+            (tables / f"table1_{split}.md").write_text("| b |\n")
+        assert publish.main(["commit", str(checkout / "build/resnet50")]) == 0
+        readme = (checkout / "README.md").read_text()
+        assert (readme.index("| b |") < readme.index("| a |")) == leads
 
 
 def test_a_companion_profile_without_its_table_1_is_not_published(checkout, capsys):

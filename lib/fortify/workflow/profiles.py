@@ -10,7 +10,8 @@ import yaml
 from fortify.runs import checked_parameter, declared_parameters
 from fortify.workflow.notebooks import inherited_parameters
 
-ABOUT = {"title": "", "beside": False, "seeds_of": {}}  # what a profile says of itself: no parameters
+# What a profile says of itself: no parameters.
+ABOUT = {"title": "", "beside": False, "first": False, "seeds_of": {}}
 
 
 class ProfileError(ValueError):
@@ -21,9 +22,9 @@ def read_profile(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(parameters, about) of a YAML file, unchecked but for its form.
 
     ``about`` holds its ``title``, a line for readers, ``beside``: whether it is a companion profile, whose
-    Table 1 and audit stand beside another's, and ``seeds_of`` {split: seeds}, where a split is run with fewer
-    seeds than the others. Raises ProfileError for a file that is missing or no flat mapping, and where these
-    are of another type.
+    Table 1 and audit stand beside another's, ``first``: whether such a Table 1 goes before the other's in
+    README, and ``seeds_of`` {split: seeds}, where a split is run with fewer seeds than the others. Raises
+    ProfileError for a file that is missing or no flat mapping, and where these are of another type.
     """
     path = Path(path)
     if not path.is_file():

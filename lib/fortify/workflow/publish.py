@@ -294,6 +294,8 @@ def publish_weights(build: str | Path) -> list[str]:
     return [f"{name}: {text}" for name, text in said.items()]
 
 
+_ENOUGH = 3  # seeds of each split, for a companion's Table 1 to go before the main one's
+
 _MODELS_README = """# Trained weights
 
 Seed 0 of each split, normal and adversarial training. The card beside each file says what it was trained on,
@@ -375,11 +377,13 @@ def update_readme(root: Path, profile: str) -> None:
     parts.append(
         f"![Accuracy against the attack budget, both splits]({relative / 'robustness_curves.png'})\n"
     )
+    before = []
     for name, title in companion_profiles(profiles).items():
         of_name = published_folders(root, name)[1]
-        beside = _tables1(of_name, f", {title} (`{name}` profile)")
-        parts += [*beside, _audited(of_name)] if beside else []
-    text = _replaced(readme.read_text(encoding="utf-8"), "results", "\n".join(parts))
+        if beside := _tables1(of_name, f", {title} (`{name}` profile)"):
+            leads = read_profile(profiles / f"{name}.yaml")[1]["first"] and _fewest_seeds(of_name) >= _ENOUGH
+            (before if leads else parts).extend([*beside, _audited(of_name)])
+    text = _replaced(readme.read_text(encoding="utf-8"), "results", "\n".join(before + parts))
     claims = (tables / "claims.md").read_text(encoding="utf-8")
     strip = sorted(figures.glob("published_protocol_*.png"), key=lambda p: "random" not in p.name)
     words = "One slice: original, clamped, tanh, published PGD and correct PGD, with predictions and changes"
@@ -387,6 +391,12 @@ def update_readme(root: Path, profile: str) -> None:
     text = _replaced(text, "claims", "\n".join([*pictures, claims]))
     text = _replaced(text, "awaiting", awaiting_line(root))
     write_text(readme, text)
+
+
+def _fewest_seeds(tables):
+    """Of the published Table 1 of each split; 0 where one of the splits has none."""
+    paths = [tables / f"table1_{split}.csv" for split in _SPLITS]
+    return min(int(pd.read_csv(path).seeds.min()) if path.is_file() else 0 for path in paths)
 
 
 def _audited(tables):
