@@ -53,6 +53,7 @@ class Variant:
 
 VARIANTS = {
     "whole slices": Variant(),
+    "whole slices, half the epochs": Variant(recipe=dict(epochs=18)),
     "lungs": Variant("lungs"),
     "lungs, half the epochs": Variant("lungs", dict(epochs=27)),
     "lungs, strong turns and shifts": Variant("lungs", dict(degrees=17.0, zoom=0.15, translate=0.15)),
