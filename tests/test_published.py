@@ -93,6 +93,13 @@ def test_an_unknown_name_lists_those_that_are_there(models, name):
         load_published(name)
 
 
+def test_a_model_of_another_split_or_seed_is_not_tested_on_slices_it_may_have_seen(models):
+    assert load_published("laptop/random-s0/normal", of_run="random-s0").arch == "resnet_small"
+    for run in ("grouped-s0", "random-s1"):
+        with pytest.raises(ValueError, match=f"another split or seed than {run}"):
+            load_published("laptop/random-s0/normal", of_run=run)
+
+
 def test_before_anything_is_published_it_says_how(build):
     with pytest.raises(FileNotFoundError, match="no weights have been published.*make laptop"):
         load_published("laptop/random-s0/normal")

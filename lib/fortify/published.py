@@ -33,14 +33,18 @@ _NOT_SHOWN = (
 _ATTACKS = {"clean": "none", "pgd": "PGD", "fgsm": "FGSM", "cw": "CW", "combined": "all three, pooled"}
 
 
-def load_published(name: str, *, device: str | torch.device = "cpu") -> nn.Sequential:
+def load_published(
+    name: str, *, of_run: str | None = None, device: str | torch.device = "cpu"
+) -> nn.Sequential:
     """The published model ``name``, such as ``"laptop/random-s0/adversarial"``, in eval mode on ``device``.
 
     It takes (B, 1, H, W) float in [0, 1], at the size that its card beside the file says, and returns logits
     (B, classes); ``.info["class_names"]`` names them. Weights are float32, whatever they are stored in.
-    Raises ValueError for a name that is not published and a file that is not the one in ``SHA256SUMS``,
-    FileNotFoundError outside a checkout (the weights are not in the installed package) and where nothing
-    has been published.
+    ``of_run``, such as ``"random-s0"``, is the split and seed that it is to be tested on.
+    Raises ValueError for a name that is not published, a model of another split or seed than ``of_run``,
+    whose training slices may be among the test slices, and a file that is not the one in ``SHA256SUMS``;
+    FileNotFoundError outside a checkout (the weights are not in the installed package) and where nothing has
+    been published.
     """
     folder = _checkout() / MODELS
     known = published_sha256(folder)
@@ -50,6 +54,10 @@ def load_published(name: str, *, device: str | torch.device = "cpu") -> nn.Seque
         )
     if name not in known:
         raise ValueError(f"no published model is called {name!r}; these are: {', '.join(sorted(known))}")
+    if of_run is not None and name.split("/")[1] != of_run:
+        raise ValueError(
+            f"{name} was trained on another split or seed than {of_run}: it may have seen these test slices"
+        )
     path = folder / f"{name}.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: `git checkout {MODELS.as_posix()}` brings it back")
