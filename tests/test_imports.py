@@ -11,8 +11,8 @@ LIB = Path(__file__).parents[1] / "lib" / "fortify"
 FLOORS = (  # a module imports from the floors below it; inside a floor in the order given
     ("files", "runtime", "intervals", "images", "dicom", "augmentation"),
     ("data", "splits", "pretrained", "models", "regions", "runs", "evaluation"),
-    ("phantom", "fused", "tables", "classes", "figures", "checkpoint", "objectives", "published"),
-    ("attacks",),
+    ("phantom", "fused", "tables", "classes", "figures", "checkpoint", "published"),
+    ("attacks", "objectives", "smoothing"),
     ("training", "scoring", "baselines"),
 )
 ROOMS = {  # sub-packages, each with its modules in order; they import the core and not each other

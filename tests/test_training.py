@@ -269,7 +269,8 @@ def test_the_batch_holds_the_shares_asked_for(model, images, labels):
     def crafted(parts):
         return [craft(model, *part, attack).images for attack, *part in parts]
 
-    step = Step(model, x, y, THIRDS, clean_share=0.5, craft=crafted, loss=None, mix=None)
+    unused = dict.fromkeys(("loss", "mix", "ascend", "predict", "random", "normal"))
+    step = Step(model, x, y, THIRDS, clean_share=0.5, craft=crafted, **unused)
     joined, joined_labels = objectives.joined(step)
     assert len(joined) == len(joined_labels) == 15 + 30
     assert torch.equal(joined[:15], x[:15])

@@ -8,7 +8,7 @@ figures and notebooks take it from there.
 import numbers
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -379,6 +379,21 @@ def craft_parts(
     ]
 
 
+def ascend(
+    net: nn.Module, x: Tensor, attack: PGD, loss: Callable[[Tensor], Tensor], *, noise: Tensor | None = None
+) -> Tensor:
+    """PGD's steps up another loss: images (B, C, H, W) within the attack's budget of ``x``, for training.
+
+    ``loss`` maps logits (B, classes) to (B,), without the labels, as TRADES' divergence does. ``noise`` as in
+    :func:`craft_batch`, on a net that is already frozen.
+    """
+    runner = _LinfPGD(attack)
+    runner.loss, runner.noise = loss, noise if attack.random_start else None
+    fmodel = fb.PyTorchModel(Guarded.of(net), bounds=(0, 1), device=x.device)
+    labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)  # not used, but asked for
+    return runner.run(fmodel, x, fb.criteria.Misclassification(labels), epsilon=attack.eps_255 / 255).detach()
+
+
 def _steps(net, parts):
     """Foolbox's LinfPGD, step by step, for images of several attacks: each its own budget, steps and loss."""
     # FGSM is PGD of one whole step from the image itself.
@@ -430,6 +445,8 @@ class _LinfPGD(fb.attacks.LinfPGD):
     def get_loss_fn(self, model, labels):
         if self.loss == "cross_entropy":
             return super().get_loss_fn(model, labels)
+        if callable(self.loss):  # of the logits alone: see ascend
+            return lambda x: ep.astensor(self.loss(model(x).raw).sum())
         return lambda x: ep.astensor(margin(model(x).raw, labels.raw).sum())
 
 

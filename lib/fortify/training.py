@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fortify.attacks import SMALLEST_BUDGET_255, Attack, check_labels, craft, craft_parts
+from fortify.attacks import SMALLEST_BUDGET_255, Attack, ascend, check_labels, craft, craft_parts
 from fortify.augmentation import Augmentation, augment
 from fortify.checkpoint import TrainingState, fingerprint, stop_if_not_finite
 from fortify.data import Slices
@@ -243,10 +243,24 @@ def _epoch(state, x_train, y_train, weight, shift, recipe, objective, attacks, f
                 module.eval()
 
     def crafted(parts):
-        noise = [torch.rand(x.shape, generator=generator, device=device) * 2 - 1 for _, x, _ in parts]
+        noise = [uniform(x) for _, x, _ in parts]
         parts = [(*part, drawn) for part, drawn in zip(parts, noise, strict=True)]
         with frozen(model):
             return [x.detach() for x in craft_parts(model, parts, fused=fused.refresh())]
+
+    def ascended(attack, images, loss):
+        with frozen(model):
+            return ascend(fused.refresh(), images, attack, loss, noise=uniform(images))
+
+    def predicted(images):
+        with frozen(model), torch.no_grad():
+            return guarded(images)
+
+    def uniform(images):
+        return torch.rand(images.shape, generator=generator, device=device) * 2 - 1
+
+    def gaussian(images):
+        return torch.randn(images.shape, generator=generator, device=device)
 
     def loss_of(logits, labels):
         return F.cross_entropy(logits + shift, labels, weight, label_smoothing=recipe.label_smoothing)
@@ -259,6 +273,10 @@ def _epoch(state, x_train, y_train, weight, shift, recipe, objective, attacks, f
             attacks=attacks,
             clean_share=recipe.clean_share,
             craft=crafted,
+            ascend=ascended,
+            predict=predicted,
+            random=uniform,
+            normal=gaussian,
             loss=loss_of,
             mix=(lambda images: _mixed(images, generator)) if mixes else None,
         )
@@ -266,6 +284,8 @@ def _epoch(state, x_train, y_train, weight, shift, recipe, objective, attacks, f
             loss, logits, y = objective(step)
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        for call in step.later:
+            call()
         state.optimizer.step()
         state.schedule.step()
         state.average()
