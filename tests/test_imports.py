@@ -13,7 +13,7 @@ FLOORS = (  # a module imports from the floors below it; inside a floor in the o
     ("data", "splits", "pretrained", "models", "regions", "runs", "evaluation"),
     ("phantom", "fused", "tables", "classes", "figures", "checkpoint", "published"),
     ("attacks", "objectives", "smoothing"),
-    ("training", "scoring", "baselines"),
+    ("training", "scoring", "baselines", "comparison"),
 )
 ROOMS = {  # sub-packages, each with its modules in order; they import the core and not each other
     "audit": ("context", "autoattack", "checks", "report", "mutants", "figures"),

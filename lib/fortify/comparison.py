@@ -1,0 +1,221 @@
+"""Compare trainings on the same splits: objectives, architectures or parts of a recipe, one row a test slice.
+
+A :class:`Contender` says how a network is trained. :func:`run_contender` trains and attacks it on one split,
+and :func:`rank` says which of them differ by more than the draw of the groups of near-duplicates.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from fortify.attacks import PGD, Attack, craft
+from fortify.data import Slices, to_tensor
+from fortify.intervals import cluster_interval, gain_interval, wilson
+from fortify.models import build_model, predict
+from fortify.objectives import OBJECTIVES
+from fortify.runtime import device_of, pick_device
+from fortify.training import Recipe, fit
+
+NORMAL = "normal"  # the objective of a training without attacks
+
+
+@dataclass(frozen=True)
+class Contender:
+    """How a network is trained: ``objective`` is a name in ``OBJECTIVES``, or ``"normal"``, without attacks.
+
+    ``attacks`` maps an attack to the share of every batch that it attacks, as :func:`fortify.training.fit`
+    takes it; objectives other than the paper's mix attack every image by the PGD among them.
+    """
+
+    name: str
+    recipe: Recipe
+    objective: str = "mix"
+    attacks: Mapping[Attack, float] = field(default_factory=dict)
+    arch: str = "resnet_small"
+    weights: str = ""
+
+    def __post_init__(self):
+        if self.objective not in (NORMAL, *OBJECTIVES):
+            raise ValueError(
+                f"{self.name}: no objective is called {self.objective!r}; there are {NORMAL}, "
+                f"{', '.join(OBJECTIVES)}"
+            )
+
+
+def run_contender(
+    contender: Contender,
+    slices: Slices,
+    parts: Mapping[str, np.ndarray],
+    *,
+    seed: int,
+    eps_255: float,
+    steps: int,
+    lrs: Sequence[float] = (),
+    device: str | torch.device = "auto",
+    checkpoints: str | Path | None = None,
+) -> tuple[nn.Module, pd.DataFrame, dict[str, Any]]:
+    """Train on ``parts["train"]`` and attack ``parts["test"]``: (model, rows, facts).
+
+    Of the learning rates ``lrs`` (none: the recipe's) the one of the highest validation accuracy under attack
+    is kept (clean for a training without attacks, then the lower one), so test slices play no part.
+    ``rows`` has a line a test slice: index, label, prediction (clean), correct (clean) and attacked, whether
+    it is still correct under PGD of ``steps`` steps at ``eps_255``, on the cross-entropy and on the margin.
+    ``facts``: lr, epoch (kept), epochs, seconds (of the kept training), forwards (:func:`cost_in_forwards`),
+    val_accuracy, val_robust_accuracy, parameters and multiply_adds (an image, in millions).
+    """
+    train, val = slices.subset(parts["train"]), slices.subset(parts["val"])
+    judge = None if contender.objective == NORMAL else _judge(contender, eps_255)
+    tried = []
+    for lr in sorted(lrs) or [contender.recipe.lr]:
+        model = build_model(
+            contender.arch,
+            num_classes=len(slices.class_names),
+            weights=contender.weights or None,
+            seed=seed,
+        ).to(pick_device(str(device)))
+        start = time.perf_counter()
+        history = fit(
+            model,
+            train,
+            val,
+            replace(contender.recipe, lr=lr),
+            attacks=None if contender.objective == NORMAL else contender.attacks,
+            objective=None if contender.objective == NORMAL else OBJECTIVES[contender.objective](),
+            val_attack=judge,
+            seed=seed,
+            checkpoints=checkpoints,
+            progress=False,
+        )
+        kept = history[history.selected].iloc[0]
+        score = (np.nan_to_num(kept.val_robust_accuracy), kept.val_accuracy, -lr)
+        tried.append((score, model, kept, time.perf_counter() - start))
+    (_, _, negative), model, kept, seconds = max(tried, key=lambda one: one[0])
+    rows = _attacked(model, slices.subset(parts["test"]), parts["test"], eps_255, steps, seed)
+    facts = {"lr": -negative, "epoch": int(kept.epoch), "epochs": contender.recipe.epochs}
+    facts |= {"seconds": seconds, "forwards": cost_in_forwards(contender)}
+    facts |= {name: float(kept[name]) for name in ("val_accuracy", "val_robust_accuracy")}
+    return model, rows, facts | size_of(model, slices.images.shape[1])
+
+
+def _judge(contender, eps_255):
+    """The attack on validation slices: as many steps as training takes, at the budget that is reported."""
+    steps = max((a.steps for a in contender.attacks if isinstance(a, PGD)), default=4)
+    return PGD(eps_255, steps=steps)
+
+
+def _attacked(model, test, index, eps_255, steps, seed):
+    images, labels = to_tensor(test.images), torch.as_tensor(test.labels)
+    prediction = predict(model, images).argmax(1)
+    left = prediction == labels
+    for loss in ("cross_entropy", "margin"):
+        chosen = left.nonzero().squeeze(1)
+        if len(chosen):
+            attack = PGD(eps_255, steps=steps, loss=loss, stop_early=True)
+            left[chosen[craft(model, images, labels, attack, subset=chosen, seed=seed).success]] = False
+    columns = {"index": np.asarray(index), "label": test.labels, "prediction": prediction.numpy()}
+    rows = pd.DataFrame(columns)
+    return rows.assign(correct=rows.prediction.eq(rows.label), attacked=left.numpy())
+
+
+def cost_in_forwards(contender: Contender) -> float:
+    """What an epoch costs an image, in forward passes, a backward pass counted as one, or two with weights.
+
+    A training pass is 3 and an attack's step 2; AWP and the objectives that also train on the clean image,
+    or ask for its prediction, pay for these.
+    """
+    pgd = [attack for attack in contender.attacks if isinstance(attack, PGD)]
+    steps = max((attack.steps for attack in pgd), default=0)
+    clean = contender.recipe.clean_share
+    shared = sum(share * 2 * getattr(attack, "steps", 1) for attack, share in contender.attacks.items())
+    trained = 3 * (clean + sum(contender.attacks.values()))
+    return {
+        NORMAL: 3 * clean,
+        "mix": trained + shared,
+        "awp": 2 * trained + shared,
+        "trades": 6 + 1 + 2 * steps,
+        "mart": 6 + 2 * steps,
+        "n_fgsm": 3 + 2,
+        "noise": 3,
+    }[contender.objective]
+
+
+def size_of(model: nn.Module, side: int) -> dict[str, float]:
+    """{"parameters": weights, "multiply_adds": in millions, of one image of ``side`` pixels}."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    device, was = device_of(model), model.training
+    model.eval()
+    with counter, torch.no_grad():
+        model(torch.zeros(1, getattr(model, "channels", 1), side, side, device=device))
+    model.train(was)
+    weights = sum(p.numel() for p in model.parameters())
+    return {"parameters": weights, "multiply_adds": counter.get_total_flops() / 2e6}
+
+
+def standings(rows: pd.DataFrame, groups: Sequence[Any]) -> pd.DataFrame:
+    """One line a (split, contender): n, k, accuracy and balanced accuracy, clean and attacked.
+
+    ``rows`` are those of :func:`run_contender`, with the columns contender, split and seed; ``groups`` (N,)
+    the group of every slice. Seeds are pooled. Fractions, with intervals by groups.
+    """
+    found = []
+    for (split, name), own in rows.groupby(["split", "contender"], sort=False):
+        group = np.asarray(groups)[own["index"]]
+        line = {"split": split, "contender": name, "seeds": own.seed.nunique(), "n": len(own)}
+        for kind in ("correct", "attacked"):
+            low, high = cluster_interval(own[kind].to_numpy(bool), group)
+            line |= {f"k_{kind}": int(own[kind].sum()), kind: own[kind].mean()}
+            line |= {f"{kind}_low": low, f"{kind}_high": high}
+            line[f"balanced_{kind}"] = own.groupby("label")[kind].mean().mean()
+        found.append(line)
+    return pd.DataFrame(found)
+
+
+def rank(rows: pd.DataFrame, groups: Sequence[Any], *, reference: str) -> pd.DataFrame:
+    """How many points more than ``reference`` each contender classifies correctly, of the same slices.
+
+    One line a (split, kind, contender), kind ``"correct"`` (clean) or ``"attacked"``: gain_percent with the
+    interval low_percent, high_percent of a bootstrap of whole groups, and ``differs``, whether that excludes
+    zero. Only seeds of which both have rows count. ValueError where the reference has none of a split.
+    """
+    key = ["seed", "index"]
+    found = []
+    for split, of_split in rows.groupby("split", sort=False):
+        base = of_split[of_split.contender.eq(reference)].set_index(key).sort_index()
+        if base.empty:
+            raise ValueError(f"there is no {reference!r} on the {split} split to compare with")
+        for name, own in of_split.groupby("contender", sort=False):
+            if name == reference:
+                continue
+            both = own.set_index(key).join(base, rsuffix="_reference", how="inner")
+            group = np.asarray(groups)[both.index.get_level_values("index")]
+            for kind in ("correct", "attacked"):
+                more = both[kind].astype(int) - both[f"{kind}_reference"].astype(int)
+                low, high = gain_interval(more.to_numpy(), group)
+                line = {"split": split, "kind": kind, "contender": name, "n": len(both)}
+                shares = zip(("gain", "low", "high"), (more.mean(), low, high), strict=True)
+                line |= {f"{part}_percent": 100 * share for part, share in shares}
+                found.append(line | {"differs": not low <= 0 <= high})
+    return pd.DataFrame(found)
+
+
+def certified(certificates: pd.DataFrame, radii: Sequence[float]) -> pd.DataFrame:
+    """Certified accuracy by radius: k of n images predicted correctly within it, with Wilson's interval.
+
+    ``certificates`` are :func:`fortify.smoothing.certify`'s; ``radii`` are L2, image in [0, 1].
+    """
+    right = certificates.prediction.eq(certificates.label)
+    found = []
+    for radius in radii:
+        k, n = int((right & certificates.radius.ge(radius)).sum()), len(certificates)
+        low, high = wilson(k, n)
+        found.append({"radius": radius, "k": k, "n": n, "accuracy": k / n, "low": low, "high": high})
+    return pd.DataFrame(found)
