@@ -101,6 +101,9 @@ LEAKAGE = tables("leak_meter leak_summary leak_twins leak_tells groups group_sen
 AUDITS = [f"tables/audit_{split}-s{SEEDS[0]}.csv" for split in AUDITED]
 LEDGER = tables("published_matrix dataset gain mcnemar printed_arithmetic published_attacks claims")
 LEDGER += ["tables/published_matrix.md", "tables/published_matrix.tex", "tables/claims.md"]
+COMPARED = tables("comparison comparison_gains comparison_costs")
+if FINISHED:
+    COMPARED = [path for path in COMPARED if Path(f"{BUILD}/{path}").is_file()]
 OF_RUN = ["data/slices.npz", "data/splits/{run}.csv"]
 
 STEPS = [  # rule, notebook, folder of its manifest, what it reads, what it writes; {run}: for each split and seed
@@ -123,6 +126,8 @@ STEPS = [  # rule, notebook, folder of its manifest, what it reads, what it writ
          LEAKAGE),
     Step("robustness_audit", "08_robustness_audit", "{run}", [*OF_RUN, *each(["{run}"], *MODELS)],
          ["tables/audit_{run}.csv", "tables/audit_mutants_{run}.csv"]),
+    Step("robust_optimisation", "10_robust_optimisation", "robust_optimisation",
+         ["data/slices.npz", *(f"data/splits/{run}.csv" for run in RUNS), *each(FIRST_RUNS, MODELS[1])], COMPARED),
     Step("claims", "09_claims", "claims",
          [*TABLE1, *LEAKAGE, *AUDITS, *each(PUBLISHED_RUNS, *PROTOCOL), *each(RUNS, *ROWS[:2])], LEDGER, costly=False),
 ]  # fmt: skip
@@ -189,7 +194,7 @@ rule html:
 
 # Tables and figures too: one that somebody removed is made again, though the pages are there. Paths and not
 # rules.x.output, which would let x run where only those after it may (make tables).
-WHOLE = [*TABLE1, *FIGURES, *LEDGER, *LEAKAGE, *AUDITS, "html/index.html"]
+WHOLE = [*TABLE1, *FIGURES, *LEDGER, *LEAKAGE, *AUDITS, *COMPARED, "html/index.html"]
 
 
 rule audited:

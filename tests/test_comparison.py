@@ -10,8 +10,20 @@ import torch
 from fortify import comparison
 from fortify.attacks import FGSM, PGD, craft
 from fortify.augmentation import Augmentation
-from fortify.comparison import Contender, certified, cost_in_forwards, rank, run_contender, size_of, standings
+from fortify.comparison import (
+    Contender,
+    certified,
+    compare,
+    cost_in_forwards,
+    leaders,
+    rank,
+    remembered,
+    run_contender,
+    size_of,
+    standings,
+)
 from fortify.data import to_tensor
+from fortify.figures import comparison_dots
 from fortify.models import build_model
 from fortify.training import Recipe, fit
 
@@ -134,3 +146,82 @@ def test_the_objectives_with_a_cost_are_all_there_are():
         for name in ("normal", *comparison.OBJECTIVES)
         if cost_in_forwards(Contender("x", RECIPE, name, PGD2))
     }
+
+
+def test_a_comparison_that_stopped_goes_on_where_it_was(phantoms, parts, tmp_path, monkeypatch):
+    contenders = [Contender("normal", RECIPE, "normal"), Contender("mix", RECIPE, "mix", PGD2)]
+    turned = {"train": parts["val"], "val": parts["train"], "test": parts["test"]}
+    runs = {"random-s0": parts, "grouped-s0": parts, "grouped-s1": turned}
+    looked = []
+
+    def look(model, test, rows):
+        looked.append(len(test))
+        return {"seen": int(rows.attacked.sum())}
+
+    options = dict(folder=tmp_path, eps_255=4, steps=2, lrs=[1e-3, 3e-3], looks={"mix": look})
+    calls, real = [], comparison.run_contender
+
+    def stopped(contender, slices, part, **given):
+        calls.append((contender.name, given["seed"], tuple(given["lrs"])))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(contender, slices, part, **given)
+
+    monkeypatch.setattr(comparison, "run_contender", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compare(contenders, phantoms, runs, **options)
+    rows, costs = compare(contenders, phantoms, runs, **options)
+    assert len(calls) == 5 + 2, "the four that were whole are read, the fifth is run again, and the sixth"
+    assert [c[1:] for c in calls[:3]] == [(0, (1e-3, 3e-3)), (0, (1e-3, 3e-3)), (1, (costs.lr[1],))]
+    assert looked == [len(parts["test"])], "one network: of the last split's first run"
+    assert costs[["contender", "split", "seed"]].to_numpy().tolist() == [
+        [name, split, seed]
+        for name in ("normal", "mix")
+        for split, seed in (("random", 0), ("grouped", 0), ("grouped", 1))
+    ]
+    assert costs.seen.notna().tolist() == [False] * 4 + [True, False]
+    assert len(rows) == 6 * len(parts["test"])
+    again, _ = compare(contenders, phantoms, runs, **options)
+    assert len(calls) == 7 and again.equals(rows)
+
+
+def test_what_was_made_of_something_else_is_made_again(tmp_path, monkeypatch):
+    made = []
+
+    def make():
+        made.append(1)
+        return pd.DataFrame({"a": [1]}), {"lr": 0.1}
+
+    for key in ({"a": 1}, {"a": 1}, {"a": 2}):
+        rows, facts = remembered(tmp_path, key, make)
+        assert facts == {"lr": 0.1} and rows.a.tolist() == [1]
+    assert len(made) == 2
+    monkeypatch.setattr(comparison, "lib_sha256", lambda: "other code")
+    remembered(tmp_path, {"a": 1}, make)
+    assert len(made) == 3
+
+
+def test_only_what_the_groups_bear_out_is_said_to_be_ahead():
+    groups = [0, 0, 1, 1]
+    words = {}
+    for winner in ("correct", "attacked"):  # the second contender is ahead in every group, or in one
+        rows = hand_made()
+        if winner == "attacked":
+            rows.loc[rows.contender.eq("b"), "attacked"] = True
+        gains = rank(rows, groups, reference="a")
+        words[winner] = leaders(standings(rows, groups), gains, reference="a", eps_255=4)
+    assert "nobody differs" in words["correct"] and "ahead of it" not in words["correct"]
+    assert "ahead of it: b by 100 points" in words["attacked"]
+    assert (
+        "a classifies 50.0% of clean slices correctly (2/4) and 0.0% within 4/255 (0/4)" in words["correct"]
+    )
+
+
+def test_the_figure_has_a_panel_a_split_and_a_line_a_contender():
+    table = standings(pd.concat([hand_made(), hand_made().assign(split="random")]), [0, 0, 1, 1])
+    figure = comparison_dots(table, majority={"grouped": 0.5, "random": 0.5})
+    panels = [ax for ax in figure.axes if ax.get_title()]
+    assert [ax.get_title() for ax in panels] == ["grouped split", "random split"]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["a", "b"]
+    clean, attacked = panels[0].lines[:2]
+    assert clean.get_xdata().tolist() == [50, 100] and attacked.get_xdata().tolist() == [0, 50]

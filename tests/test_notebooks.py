@@ -124,7 +124,8 @@ def test_it_is_readable(path):
 def test_committed_outputs_come_from_the_committed_source(path):
     notebook = read(path)
     code = [c for c in notebook.cells if c.cell_type == "code"]
-    assert any(c.outputs for c in code), "readers find no results: run a profile, then `make publish`"
+    shown = any(c.outputs for c in code) or "awaiting" in notebook.metadata["fortify"]
+    assert shown, "readers find no results: run a profile, then `make publish`"
     current = notebook.metadata["fortify"]["source_sha256"] == source_sha256(notebook)
     assert current or "awaiting" in notebook.metadata["fortify"], (
         "the source changed after it was executed: run the profile again, then `make publish`"
@@ -153,5 +154,8 @@ def test_the_figures_shown_are_the_published_ones(path):
     folder = ROOT / "figures" / ("" if profile == "paper" else profile)
     published = {p.read_bytes() for p in folder.glob("*.png")}
     outputs = [o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
-    assert outputs, "every notebook shows a figure"
+    never_run = not any(c.get("outputs") for c in notebook.cells)
+    assert outputs or (never_run and "awaiting" in notebook.metadata["fortify"]), (
+        "every notebook shows a figure"
+    )
     assert all(base64.b64decode(o.data["image/png"]) in published for o in outputs)

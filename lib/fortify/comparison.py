@@ -4,8 +4,11 @@ A :class:`Contender` says how a network is trained. :func:`run_contender` trains
 and :func:`rank` says which of them differ by more than the draw of the groups of near-duplicates.
 """
 
+import hashlib
+import json
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,11 @@ from torch import nn
 
 from fortify.attacks import PGD, Attack, craft
 from fortify.data import Slices, to_tensor
+from fortify.files import write_csv, write_json
 from fortify.intervals import cluster_interval, gain_interval, wilson
 from fortify.models import build_model, predict
 from fortify.objectives import OBJECTIVES
+from fortify.runs import lib_sha256
 from fortify.runtime import device_of, pick_device
 from fortify.training import Recipe, fit
 
@@ -219,3 +224,114 @@ def certified(certificates: pd.DataFrame, radii: Sequence[float]) -> pd.DataFram
         low, high = wilson(k, n)
         found.append({"radius": radius, "k": k, "n": n, "accuracy": k / n, "low": low, "high": high})
     return pd.DataFrame(found)
+
+
+def remembered(folder: str | Path, key: Mapping[str, Any], make: Callable[[], tuple[pd.DataFrame, dict]]):
+    """What ``make()`` returns, (rows, facts), read from ``folder`` where it was made of the same ``key``.
+
+    ``key`` is JSON-able and names all that decides the result; this package's code is part of it. So a long
+    comparison that is interrupted goes on with the contender that it was at.
+    """
+    text = json.dumps(key, sort_keys=True) + lib_sha256()
+    stem = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
+    rows_file, facts_file = stem.with_suffix(".csv"), stem.with_suffix(".json")
+    if rows_file.is_file() and facts_file.is_file():
+        return pd.read_csv(rows_file), json.loads(facts_file.read_text(encoding="utf-8"))
+    rows, facts = make()
+    write_csv(rows_file, rows)
+    write_json(facts_file, facts)  # last: it says that both are whole
+    return rows, facts
+
+
+def compare(
+    contenders: Sequence[Contender],
+    slices: Slices,
+    parts: Mapping[str, Mapping[str, np.ndarray]],
+    *,
+    folder: str | Path,
+    eps_255: float,
+    steps: int,
+    lrs: Sequence[float],
+    device: str | torch.device = "auto",
+    looks: Mapping[str, Callable[[nn.Module, Slices, pd.DataFrame], dict[str, Any]]] | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Run every contender on every split: (rows, costs), resumable through ``folder``.
+
+    ``parts`` are splits by the name of their run, ``<split>-s<seed>``. The learning rate is chosen on the
+    first run of each split (:func:`run_contender`) and kept for its others. ``looks`` are further looks at
+    the network of the last split's first run, {name of a contender, or "all": function (model, test slices,
+    rows) -> facts}. ``rows``: those of :func:`run_contender` with contender, split and seed; ``costs``: a
+    line a contender and run, its facts. A contender that ran before, by the same code, is read.
+    """
+    first = {name.rpartition("-s")[0]: name for name in reversed(list(parts))}
+    looked_at = list(dict.fromkeys(name.rpartition("-s")[0] for name in parts))[-1]
+    all_rows, costs = [], []
+    for contender in contenders:
+        chosen = {}
+        for name, part in parts.items():
+            split, _, seed = name.rpartition("-s")
+            own = lrs if name == first[split] else [chosen[split]]
+            wanted = []
+            if name == first[looked_at]:
+                wanted = [look for of, look in (looks or {}).items() if of in (contender.name, "all")]
+
+            def make(own=own, part=part, seed=int(seed), wanted=wanted, contender=contender):
+                options = {"seed": seed, "eps_255": eps_255, "steps": steps, "lrs": own, "device": device}
+                checkpoints = Path(folder) / "checkpoints"
+                model, rows, facts = run_contender(
+                    contender, slices, part, checkpoints=checkpoints, **options
+                )
+                for look in wanted:
+                    facts |= look(model, slices.subset(part["test"]), rows)
+                shutil.rmtree(checkpoints, ignore_errors=True)
+                return rows, facts
+
+            key = {"contender": repr(contender), "run": name, "eps_255": eps_255, "steps": steps}
+            key |= {
+                "lrs": list(own),
+                "looks": len(wanted),
+                "data": slices.sha256,
+                "size": slices.images.shape,
+            }
+            key |= {"parts": {kind: np.asarray(index).tolist() for kind, index in part.items()}}
+            rows, facts = remembered(folder, key, make)
+            chosen[split] = facts["lr"]
+            about = {"contender": contender.name, "split": split, "seed": int(seed)}
+            all_rows.append(rows.assign(**about))
+            costs.append(about | facts)
+    return pd.concat(all_rows, ignore_index=True), pd.DataFrame(costs)
+
+
+def leaders(table: pd.DataFrame, gains: pd.DataFrame, *, reference: str, eps_255: float) -> str:
+    """Who is ahead of the reference under attack, and who behind, split by split, in plain sentences.
+
+    ``table`` is :func:`standings`', ``gains`` :func:`rank`'s. Only what intervals by groups bear out is said
+    to be ahead or behind.
+    """
+    sentences = []
+    for split, own in table.groupby("split", sort=False):
+        base = own[own.contender.eq(reference)].iloc[0]
+        sentences.append(
+            f"On the {split} split {reference} classifies {base.correct:.1%} of clean slices correctly "
+            f"({base.k_correct}/{base.n}) and {base.attacked:.1%} within {eps_255:g}/255 "
+            f"({base.k_attacked}/{base.n})."
+        )
+        apart = gains[gains.split.eq(split) & gains.kind.eq("attacked") & gains.differs]
+        for word, side in (
+            ("ahead", apart[apart.gain_percent > 0]),
+            ("behind", apart[apart.gain_percent < 0]),
+        ):
+            named = [
+                f"{r.contender} by {abs(r.gain_percent):.0f} points ({_span(r)})"
+                for r in side.sort_values("gain_percent", key=abs, ascending=False).itertuples()
+            ]
+            if named:
+                sentences.append(f"Under attack, {word} of it: {', '.join(named)}.")
+        if apart.empty:
+            sentences.append("Under attack nobody differs from it by more than the draw of the groups.")
+    return " ".join(sentences)
+
+
+def _span(row):
+    ends = sorted(abs(end) for end in (row.low_percent, row.high_percent))
+    return f"{ends[0]:.0f} to {ends[1]:.0f}"

@@ -363,6 +363,32 @@ def robustness_curves(
 
 
 @styled
+def comparison_dots(table: pd.DataFrame, *, majority: Mapping[str, float]) -> Figure:
+    """Clean and attacked accuracy of each contender, a panel a split, in the table's order from above.
+
+    ``table`` is :func:`fortify.comparison.standings`'; the lines are its intervals by groups. ``majority``
+    {split: share of the largest class} is what always answering that class scores.
+    """
+    splits, names = table.split.unique(), list(table.contender.unique())
+    fig = Figure(figsize=(DOUBLE, 1.1 + 0.25 * len(names)), layout="constrained")
+    axes = fig.subplots(1, len(splits), sharey=True, squeeze=False)[0]
+    looks = {"correct": ("clean", "normal", -0.15), "attacked": ("attacked", "adversarial", 0.15)}
+    for ax, split in zip(axes, splits, strict=True):
+        own = table[table.split.eq(split)].set_index("contender").reindex(names)
+        for kind, (label, training, shift) in looks.items():
+            at, look = np.arange(len(names)) + shift, TRAININGS[training]
+            ax.hlines(at, 100 * own[f"{kind}_low"], 100 * own[f"{kind}_high"], color=look.colour, lw=1)
+            ax.plot(100 * own[kind], at, look.marker, color=look.colour, label=label)
+        ax.axvline(100 * majority[split], color="0.4", lw=0.8, ls=":", label="largest class")
+        ax.set(xlabel="accuracy (%)", xlim=(0, 100), title=f"{split} split")
+        ax.set_yticks(range(len(names)), names)
+        ax.grid(axis="x")
+    axes[0].invert_yaxis()
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return fig
+
+
+@styled
 def training_curves(history: pd.DataFrame) -> Figure:
     """Loss, accuracy in % and learning rate against the epoch; a line marks the epoch that was kept.
 
