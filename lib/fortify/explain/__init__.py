@@ -1,0 +1,26 @@
+"""What a network's prediction rests on, measured: attribution maps, and how far they can be believed."""
+
+from fortify.explain.attributions import CONTROLS, METHODS, attribute, control
+from fortify.explain.measures import (
+    alignment,
+    average_precision,
+    concentration,
+    deletion_insertion,
+    hits,
+    randomised,
+    rank_correlation,
+)
+
+__all__ = [
+    "CONTROLS",
+    "METHODS",
+    "alignment",
+    "attribute",
+    "average_precision",
+    "concentration",
+    "control",
+    "deletion_insertion",
+    "hits",
+    "randomised",
+    "rank_correlation",
+]

@@ -1,0 +1,138 @@
+"""Explanations: planted networks whose true explanation is known, and maps whose measures are known."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fortify.explain import (
+    CONTROLS,
+    METHODS,
+    alignment,
+    attribute,
+    average_precision,
+    concentration,
+    control,
+    deletion_insertion,
+    hits,
+    randomised,
+    rank_correlation,
+)
+
+SIDE = 16
+MASK = np.zeros((SIDE, SIDE), bool)
+MASK[4:8, 8:12] = True
+
+
+class LooksInTheMask(nn.Module):
+    """Class 1 by the sum of the pixels in the mask alone, after a convolution that changes nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 1, bias=False)
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, 2, bias=False))
+        with torch.no_grad():
+            self.conv.weight.fill_(1)
+            self.head[1].weight.zero_()
+            self.head[1].weight[1] = torch.from_numpy(MASK.ravel().astype(np.float32))
+
+    def forward(self, x):
+        return self.head(self.conv(x))
+
+
+@pytest.fixture(scope="module")
+def shown():
+    return torch.rand(6, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_network_looks_at_is_found_where_it_looks(shown, method):
+    pytest.importorskip("captum", reason="the extra explain is not installed")
+    net, ones = LooksInTheMask(), np.ones(len(shown), int)
+    maps = attribute(net, shown, ones, method)
+    assert maps.shape == (6, SIDE, SIDE) and maps.dtype == np.float32 and (maps >= 0).all()
+    if method == "Grad-CAM":  # it weights the channels' maps: here the image itself, wherever it is bright
+        assert rank_correlation(maps, shown.squeeze(1).numpy()) == pytest.approx(1)
+        return
+    assert concentration(maps, MASK) == pytest.approx(1 / MASK.mean(), rel=1e-4)
+    assert hits(maps, MASK).all() and average_precision(maps, MASK) == pytest.approx(1)
+
+
+def test_attributions_leave_the_network_as_it_was(model, images):
+    pytest.importorskip("captum", reason="the extra explain is not installed")
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    maps = attribute(model, images[:4], [0, 1, 2, 0], "SmoothGrad", seed=1)
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert np.array_equal(maps, attribute(model, images[:4], [0, 1, 2, 0], "SmoothGrad", seed=1))
+    assert not np.array_equal(maps, attribute(model, images[:4], [0, 1, 2, 0], "SmoothGrad", seed=2))
+    model.eval()
+
+
+def test_an_unknown_method_lists_those_there_are(model, images):
+    with pytest.raises(ValueError, match="Grad-CAM"):
+        attribute(model, images[:2], [0, 0], "LIME")
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_controls_know_the_image_alone(shown, name):
+    maps = control(shown, name)
+    assert maps.shape == (6, SIDE, SIDE) and np.isfinite(maps).all() and (maps >= 0).all()
+    assert 0.5 < np.nanmean(concentration(maps, MASK)) < 5
+
+
+def test_concentration_of_chance_is_one_and_of_nothing_is_nan():
+    assert concentration(np.ones((2, SIDE, SIDE)), MASK) == pytest.approx(1)
+    assert np.isnan(concentration(np.zeros((1, SIDE, SIDE)), MASK)).all()
+    assert np.isnan(concentration(np.ones((1, SIDE, SIDE)), np.zeros_like(MASK))).all()
+    assert np.isnan(average_precision(np.ones((1, SIDE, SIDE)), np.zeros_like(MASK))).all()
+
+
+def test_average_precision_of_a_constant_map_is_the_area():
+    assert average_precision(np.ones((1, SIDE, SIDE)), MASK) == pytest.approx(MASK.mean())
+    assert not hits(np.where(MASK, 0, 1.0)[None], MASK).any()
+
+
+@pytest.mark.parametrize("baseline", ["mean", "blur"])
+def test_a_true_map_deletes_faster_and_inserts_faster_than_a_wrong_one(baseline):
+    """A bright square decides: of the true map the square goes first, of the wrong one last."""
+    images = torch.full((3, 1, SIDE, SIDE), 0.2)
+    images[:, :, 4:8, 8:12] = 1.0
+    net = LooksInTheMask()
+    with torch.no_grad():
+        net.head[1].weight.mul_(2)
+        net.head[1].weight[0].fill_(0.375)  # class 1 while the square's pixels sum to more than about 12
+    true, wrong = (np.broadcast_to(m, (3, SIDE, SIDE)).astype(float) for m in (MASK, ~MASK))
+    ones = np.ones(3, int)
+    found = [deletion_insertion(net, images, ones, maps, baseline=baseline) for maps in (true, wrong)]
+    assert (found[0][0] < found[1][0]).all() and (found[0][1] > found[1][1]).all()
+    with pytest.raises(ValueError, match="mean"):
+        deletion_insertion(net, images, ones, true, baseline="black")
+
+
+def test_rank_correlation_is_spearmans():
+    from scipy.stats import spearmanr
+
+    a, b = np.random.default_rng(0).random((2, 3, 5, 5))
+    expected = [spearmanr(x.ravel(), y.ravel()).statistic for x, y in zip(a, b, strict=True)]
+    assert rank_correlation(a, b) == pytest.approx(expected)
+    assert np.isnan(rank_correlation(a, np.ones_like(a))).all()
+
+
+def test_alignment_of_a_linear_network_is_the_distance_to_its_boundary(shown):
+    found = alignment(LooksInTheMask(), shown)
+    distance = shown.squeeze(1).numpy()[:, MASK].sum(1) / np.sqrt(MASK.sum())
+    assert found == pytest.approx(distance, rel=1e-4)
+
+
+def test_layers_are_drawn_anew_from_the_last_to_the_first(model):
+    names = [name for name, _ in model.named_parameters()]
+    changed = []
+    for _, copied in randomised(model):
+        now = dict(copied.named_parameters())
+        changed.append({n for n, p in model.named_parameters() if not torch.equal(p, now[n])})
+    assert changed[0] == {"1.fc.weight", "1.fc.bias"} and all(a <= b for a, b in itertools.pairwise(changed))
+    convolutions = {n for n, p in model.named_parameters() if p.ndim == 4}
+    assert convolutions <= changed[-1] and len(names) == len(list(model.parameters()))
