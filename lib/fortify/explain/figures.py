@@ -13,8 +13,8 @@ from fortify.figures import DOUBLE, show_image, styled
 def map_panel(rows: Sequence[tuple[str, np.ndarray, dict[str, np.ndarray]]]) -> Figure:
     """One slice under several networks, clean and attacked: a line each, the slice and then its maps.
 
-    ``rows`` are (title, image (H, W) in [0, 1], {method: map (H, W)}), all of the same methods. A map is drawn
-    on a scale of its own, up to its 99th percentile.
+    ``rows`` are (title, image (H, W) in [0, 1], {method: map (H, W)}), all of the same methods. A map has a
+    scale of its own, up to its 99th percentile.
     """
     methods = list(rows[0][2])
     columns = 1 + len(methods)
