@@ -102,8 +102,11 @@ AUDITS = [f"tables/audit_{split}-s{SEEDS[0]}.csv" for split in AUDITED]
 LEDGER = tables("published_matrix dataset gain mcnemar printed_arithmetic published_attacks claims")
 LEDGER += ["tables/published_matrix.md", "tables/published_matrix.tex", "tables/claims.md"]
 COMPARED = tables("comparison comparison_gains comparison_costs")
+EXPLAINED = [f"tables/explanations_{run}.csv" for run in FIRST_RUNS]
 if FINISHED:
-    COMPARED = [path for path in COMPARED if Path(f"{BUILD}/{path}").is_file()]
+    COMPARED, EXPLAINED = (
+        [path for path in paths if Path(f"{BUILD}/{path}").is_file()] for paths in (COMPARED, EXPLAINED)
+    )
 OF_RUN = ["data/slices.npz", "data/splits/{run}.csv"]
 
 STEPS = [  # rule, notebook, folder of its manifest, what it reads, what it writes; {run}: for each split and seed
@@ -128,6 +131,9 @@ STEPS = [  # rule, notebook, folder of its manifest, what it reads, what it writ
          ["tables/audit_{run}.csv", "tables/audit_mutants_{run}.csv"]),
     Step("robust_optimisation", "10_robust_optimisation", "robust_optimisation",
          ["data/slices.npz", *(f"data/splits/{run}.csv" for run in RUNS), *each(FIRST_RUNS, MODELS[1])], COMPARED),
+    Step("explanations", "12_explanations", "{run}",
+         [*OF_RUN, *each(["{run}"], *MODELS, "normal_attacked.npz", "adversarial_attacked.npz")],
+         ["tables/explanations_{run}.csv"]),
     Step("claims", "09_claims", "claims",
          [*TABLE1, *LEAKAGE, *AUDITS, *each(PUBLISHED_RUNS, *PROTOCOL), *each(RUNS, *ROWS[:2])], LEDGER, costly=False),
 ]  # fmt: skip
@@ -194,7 +200,7 @@ rule html:
 
 # Tables and figures too: one that somebody removed is made again, though the pages are there. Paths and not
 # rules.x.output, which would let x run where only those after it may (make tables).
-WHOLE = [*TABLE1, *FIGURES, *LEDGER, *LEAKAGE, *AUDITS, *COMPARED, "html/index.html"]
+WHOLE = [*TABLE1, *FIGURES, *LEDGER, *LEAKAGE, *AUDITS, *COMPARED, *EXPLAINED, "html/index.html"]
 
 
 rule audited:

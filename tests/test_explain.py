@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -17,9 +18,13 @@ from fortify.explain import (
     control,
     deletion_insertion,
     hits,
+    measured,
     randomised,
     rank_correlation,
+    sanity,
+    spoken,
 )
+from fortify.explain.figures import map_panel, measure_dots
 
 SIDE = 16
 MASK = np.zeros((SIDE, SIDE), bool)
@@ -136,3 +141,35 @@ def test_layers_are_drawn_anew_from_the_last_to_the_first(model):
     assert changed[0] == {"1.fc.weight", "1.fc.bias"} and all(a <= b for a, b in itertools.pairwise(changed))
     convolutions = {n for n, p in model.named_parameters() if p.ndim == 4}
     assert convolutions <= changed[-1] and len(names) == len(list(model.parameters()))
+
+
+def test_the_table_tells_a_network_that_looks_in_the_mask_from_a_control(shown):
+    pytest.importorskip("captum", reason="the extra explain is not installed")
+    net, ones = LooksInTheMask(), np.ones(len(shown), int)
+    maps = {
+        ("normal", "gradient"): attribute(net, shown, ones, "gradient"),
+        ("", "edges"): control(shown, "edges"),
+    }
+    groups = [0, 0, 1, 1, 2, 2]
+    table = measured({"normal": net}, shown, ones, maps, regions={"lungs": MASK}, groups=groups)
+    lungs = table[table.measure.eq("lungs")].set_index("map")
+    assert lungs.loc["gradient", "low"] > 15 > lungs.loc["edges", "high"]
+    assert set(table.measure) == {
+        "lungs",
+        *(f"{k}, {b}" for k in ("deletion", "insertion") for b in ("mean", "blur")),
+    }
+    assert (table.low <= table["mean"]).all() and (table["mean"] <= table.high).all()
+    same = maps["normal", "gradient"]
+    checks = sanity(net, shown, ones, "gradient", same, {"attack": same}, groups=groups, name="normal")
+    assert checks.set_index("measure").loc["attack", "mean"] == pytest.approx(1)
+    words = spoken(pd.concat([table, checks]))
+    assert "Of the normal network's maps gradient lies most in the lungs, 16.0 times" in words
+    assert "under attack: normal 1.00" in words
+    figure = measure_dots(table, measures={"lungs": "lungs / area"})
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["normal", "control"]
+
+
+def test_a_panel_shows_the_slice_and_its_maps(shown):
+    maps = {"edges": control(shown, "edges")[0], "the image": control(shown, "the image")[0]}
+    figure = map_panel([("normal, clean", shown[0, 0].numpy(), maps)])
+    assert [ax.get_title() for ax in figure.axes] == ["slice", "edges", "the image"]

@@ -56,6 +56,13 @@ def gain_interval(
     return max(-1.0, same - apart), min(1.0, same + apart)
 
 
+def mean_interval(
+    values: ArrayLike, groups: Sequence, *, seed: int = 0, draws: int = 2000, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (low, high) of the mean of any ``values`` (N,), whole groups drawn."""
+    return _by_groups(values, groups, seed, draws, confidence)
+
+
 def _by_groups(values, groups, seed, draws, confidence):
     """Percentile bootstrap interval of the mean of ``values``, whole groups drawn with replacement."""
     _, number = np.unique(groups, return_inverse=True)

@@ -7,8 +7,11 @@ from fortify.explain.measures import (
     concentration,
     deletion_insertion,
     hits,
+    measured,
     randomised,
     rank_correlation,
+    sanity,
+    spoken,
 )
 
 __all__ = [
@@ -21,6 +24,9 @@ __all__ = [
     "control",
     "deletion_insertion",
     "hits",
+    "measured",
     "randomised",
     "rank_correlation",
+    "sanity",
+    "spoken",
 ]

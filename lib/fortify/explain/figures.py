@@ -39,14 +39,14 @@ def measure_dots(table: pd.DataFrame, *, measures: dict[str, str]) -> Figure:
     floor, what a map gets that knows nothing, is dotted.
     """
     looks = {"normal": ("#e08214", "s", -0.15), "adversarial": ("#0b4f8a", "o", 0.15), "": ("0.4", "D", 0.0)}
-    maps = list(table.map.unique())
+    maps = list(table["map"].unique())
     fig = Figure(figsize=(DOUBLE, 1.1 + 0.24 * len(maps)), layout="constrained")
     axes = fig.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for ax, (measure, label) in zip(axes, measures.items(), strict=True):
         own = table[table.measure.eq(measure)]
         for model, of_model in own.groupby("model", sort=False):
             colour, marker, shift = looks[model]
-            at = np.array([maps.index(name) for name in of_model.map]) + shift
+            at = np.array([maps.index(name) for name in of_model["map"]]) + shift
             ax.hlines(at, of_model.low, of_model.high, color=colour, lw=1)
             ax.plot(of_model["mean"], at, marker, color=colour, label=model or "control")
         ax.axvline(own.floor.mean(), color="0.4", lw=0.8, ls=":")
@@ -54,6 +54,7 @@ def measure_dots(table: pd.DataFrame, *, measures: dict[str, str]) -> Figure:
         ax.set_yticks(range(len(maps)), maps)
         ax.grid(axis="x")
     axes[0].invert_yaxis()
-    handles = dict(zip(*(reversed(part) for part in axes[0].get_legend_handles_labels()), strict=True))
-    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    handles, labels = zip(*(ax.get_legend_handles_labels() for ax in axes), strict=True)
+    shown = dict(zip(sum(labels, []), sum(handles, []), strict=True))  # each label once
+    fig.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3)
     return fig

@@ -5,10 +5,12 @@ on medical images, so every measure has a control or a floor beside it.
 """
 
 import copy
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy.ndimage import gaussian_filter
 from scipy.stats import rankdata
@@ -16,6 +18,8 @@ from sklearn.metrics import average_precision_score
 from torch import nn
 
 from fortify.attacks import checked
+from fortify.explain.attributions import attribute
+from fortify.intervals import mean_interval
 from fortify.models import Guarded, predict
 from fortify.runtime import device_of, float32_convolutions, frozen, seeded
 from fortify.training import layers
@@ -133,3 +137,113 @@ def randomised(model: nn.Module, *, seed: int = 0) -> Iterator[tuple[int, nn.Mod
 
 def _flat(maps):
     return np.ascontiguousarray(maps).reshape(len(maps), -1)
+
+
+def measured(
+    models: Mapping[str, nn.Module],
+    images: Any,
+    targets: Any,
+    maps: Mapping[tuple[str, str], np.ndarray],
+    *,
+    regions: Mapping[str, np.ndarray],
+    groups: Sequence[Any],
+) -> pd.DataFrame:
+    """What maps say without another map to compare with: a tidy table.
+
+    ``maps`` {(model, method): (N, H, W)}; a control's model is ``""``; both models delete by it.
+    ``regions`` {name: mask}: :func:`concentration`, whose floor is 1. Deletion and insertion with both
+    baselines: their floor is a random order's. Columns: measure, map, model, mean, low, high, floor, n; the
+    interval draws whole ``groups`` (N,).
+    """
+    rows, shape = [], next(iter(maps.values())).shape
+    random_order = np.random.default_rng(0).random(shape)
+    floors = {
+        (name, baseline): deletion_insertion(model, images, targets, random_order, baseline=baseline)
+        for name, model in models.items()
+        for baseline in ("mean", "blur")
+    }
+    for (name, method), own in maps.items():
+        for region, mask in regions.items():
+            rows.append(_line(region, method, name, concentration(own, mask), 1.0, groups))
+        for of in [name] if name else models:
+            for baseline in ("mean", "blur"):
+                found = deletion_insertion(models[of], images, targets, own, baseline=baseline)
+                pairs = zip(("deletion", "insertion"), found, floors[of, baseline], strict=True)
+                for kind, values, floor in pairs:
+                    rows.append(_line(f"{kind}, {baseline}", method, of, values, floor.mean(), groups))
+    return pd.DataFrame(rows)
+
+
+def sanity(
+    model: nn.Module,
+    images: Any,
+    targets: Any,
+    method: str,
+    maps: np.ndarray,
+    again: Mapping[str, np.ndarray],
+    *,
+    groups: Sequence[Any],
+    name: str,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Rank correlations of a model's maps with others of the same images: rows as :func:`measured`'s.
+
+    ``again`` {what was changed: maps}, for example under noise and under attack. ``drawn anew`` is with all
+    but the first layer's weights drawn anew. The floor is that of each image's map with the next group's.
+    """
+    other = _of_another_group(groups)
+    floor = np.nanmean(rank_correlation(maps, maps[other])) if other is not None else np.nan
+    *_, (_, last) = itertools.islice(randomised(model, seed=seed), len(layers(model)) - 1)
+    changed = dict(again) | {"drawn anew": attribute(last, images, targets, method, seed=seed)}
+    rows = [
+        _line(what, method, name, rank_correlation(maps, found), floor, groups)
+        for what, found in changed.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def _of_another_group(groups):
+    """For each image the position of one of another group; None where there is only one group."""
+    groups = np.asarray(groups)
+    if len(np.unique(groups)) < 2:
+        return None
+    found = []
+    for i in range(len(groups)):
+        later = np.roll(np.arange(len(groups)), -i - 1)
+        found.append(later[groups[later] != groups[i]][0])
+    return np.array(found)
+
+
+def _line(measure, method, name, values, floor, groups):
+    known = ~np.isnan(values)
+    line = {"measure": measure, "map": method, "model": name, "n": int(known.sum()), "floor": float(floor)}
+    if not known.any():
+        return line | dict.fromkeys(("mean", "low", "high"), np.nan)
+    low, high = mean_interval(np.asarray(values)[known], np.asarray(groups)[known])
+    return line | {"mean": float(np.mean(np.asarray(values)[known])), "low": low, "high": high}
+
+
+def spoken(table: pd.DataFrame) -> str:
+    """What the table says in plain sentences: lungs, faithfulness against controls, and sanity."""
+    sentences = []
+    lungs = table[table.measure.eq("lungs")].set_index(["model", "map"])
+    for name in ("normal", "adversarial"):
+        if name in lungs.index:
+            best = lungs.loc[name].sort_values("mean").iloc[-1]
+            sentences.append(
+                f"Of the {name} network's maps {best.name} lies most in the lungs, {best['mean']:.1f} times "
+                f"their share of the area ({best.low:.1f} to {best.high:.1f})."
+            )
+    if "" in lungs.index:
+        best = lungs.loc[""].sort_values("mean").iloc[-1]
+        sentences.append(f"The best control there, {best.name}, reaches {best['mean']:.1f}.")
+    for measure, words in (("attack", "under attack"), ("drawn anew", "when the weights are drawn anew")):
+        own = table[table.measure.eq(measure)]
+        means = own.groupby("model", sort=False)["mean"].mean()
+        said = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
+        if said:
+            sentences.append(
+                f"Rank correlation of a map with itself {words}: {said} (two different slices: "
+                f"{own.floor.mean():.2f})."
+            )
+    return " ".join(sentences)
