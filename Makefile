@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PROFILE ?= laptop
 PROFILES := $(patsubst notebooks/profiles/%.yaml,%,$(wildcard notebooks/profiles/*.yaml))
 RUN_PROFILES := $(filter-out demo test,$(PROFILES))
-.PHONY: help demo test tables publish pdf html data lab clean $(RUN_PROFILES)
+.PHONY: help demo test tables publish pdf html data lidc lab clean $(RUN_PROFILES)
 ENV := .venv/.installed
 # The environment's programs and kernel before any other.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -20,6 +20,7 @@ help:
 	@echo "make check    ruff and the fast tests, for people at work: under a minute and a half on two cores"
 	@echo "make test     ruff, all tests, every notebook twice (papermill and nbmake)"
 	@echo "make data     download the IQ-OTH/NCCD slices to data/iq-oth-nccd"
+	@echo "make lidc     download nodules of LIDC-IDRI, the second dataset of notebook 11, to data/lidc-nodules"
 	@for name in $(RUN_PROFILES); do \
 		printf 'make %-8s %s\n' $$name "$$(sed -n 's/^title: *//p' notebooks/profiles/$$name.yaml)"; done
 	@echo "              of a profile, SEEDS=0 or SEEDS=0,1: only these; seeds that are there already are not run again"
@@ -61,6 +62,9 @@ test: $(ENV)
 
 data: $(ENV)
 	python -m fortify.workflow.download
+
+lidc: $(ENV)
+	python -m fortify.workflow.lidc
 
 $(RUN_PROFILES): $(ENV)
 	$(WORKFLOW)
