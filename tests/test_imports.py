@@ -19,6 +19,7 @@ ROOMS = {  # sub-packages, each with its modules in order; they import the core 
     "audit": ("context", "autoattack", "checks", "report", "mutants", "figures"),
     "leakage": ("meter", "probes", "figures"),
     "explain": ("attributions", "measures", "figures"),
+    "transfer": ("crafting", "networks", "nodules", "answer", "figures"),
     "examined": ("printed", "protocol", "matrix", "claims", "figures"),
 }
 PLUMBING = "workflow"  # imported by nobody else
