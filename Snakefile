@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from fortify import lidc
 from fortify.evaluation import TRAININGS
 from fortify.workflow.locks import join_call, wait_for_profile
 from fortify.workflow.notebooks import code_of
@@ -99,6 +100,12 @@ FIGURES += ["fig6_adversarial_malignant_normal", "robustness_curves"]
 FIGURES = [f"figures/{name}.{kind}" for name in FIGURES for kind in ("pdf", "png")]
 LEAKAGE = tables("leak_meter leak_summary leak_twins leak_tells groups group_sensitivity lungs_or_scanner")
 AUDITS = [f"tables/audit_{split}-s{SEEDS[0]}.csv" for split in AUDITED]
+# Looked at once too, on the grouped split, where an attacker can have patients of his own.
+TRANSFERS = [run for run in FIRST_RUNS if split_and_seed(run)[0] == "grouped"] or FIRST_RUNS[:1]
+OF_TRANSFER = [f"tables/{name}_{{run}}.csv" for name in
+               "transfer nodules nodules_groups nodules_gains nodules_attacked".split()]  # fmt: skip
+if FINISHED:
+    TRANSFERS = [run for run in TRANSFERS if Path(f"{BUILD}/{run}/11_transfer.json").is_file()]
 LEDGER = tables("published_matrix dataset gain mcnemar printed_arithmetic published_attacks claims")
 LEDGER += ["tables/published_matrix.md", "tables/published_matrix.tex", "tables/claims.md"]
 COMPARED = tables("comparison comparison_gains comparison_costs")
@@ -134,6 +141,8 @@ STEPS = [  # rule, notebook, folder of its manifest, what it reads, what it writ
     Step("explanations", "12_explanations", "{run}",
          [*OF_RUN, *each(["{run}"], *MODELS, "normal_attacked.npz", "adversarial_attacked.npz")],
          ["tables/explanations_{run}.csv"]),
+    Step("transfer", "11_transfer", "{run}", [*OF_RUN, *each(["{run}"], *MODELS)],
+         [*each(["{run}"], "transfer_rows.csv", "nodule_logits.csv", "nodule_rows.csv"), *OF_TRANSFER]),
     Step("claims", "09_claims", "claims",
          [*TABLE1, *LEAKAGE, *AUDITS, *each(PUBLISHED_RUNS, *PROTOCOL), *each(RUNS, *ROWS[:2])], LEDGER, costly=False),
 ]  # fmt: skip
@@ -143,6 +152,13 @@ show_progress(workflow, BUILD, seeds=SEEDS)
 
 def built(paths):
     return [f"{BUILD}/{path}" for path in paths]
+
+
+def files_of(step):
+    """What a step reads from outside the build: other files make its results stale."""
+    if step.name == "transfer" and PARAMETERS["11_transfer"]["second_data"] == "lidc":
+        return "there" if lidc.is_there() else "not there yet"  # each file is checked when it is read
+    return image_files(DATA) if step.name == "data" else ""
 
 
 wildcard_constraints:
@@ -164,7 +180,7 @@ for step in STEPS:
             values=step.values(PARAMETERS, BUILD),
             inherited=step.inherited(PARAMETERS),
             code=step.code(),
-            files=image_files(DATA) if step.name == "data" else "",
+            files=files_of(step),
             lock=f"{BUILD}/.notebook-lock",
         log:
             notebook=f"{BUILD}/notebooks/{step.below}.ipynb",
@@ -189,6 +205,7 @@ localrules:
 rule html:
     input:
         built(["results/05_results.json", "claims/09_claims.json"]),
+        built([f"{run}/11_transfer.json" for run in TRANSFERS]),
     output:
         f"{BUILD}/html/index.html",
     params:
@@ -201,6 +218,7 @@ rule html:
 # Tables and figures too: one that somebody removed is made again, though the pages are there. Paths and not
 # rules.x.output, which would let x run where only those after it may (make tables).
 WHOLE = [*TABLE1, *FIGURES, *LEDGER, *LEAKAGE, *AUDITS, *COMPARED, *EXPLAINED, "html/index.html"]
+WHOLE += [path.format(run=run) for run in TRANSFERS for path in OF_TRANSFER]
 
 
 rule audited:
