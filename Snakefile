@@ -102,8 +102,8 @@ LEAKAGE = tables("leak_meter leak_summary leak_twins leak_tells groups group_sen
 AUDITS = [f"tables/audit_{split}-s{SEEDS[0]}.csv" for split in AUDITED]
 # Looked at once too, on the grouped split, where an attacker can have patients of his own.
 TRANSFERS = [run for run in FIRST_RUNS if split_and_seed(run)[0] == "grouped"] or FIRST_RUNS[:1]
-OF_TRANSFER = [f"tables/{name}_{{run}}.csv" for name in
-               "transfer nodules nodules_groups nodules_gains nodules_attacked".split()]  # fmt: skip
+OF_TRANSFER = "transfer nodules nodules_groups nodules_gains nodules_attacked".split()
+OF_TRANSFER = [f"tables/{name}_{{run}}.csv" for name in OF_TRANSFER]
 if FINISHED:
     TRANSFERS = [run for run in TRANSFERS if Path(f"{BUILD}/{run}/11_transfer.json").is_file()]
 LEDGER = tables("published_matrix dataset gain mcnemar printed_arithmetic published_attacks claims")

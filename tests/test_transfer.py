@@ -14,35 +14,36 @@ from fortify.data import Slices, to_tensor
 from fortify.models import build_model, predict
 from fortify.splits import grouped_split
 from fortify.training import Recipe
-from fortify.transfer import (
+from fortify.transfer.answer import nodule_answer, transfer_answer
+from fortify.transfer.crafting import (
+    NOISE,
+    OTHERS,
     Ensemble,
     InputDiverse,
     Momentum,
-    Regime,
+    pooled_transfer,
+    random_signs,
+    transfer_table,
+    transferred,
+)
+from fortify.transfer.figures import nodule_attacks, nodule_dots, transfer_matrix
+from fortify.transfer.networks import Regime, attackers_share, regimes_of, trained
+from fortify.transfer.nodules import (
     Study,
     attack_layout,
     attacked_nodules,
     attacked_table,
-    attackers_share,
     clean_logits,
     gains_over_size,
     group_agreement,
     nodule_accuracies,
-    nodule_answer,
     nodule_folds,
     nodule_layout,
+    on_folds,
     open_study,
-    random_signs,
-    regimes_of,
     size_logits,
-    trained,
-    transfer_answer,
-    transfer_table,
-    transferred,
     with_frozen_features,
 )
-from fortify.transfer.crafting import NOISE, OTHERS
-from fortify.transfer.figures import nodule_attacks, nodule_dots, transfer_matrix
 
 SIDE = 8
 EPS = {"eps_255": 8, "steps": 4}
@@ -103,6 +104,21 @@ def test_what_fools_a_network_fools_its_copy_and_not_one_that_looks_elsewhere(ma
             assert cell(table, source=source, attack=attack, target="top").k == 0
     assert cell(table, source=OTHERS, attack="momentum", target="one").k == 24, "the copy is among the others"
     assert not (table.source.eq("stolen") & table.white_box).any() and "stolen" not in set(table.target)
+
+
+def test_pairs_are_pooled_by_what_the_attack_was_crafted_on(matrix):
+    rows, table = matrix
+    pooled = pooled_transfer(table).set_index(["crafted_on", "attack"])
+    own = cell(table, source="top", attack="pgd", target="top").k
+    assert pooled.loc[("the target itself", "pgd"), ["k", "n"]].tolist() == [48 + own, 72]
+    assert pooled.loc[("another network", "pgd"), "n"] == 6 * 24
+    assert (
+        pooled.loc[("stolen", "pgd"), ["k", "n"]].tolist() == [48, 72]
+        and (OTHERS, "momentum") in pooled.index
+    )
+    assert pooled.loc[("another network", "pgd"), "l2"] == pytest.approx(
+        rows.l2[rows.attack.eq("pgd")].median()
+    )
 
 
 def test_noise_of_the_same_size_does_nothing_to_a_mean_and_has_no_less_l2(matrix):
@@ -352,6 +368,26 @@ def test_frozen_features_stay_and_their_linear_head_learns_what_they_show():
     assert ((seen.logit_1 > seen.logit_0) == (seen.label == 1)).all() and len(models) == 2
     assert all(torch.equal(own, before[name]) for name, own in backbone.state_dict().items())
     assert models[0](to_tensor(slices.images[:2])).shape == (2, 2)
+
+
+def test_every_network_is_on_the_folds_it_should_be_on():
+    """Two folds, three kinds: normal training on all of them, all else on the patients' alone."""
+    study, regime = study_of(phantom(n_patients=20, each=2)), Regime(Recipe(epochs=1, batch_size=16))
+    folds = nodule_folds(study, folds=2)
+    eyes = {"normal": build_model("resnet_small", num_classes=3, seed=0).eval()}
+    both = {"normal": regime, "adversarial": Regime(regime.recipe, {PGD(4, steps=1): 1.0})}
+    seen, networks, frozen = on_folds(study, folds, both, eyes, arch="resnet_small", seed=0)
+    patients = {"normal", "adversarial", "features, normal", "diameter alone", "mask area alone"}
+    expected = {(kind, "normal") for kind in folds} | {("patients", name) for name in patients}
+    assert set(zip(seen.split, seen.model, strict=True)) == expected
+    for (kind, _, fold), own in seen.groupby(["split", "model", "seed"]):
+        assert sorted(own["index"]) == sorted(folds[kind][fold]["test"])
+    assert networks.keys() == {"normal", "adversarial"} and frozen.keys() == {"features, normal"}
+    own = networks["normal"][1]
+    test = folds["patients"][1]["test"]
+    line = seen[seen.split.eq("patients") & seen.model.eq("normal") & seen.seed.eq(1)].set_index("index")
+    found = own(to_tensor(study.slices.images[test])).detach().numpy()
+    assert np.allclose(line.loc[test, ["logit_0", "logit_1"]], found, atol=1e-4)
 
 
 def test_an_attackers_patients_are_nobody_elses():

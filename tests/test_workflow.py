@@ -39,9 +39,10 @@ def test_every_notebook_ran_and_every_result_is_there(finished):
         p.relative_to(BUILD / "notebooks").as_posix() for p in BUILD.glob("notebooks/**/*.ipynb")
     )
     stems = [p.name for p in sorted((ROOT / "notebooks").glob("*.ipynb"))]
-    per_profile = [name for name in stems if name[:2] in ("01", "05", "07", "09")]
+    per_profile = [name for name in stems if name[:2] in ("01", "05", "07", "09", "10")]
     per_run = [name for name in stems if name not in per_profile]
-    expected = [f"{split}-s0/{name}" for split in ("grouped", "random") for name in per_run]
+    expected = [f"grouped-s0/{name}" for name in per_run]  # transfer is looked at there alone
+    expected += [f"random-s0/{name}" for name in per_run if name[:2] != "11"]
     assert executed == [*per_profile, *expected]
     for path in executed:
         cells = nbformat.read(BUILD / "notebooks" / path, as_version=4).cells
@@ -103,12 +104,12 @@ def test_classes_and_scans_under_table_1_are_what_the_rows_say(finished):
 
 def test_each_step_is_named_as_it_starts_and_table_1_is_printed_as_soon_as_it_is_made(called):
     shown = re.findall(r"^(\d+) of (\d+): (.*)$", called.stderr, re.MULTILINE)
-    assert [(int(number), int(total)) for number, total, _ in shown] == [(i, 15) for i in range(1, 16)]
+    assert [(int(number), int(total)) for number, total, _ in shown] == [(i, 17) for i in range(1, 18)]
     names = [name for _, _, name in shown]
     per_run = ("baseline", "attacks", "adversarial training", "published protocol", "robustness audit")
-    once = {"data", "results", "leakage", "claims", "html"}
+    once = {"data", "results", "leakage", "robust optimisation", "transfer, grouped", "claims", "html"}
     assert set(names) == {f"{name}, {split}" for name in per_run for split in ("random", "grouped")} | once
-    assert names[0] == "data" and names[-2:] == ["claims", "html"]
+    assert names[0] == "data" and names[-1] == "html"
     assert re.search(
         r"results$(.*\n)+Table 1 is ready\. .*claims, html\.$(.*\n)+.*claims$", called.stderr, re.M
     )
@@ -149,7 +150,7 @@ def test_notebook_1_crops_what_networks_are_shown_and_not_what_is_split(finished
 
 
 AFTER_TRAINING = {"published_protocol": 2, "leakage": 1, "robustness_audit": 2}
-AFTER_TRAINING |= {"results": 1, "claims": 1, "html": 1, "all": 1}
+AFTER_TRAINING |= {"robust_optimisation": 1, "transfer": 1, "results": 1, "claims": 1, "html": 1, "all": 1}
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_the_reference_run_is_five_seeds_on_both_splits():
     shown = snakemake("--dry-run", "--forceall", config=("profile=paper",)).stdout
     found = jobs(shown)
     per_run = dict.fromkeys(("baseline", "attacks", "adversarial_training", "published_protocol"), 10)
-    once = {"data": 1, "results": 1, "leakage": 1, "robustness_audit": 2, "claims": 1}
+    once = {"data": 1, "results": 1, "leakage": 1, "robustness_audit": 2, "transfer": 1, "claims": 1}
     assert {rule: found[rule] for rule in (*per_run, *once)} == per_run | once
     # What Table 1 needs comes first.
     first = re.findall(r"^rule (\w+):\n(?:    .*\n)*?    priority: 1$", shown, re.MULTILINE)

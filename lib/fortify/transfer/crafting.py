@@ -202,3 +202,16 @@ def transfer_table(rows: pd.DataFrame, groups: Sequence[Any]) -> pd.DataFrame:
             row["low"], row["high"] = interval
         table.append(row | {"linf_255": own.linf_255.median(), "l2": own.l2.median()})
     return pd.DataFrame(table)
+
+
+def pooled_transfer(table: pd.DataFrame) -> pd.DataFrame:
+    """:func:`transfer_table` pooled over targets: a row per attack and what it was crafted on.
+
+    ``crafted_on`` is "the target itself", "another network", or a source that is no target, by its name.
+    ``k`` of ``n`` and ``accuracy`` as there; ``l2`` is the median of the pairs' medians.
+    """
+    kind = table.white_box.map({True: "the target itself", False: "another network"})
+    kind = kind.where(table.source.isin(table.target), table.source)
+    pooled = table.assign(crafted_on=kind).groupby(["crafted_on", "attack"], sort=False)
+    pooled = pooled.agg({"k": "sum", "n": "sum", "l2": "median"}).reset_index()
+    return pooled.assign(accuracy=pooled.k / pooled.n)

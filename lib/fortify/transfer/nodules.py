@@ -187,6 +187,34 @@ def clean_logits(
     return pd.concat(parts, ignore_index=True)
 
 
+def on_folds(
+    study: Study,
+    folds: Mapping[str, Sequence[Mapping[str, np.ndarray]]],
+    regimes: Mapping[str, Regime],
+    eyes: Mapping[str, nn.Module],
+    **options: Any,
+) -> tuple[pd.DataFrame, dict[str, list[nn.Module]], dict[str, list[nn.Module]]]:
+    """What is tested on the second dataset: (logits, networks, frozen features).
+
+    Networks of ``regimes`` ("normal" and "adversarial") trained from scratch, the normal ones on every kind
+    of ``folds`` (:func:`nodule_folds`), the others on the patients' alone. There too a linear classifier of
+    what each of ``eyes``, classifiers of other classes, makes of the slices ("features, <name>"), and the
+    size alone. ``options`` are :func:`trained_on_folds`'. Logits are of all test slices, clean; the networks
+    {name: one a fold} are those of the patients' folds.
+    """
+    patients = folds["patients"]
+    normal = {kind: trained_on_folds(study, own, regimes["normal"], **options) for kind, own in folds.items()}
+    networks = {"normal": normal["patients"]}
+    for name in [name for name in regimes if name != "normal"]:
+        networks[name] = trained_on_folds(study, patients, regimes[name], **options)
+    frozen = {f"features, {name}": with_frozen_features(study, patients, eye) for name, eye in eyes.items()}
+    tested = [(kind, "normal", own) for kind, own in normal.items()]
+    tested += [("patients", name, own) for name, own in (networks | frozen).items() if name != "normal"]
+    seen = [clean_logits(study, folds[kind], own, split=kind, model_name=name) for kind, name, own in tested]
+    seen.append(size_logits(study, patients, split="patients"))
+    return pd.concat(seen, ignore_index=True), networks, frozen
+
+
 def attacked_nodules(
     study: Study,
     splits: Sequence[Mapping[str, np.ndarray]],
