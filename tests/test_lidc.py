@@ -179,6 +179,11 @@ def test_what_is_missing_or_damaged_is_named_with_its_remedy(source, tmp_path, m
         load_lidc_nodules(tmp_path / "nowhere", size=64)
     monkeypatch.setenv("FORTIFY_LIDC", str(tmp_path / "made"))
     assert not lidc.is_there()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.delenv("FORTIFY_LIDC")
+        elsewhere.delenv("FORTIFY_ROOT", raising=False)
+        elsewhere.chdir(tmp_path)
+        assert not lidc.is_there(), "outside a checkout"
     folder = fetch_lidc(source=source)
     assert folder == tmp_path / "made" and lidc.is_there()
     slices = load_lidc_nodules(size=64)

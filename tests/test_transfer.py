@@ -403,6 +403,12 @@ def test_an_attackers_patients_are_nobody_elses():
     ]
     assert np.array_equal(*counts) and counts[0].min() > 0
     assert len(of["same patients"]) <= len(of["other patients"]) + 3, "whole groups, not a slice of each"
+    # Validation and test of the same patients: those of the attacked half are no longer an attacker's own.
+    rest = np.arange(80, 240)
+    mixed = {"train": np.arange(80), "val": rest[::2], "test": rest[1::2]}
+    share = attackers_share(slices, mixed, images=99, seed=0)
+    attacked, others = (set(slices.patients[share[name]]) for name in ("attacked", "other patients"))
+    assert attacked and others and not attacked & others
     rng = np.random.default_rng(0)
     random = np.split(rng.permutation(240), [160, 200])
     random = dict(zip(("train", "val", "test"), random, strict=True))

@@ -37,7 +37,10 @@ def lidc_folder() -> Path:
 
 def is_there(folder: str | Path | None = None) -> bool:
     """Whether ``folder`` (default: :func:`lidc_folder`) holds the dataset, unchecked."""
-    folder = lidc_folder() if folder is None else Path(folder)
+    try:
+        folder = lidc_folder() if folder is None else Path(folder)
+    except FileNotFoundError:  # outside a checkout
+        return False
     return all((folder / name).is_dir() for name in CLASSES)
 
 
