@@ -205,7 +205,7 @@ localrules:
 rule html:
     input:
         built(["results/05_results.json", "claims/09_claims.json"]),
-        built([f"{run}/11_transfer.json" for run in TRANSFERS]),
+        built([*COMPARED, *EXPLAINED, *[f"{run}/11_transfer.json" for run in TRANSFERS]]),  # pages of their own
     output:
         f"{BUILD}/html/index.html",
     params:

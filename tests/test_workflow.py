@@ -104,9 +104,10 @@ def test_classes_and_scans_under_table_1_are_what_the_rows_say(finished):
 
 def test_each_step_is_named_as_it_starts_and_table_1_is_printed_as_soon_as_it_is_made(called):
     shown = re.findall(r"^(\d+) of (\d+): (.*)$", called.stderr, re.MULTILINE)
-    assert [(int(number), int(total)) for number, total, _ in shown] == [(i, 17) for i in range(1, 18)]
+    assert [(int(number), int(total)) for number, total, _ in shown] == [(i, 19) for i in range(1, 20)]
     names = [name for _, _, name in shown]
     per_run = ("baseline", "attacks", "adversarial training", "published protocol", "robustness audit")
+    per_run += ("explanations",)
     once = {"data", "results", "leakage", "robust optimisation", "transfer, grouped", "claims", "html"}
     assert set(names) == {f"{name}, {split}" for name in per_run for split in ("random", "grouped")} | once
     assert names[0] == "data" and names[-1] == "html"
@@ -150,7 +151,8 @@ def test_notebook_1_crops_what_networks_are_shown_and_not_what_is_split(finished
 
 
 AFTER_TRAINING = {"published_protocol": 2, "leakage": 1, "robustness_audit": 2}
-AFTER_TRAINING |= {"robust_optimisation": 1, "transfer": 1, "results": 1, "claims": 1, "html": 1, "all": 1}
+AFTER_TRAINING |= {"robust_optimisation": 1, "transfer": 1, "explanations": 2}
+AFTER_TRAINING |= {"results": 1, "claims": 1, "html": 1, "all": 1}
 
 
 @pytest.mark.parametrize(
