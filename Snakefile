@@ -108,6 +108,7 @@ if FINISHED:
     TRANSFERS = [run for run in TRANSFERS if Path(f"{BUILD}/{run}/11_transfer.json").is_file()]
 LEDGER = tables("published_matrix dataset gain mcnemar printed_arithmetic published_attacks claims")
 LEDGER += ["tables/published_matrix.md", "tables/published_matrix.tex", "tables/claims.md"]
+COMPARED_RUNS = PARAMETERS["10_robust_optimisation"]["compared_runs"]
 COMPARED = tables("comparison comparison_gains comparison_costs")
 EXPLAINED = [f"tables/explanations_{run}.csv" for run in FIRST_RUNS]
 if FINISHED:
@@ -137,7 +138,8 @@ STEPS = [  # rule, notebook, folder of its manifest, what it reads, what it writ
     Step("robustness_audit", "08_robustness_audit", "{run}", [*OF_RUN, *each(["{run}"], *MODELS)],
          ["tables/audit_{run}.csv", "tables/audit_mutants_{run}.csv"]),
     Step("robust_optimisation", "10_robust_optimisation", "robust_optimisation",
-         ["data/slices.npz", *(f"data/splits/{run}.csv" for run in RUNS), *each(FIRST_RUNS, MODELS[1])], COMPARED),
+         ["data/slices.npz", *(f"data/splits/{run}.csv" for run in RUNS if run in COMPARED_RUNS),
+          *each(FIRST_RUNS, MODELS[1])], COMPARED),
     Step("explanations", "12_explanations", "{run}",
          [*OF_RUN, *each(["{run}"], *MODELS, "normal_attacked.npz", "adversarial_attacked.npz")],
          ["tables/explanations_{run}.csv"]),
