@@ -206,12 +206,12 @@ def answer(table: pd.DataFrame, claims: pd.DataFrame, trained: Sequence[float], 
     words = [
         f"Alarms: on {span(of['pgd'])} of the slices that PGD breaks, depending on the detector, and on "
         f"{span(of['adaptive'])} of those that attackers who know the detector break.",
-        f"The best is *{best.detector}*: {_shown(best, 'adaptive')} % of {best.n} slices are then correct or "
-        f"rejected under attack, where PGD and FGSM alone would have claimed {100 * best.claimed:.0f} %. "
-        f"Without a detector the network classifies {100 * alone:.0f} % correctly.",
+        f"With the best detector, *{best.detector}*, {_shown(best, 'adaptive')} % of {best.n} slices are "
+        f"correct or rejected under attack; PGD and FGSM alone would have claimed {100 * best.claimed:.0f} %. "
+        f"Without a detector the network classifies {100 * alone:.0f} % of them correctly.",
     ]
     if not math.isnan(trained[0]):
-        words.append(f"Adversarial training, without a detector: {100 * trained[0]:.0f} %.")
+        words.append(f"Adversarial training has {100 * trained[0]:.0f} % without any detector.")
     return "**Short answer, of this run.** " + " ".join(words)
 
 
