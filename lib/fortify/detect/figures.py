@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from fortify.figures import DOUBLE, styled
 
 _LOOKS = {  # attack: colour, marker, words; apart for the colour-blind and in grey
-    "pgd": ("#0b4f8a", "o", "PGD that does not know the detector"),
+    "pgd": ("#0b4f8a", "o", "attackers who do not know the detector"),
     "adaptive": ("#e08214", "s", "attackers who know it"),
 }
 
@@ -20,7 +20,7 @@ def detector_dots(
     """Left: share of successful attacks that raise an alarm. Right: accuracy with rejection under attack.
 
     ``table`` is :func:`fortify.detect.summary`, ``claims`` :func:`fortify.detect.implied`; percent, with
-    95 % intervals. ``trained``: accuracy of adversarial training without a detector at the budget and at
+    95 % intervals. Who does not know the detector uses PGD on the left, PGD and FGSM on the right. ``trained``: accuracy of adversarial training without a detector at the budget and at
     half of it, fractions; its lines are drawn on the right.
     """
     mpl.rcParams.update(dict.fromkeys(("font.size", "axes.labelsize", "axes.titlesize"), 8))

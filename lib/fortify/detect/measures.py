@@ -207,7 +207,7 @@ def answer(table: pd.DataFrame, claims: pd.DataFrame, trained: Sequence[float], 
         f"Alarms: on {span(of['pgd'])} of the slices that PGD breaks, depending on the detector, and on "
         f"{span(of['adaptive'])} of those that attackers who know the detector break.",
         f"With the best detector, *{best.detector}*, {_shown(best, 'adaptive')} % of {best.n} slices are "
-        f"correct or rejected under attack; PGD and FGSM alone would have claimed {100 * best.claimed:.0f} %. "
+        f"correct or rejected under attack; PGD and FGSM would have claimed {100 * best.claimed:.0f} %. "
         f"Without a detector the network classifies {100 * alone:.0f} % of them correctly.",
     ]
     if not math.isnan(trained[0]):
