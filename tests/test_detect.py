@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from fortify.attacks import FGSM, PGD, craft
@@ -16,6 +17,7 @@ from fortify.detect import (
     STRATEGIES,
     calibrate,
     evade,
+    examine,
     false_alarms,
     figures,
     implied,
@@ -36,7 +38,7 @@ from fortify.detect.detectors import (
     median_smoothed,
     threshold_at,
 )
-from fortify.detect.measures import auroc_interval
+from fortify.detect.measures import answer, auroc_interval, layout, other_slices
 from fortify.models import build_model, predict_logits
 
 EPS = 4
@@ -135,7 +137,8 @@ def test_a_median_is_the_median(images):
 
 def test_a_conformal_p_value_is_the_share_of_clean_images_that_conform_no_better(model, images):
     """Counted image by image."""
-    known, new = (look(model.eval(), x) for x in (images[:30], images[30:36]))
+    with torch.no_grad():
+        known, new = (look(model.eval(), x) for x in (images[:30], images[30:36]))
 
     def nonconformity(seen, i, left_out=None):
         near = {True: np.inf, False: np.inf}
@@ -369,3 +372,52 @@ def test_the_figure_is_of_printed_size_with_letters_of_8_points(calibrated, imag
     assert fig.get_figwidth() == 7.0
     texts = [t for t in fig.findobj(lambda o: hasattr(o, "get_fontsize")) if t.get_text().strip()]
     assert len(texts) > 8 and min(t.get_fontsize() for t in texts) >= 8
+
+
+def test_another_dataset_is_a_folder_or_lidc_where_it_is_there(phantoms, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORTIFY_LIDC", str(tmp_path / "none"))
+    assert other_slices("", size=32, most=5) is None and other_slices("lidc", size=32, most=5) is None
+    for i in range(12):
+        (tmp_path / f"own/{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(phantoms.images[i]).save(tmp_path / f"own/{i % 2}/{i}.png")
+    found = other_slices(str(tmp_path / "own"), size=32, most=5)
+    assert len(found) == 5 and found.names == other_slices(str(tmp_path / "own"), size=32, most=5).names
+    assert {*map(bytes, found.images)} <= {*map(bytes, phantoms.images[:12])}
+
+
+def test_the_answer_holds_the_numbers(calibrated):
+    """Of a detector that catches three of four of PGD's successes and none of the others'."""
+    names = {"detector": "d", "n": 8, "broken": 4, "auroc": 0.9, "auroc_low": 0.8, "auroc_high": 1.0}
+    share = {
+        f"{name}{end}": 0.25 for name in ("alarms", "detection", "accuracy") for end in ("", "_low", "_high")
+    }
+    table = pd.DataFrame([names | share | {"attack": attack} for attack in ("clean", "pgd", "adaptive")])
+    table["detection"] = [np.nan, 0.75, 0.0]
+    claim = {
+        f"{name}{end}": value
+        for name, value in (("claimed", 0.5), ("adaptive", 0.1))
+        for end in ("", "_low", "_high")
+    }
+    claims = pd.DataFrame([{"detector": "d", "n": 8} | claim])
+    said = answer(table, claims, [0.6, np.nan], 0.2)
+    for number in ("75 %", "on 0 %", "10 (10–10) % of 8", "claimed 50 %", "classifies 20 %", "has 60 %"):
+        assert number in said, said
+    assert "training" not in answer(table, claims, [np.nan, np.nan], 0.2)
+    line = layout(table, claims).iloc[0]
+    assert line["AUROC, PGD"] == "0.90 (0.80–1.00)" and line["alarms, PGD (%)"].startswith("75 ")
+
+
+def test_an_examination_that_was_done_is_read_and_says_the_same(
+    calibrated, attacked, images, labels, right, tmp_path
+):
+    few, detector = right[:6], calibrated["conformal"]
+    fgsm = craft(detector.model, images[few], labels[few], FGSM(EPS)).images
+    static, index = {"cw": images[few], "pgd": attacked[few], "fgsm": fgsm}, few.numpy() + 100
+    about = {"index": index, "eps_255": EPS, "file": tmp_path / "rows.csv", "steps": 3, "restarts": 1}
+    rows = examine(detector, images[few], labels[few], static, guides=images, **about)
+    assert rows.attack.unique().tolist() == ["clean", "cw", "pgd", "fgsm", "adaptive"] and len(rows) == 30
+    assert rows["index"].tolist() == 5 * index.tolist() and rows.evaded.dtype == bool
+    again = examine(None, None, None, {}, index=[], eps_255=EPS, file=about["file"])  # it asks for nothing
+    pd.testing.assert_frame_equal(rows, again)
+    own, unaware = rows[rows.attack.eq("adaptive")], rows[rows.attack.isin(["pgd", "fgsm"])]
+    assert own.evaded.sum() >= unaware.groupby("index").evaded.any().sum(), "what they found counts too"

@@ -20,8 +20,9 @@ def detector_dots(
     """Left: share of successful attacks that raise an alarm. Right: accuracy with rejection under attack.
 
     ``table`` is :func:`fortify.detect.summary`, ``claims`` :func:`fortify.detect.implied`; percent, with
-    95 % intervals. Who does not know the detector uses PGD on the left, PGD and FGSM on the right. ``trained``: accuracy of adversarial training without a detector at the budget and at
-    half of it, fractions; its lines are drawn on the right.
+    95 % intervals. Who does not know the detector uses PGD on the left, PGD and FGSM on the right.
+    ``trained``: accuracy of adversarial training without a detector at the budget and at half of it,
+    fractions; its lines are drawn on the right.
     """
     mpl.rcParams.update(dict.fromkeys(("font.size", "axes.labelsize", "axes.titlesize"), 8))
     mpl.rcParams.update(dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8))

@@ -14,8 +14,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from fortify import lidc
 from fortify.attacks import perturbation_norms
+from fortify.data import Slices, load_folder
 from fortify.detect.detectors import Detector
+from fortify.files import find_root
 from fortify.intervals import cluster_interval
 from fortify.models import predict
 from fortify.runtime import describe_device, device_of
@@ -213,6 +216,23 @@ def answer(table: pd.DataFrame, claims: pd.DataFrame, trained: Sequence[float], 
     if not math.isnan(trained[0]):
         words.append(f"Adversarial training has {100 * trained[0]:.0f} % without any detector.")
     return "**Short answer, of this run.** " + " ".join(words)
+
+
+def other_slices(source: str, *, size: int, most: int, seed: int = 0) -> Slices | None:
+    """At most ``most`` images of another dataset, drawn at random, as :class:`fortify.data.Slices`.
+
+    ``source``: "lidc" (:func:`fortify.lidc.load_lidc_nodules`), or a folder for
+    :func:`fortify.data.load_folder`, absolute or below the checkout. None where it is "" and where LIDC has
+    not been fetched.
+    """
+    if not source or (source == "lidc" and not lidc.is_there()):
+        return None
+    if source == "lidc":
+        slices = lidc.load_lidc_nodules(size=size)
+    else:
+        slices = load_folder(find_root() / source, size=size)
+    chosen = np.random.default_rng(seed).permutation(len(slices))[:most]
+    return slices.subset(np.sort(chosen))
 
 
 def false_alarms(
