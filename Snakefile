@@ -106,6 +106,9 @@ OF_TRANSFER = "transfer nodules nodules_groups nodules_gains nodules_attacked".s
 OF_TRANSFER = [f"tables/{name}_{{run}}.csv" for name in OF_TRANSFER]
 if FINISHED:
     TRANSFERS = [run for run in TRANSFERS if Path(f"{BUILD}/{run}/11_transfer.json").is_file()]
+DETECTION = [f"tables/detection_{run}.csv" for run in FIRST_RUNS]
+if FINISHED:
+    DETECTION = [path for path in DETECTION if Path(f"{BUILD}/{path}").is_file()]
 LEDGER = tables("published_matrix dataset gain mcnemar printed_arithmetic published_attacks claims")
 LEDGER += ["tables/published_matrix.md", "tables/published_matrix.tex", "tables/claims.md"]
 COMPARED_RUNS = PARAMETERS["10_robust_optimisation"]["compared_runs"]
@@ -145,6 +148,10 @@ STEPS = [  # rule, notebook, folder of its manifest, what it reads, what it writ
          ["tables/explanations_{run}.csv"]),
     Step("transfer", "11_transfer", "{run}", [*OF_RUN, *each(["{run}"], *MODELS)],
          [*each(["{run}"], "transfer_rows.csv", "nodule_logits.csv", "nodule_rows.csv"), *OF_TRANSFER]),
+    Step("detection", "13_detection", "{run}",
+         [*OF_RUN, *each(["{run}"], "normal.safetensors", "normal_attacked.npz", "adversarial_predictions.csv")],
+         ["{run}/normal_detectors.safetensors", "{run}/detection_rows.csv",
+          *(f"tables/detection{part}_{{run}}.csv" for part in ("", "_implied", "_false_alarms", "_latency"))]),
     Step("claims", "09_claims", "claims",
          [*TABLE1, *LEAKAGE, *AUDITS, *each(PUBLISHED_RUNS, *PROTOCOL), *each(RUNS, *ROWS[:2])], LEDGER, costly=False),
 ]  # fmt: skip
@@ -207,7 +214,7 @@ localrules:
 rule html:
     input:
         built(["results/05_results.json", "claims/09_claims.json"]),
-        built([*COMPARED, *EXPLAINED, *[f"{run}/11_transfer.json" for run in TRANSFERS]]),  # pages of their own
+        built([*COMPARED, *EXPLAINED, *DETECTION, *[f"{run}/11_transfer.json" for run in TRANSFERS]]),  # have pages
     output:
         f"{BUILD}/html/index.html",
     params:
@@ -219,7 +226,7 @@ rule html:
 
 # Tables and figures too: one that somebody removed is made again, though the pages are there. Paths and not
 # rules.x.output, which would let x run where only those after it may (make tables).
-WHOLE = [*TABLE1, *FIGURES, *LEDGER, *LEAKAGE, *AUDITS, *COMPARED, *EXPLAINED, "html/index.html"]
+WHOLE = [*TABLE1, *FIGURES, *LEDGER, *LEAKAGE, *AUDITS, *COMPARED, *EXPLAINED, *DETECTION, "html/index.html"]
 WHOLE += [path.format(run=run) for run in TRANSFERS for path in OF_TRANSFER]
 
 

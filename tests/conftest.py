@@ -67,6 +67,12 @@ test_a_job_asks_for_what_its_network_wants
 test_the_published_training_is_run_on_its_seeds_alone
 test_a_model_of_any_kind_is_attacked_and_audited_as_the_plain_one
 test_the_audit_is_run_on_its_splits_alone
+test_a_blind_detector_and_a_perfect_one_are_told_apart
+test_masked_gradients_protect_no_squeezer
+test_an_attacker_who_knows_the_detector_does_better_than_one_who_does_not
+test_each_strategy_alone_evades
+test_a_watched_folder_is_classified_as_slices_come
+test_it_is_a_command
 test_a_run_shows_its_steps_and_table_1_as_soon_as_it_is_made
 """.split()
 # With `-n 2` one worker runs what is of one file, or needs the finished run, so that fixtures are made once.

@@ -20,6 +20,7 @@ ROOMS = {  # sub-packages, each with its modules in order; they import the core 
     "leakage": ("meter", "probes", "figures"),
     "explain": ("attributions", "measures", "figures"),
     "transfer": ("crafting", "networks", "nodules", "answer", "figures"),
+    "detect": ("detectors", "measures", "adaptive", "figures", "command"),
     "examined": ("printed", "protocol", "matrix", "claims", "figures"),
 }
 PLUMBING = "workflow"  # imported by nobody else

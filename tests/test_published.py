@@ -69,6 +69,24 @@ def test_what_is_loaded_predicts_as_what_was_trained(build, models, images, mode
     assert path.stat().st_size < 0.52 * (build / "random-s0/adversarial.safetensors").stat().st_size
 
 
+def test_the_detectors_of_notebook_13_lie_beside_their_weights_and_fit_them(build, images, model):
+    """Also where the weights were rounded to float16."""
+    from fortify.detect import calibrate, load_detectors, save_detectors
+    from fortify.detect.detectors import MaxSoftmax
+
+    detector = calibrate(MaxSoftmax(), model, images[:30], np.arange(30))
+    save_detectors(build / "random-s0/normal_detectors.safetensors", {"max softmax": detector}, size=32)
+    publish.publish_weights(build)
+    folder = build.parents[1] / "paper/models/laptop/random-s0"
+    assert sorted(p.name for p in folder.glob("*_detectors*")) == ["normal_detectors.safetensors"]
+    published_model = load_published("laptop/random-s0/normal")
+    found, _ = load_detectors(folder / "normal_detectors.safetensors", published_model)
+    assert found["max softmax"].threshold == detector.threshold
+    assert [*published_sha256(build.parents[1] / "paper/models")] == [
+        f"laptop/random-s0/{n}" for n in sorted(NAMES)
+    ]
+
+
 def test_checksums_are_what_sha256sum_checks(models):
     done = subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=models, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count(": OK") == 2, done.stderr

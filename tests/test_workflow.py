@@ -104,10 +104,10 @@ def test_classes_and_scans_under_table_1_are_what_the_rows_say(finished):
 
 def test_each_step_is_named_as_it_starts_and_table_1_is_printed_as_soon_as_it_is_made(called):
     shown = re.findall(r"^(\d+) of (\d+): (.*)$", called.stderr, re.MULTILINE)
-    assert [(int(number), int(total)) for number, total, _ in shown] == [(i, 19) for i in range(1, 20)]
+    assert [(int(number), int(total)) for number, total, _ in shown] == [(i, 21) for i in range(1, 22)]
     names = [name for _, _, name in shown]
     per_run = ("baseline", "attacks", "adversarial training", "published protocol", "robustness audit")
-    per_run += ("explanations",)
+    per_run += ("explanations", "detection")
     once = {"data", "results", "leakage", "robust optimisation", "transfer, grouped", "claims", "html"}
     assert set(names) == {f"{name}, {split}" for name in per_run for split in ("random", "grouped")} | once
     assert names[0] == "data" and names[-1] == "html"
@@ -151,7 +151,7 @@ def test_notebook_1_crops_what_networks_are_shown_and_not_what_is_split(finished
 
 
 AFTER_TRAINING = {"published_protocol": 2, "leakage": 1, "robustness_audit": 2}
-AFTER_TRAINING |= {"robust_optimisation": 1, "transfer": 1, "explanations": 2}
+AFTER_TRAINING |= {"robust_optimisation": 1, "transfer": 1, "explanations": 2, "detection": 2}
 AFTER_TRAINING |= {"results": 1, "claims": 1, "html": 1, "all": 1}
 
 
@@ -218,7 +218,7 @@ def test_tables_are_made_without_the_weights(finished, tmp_path):
     done = snakemake("tables", "--quiet", "rules", *allowed, config=("profile=test", "finished=true"))
     for path in weights:
         shutil.move(tmp_path / f"{path.parent.name}-{path.name}", path)
-    assert done.returncode == 0 and len(weights) == 8, done.stderr[-2000:]
+    assert done.returncode == 0 and len(weights) == 10, done.stderr[-2000:]
     assert table.read_text() == before and done.stdout.startswith(f"\n{before}")
 
 
@@ -227,6 +227,7 @@ def test_the_reference_run_is_five_seeds_on_both_splits():
     found = jobs(shown)
     per_run = dict.fromkeys(("baseline", "attacks", "adversarial_training", "published_protocol"), 10)
     once = {"data": 1, "results": 1, "leakage": 1, "robustness_audit": 2, "transfer": 1, "claims": 1}
+    once |= {"detection": 2}
     assert {rule: found[rule] for rule in (*per_run, *once)} == per_run | once
     # What Table 1 needs comes first.
     first = re.findall(r"^rule (\w+):\n(?:    .*\n)*?    priority: 1$", shown, re.MULTILINE)

@@ -283,6 +283,9 @@ def publish_weights(build: str | Path) -> list[str]:
             said[name] = _publish_one(build, root, run, training, manifests[run])
             if (path := folder / f"{name}.safetensors").is_file():
                 sums[name] = sha256_of(path)
+                detectors = build / run / f"{training}_detectors.safetensors"  # notebook 13's, if it was run
+                if detectors.is_file():
+                    shutil.copy(detectors, path.parent)
     lines = [f"{sha}  {name}.safetensors\n" for name, sha in sorted(sums.items())]
     write_text(folder / "SHA256SUMS", "".join(lines))
     readme = folder / "README.md"
