@@ -112,7 +112,7 @@ if FINISHED:
 LEDGER = tables("published_matrix dataset gain mcnemar printed_arithmetic published_attacks claims")
 LEDGER += ["tables/published_matrix.md", "tables/published_matrix.tex", "tables/claims.md"]
 COMPARED_RUNS = PARAMETERS["10_robust_optimisation"]["compared_runs"]
-COMPARED = tables("comparison comparison_gains comparison_costs")
+COMPARED = tables("comparison comparison_gains comparison_costs comparison_seconds")
 EXPLAINED = [f"tables/explanations_{run}.csv" for run in FIRST_RUNS]
 if FINISHED:
     COMPARED, EXPLAINED = (

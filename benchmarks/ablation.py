@@ -115,6 +115,7 @@ def digest(parameters):
     recipe, attacks, judge = recipe_of(parameters)
     parts = vars(recipe) | {"augmentation": None} | vars(recipe.augmentation)
     parts["scale"] = parts.pop("zoom")  # its name in the first rows
+    parts["layer_decay"] %= 1  # 1, every layer alike, is what the first rows have
     attacked = [{_Named(attack): share for attack, share in attacks.items()}, _Named(judge)]
     everything = repr((parameters["arch"], sorted(item for item in parts.items() if item[1]), attacked))
     return hashlib.sha256(everything.encode()).hexdigest()[:12]

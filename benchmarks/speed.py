@@ -213,8 +213,7 @@ def training(name, attacks, model, x, y, steps):
     if name in (*FASTER, PLAIN):  # the step of `fit` itself, with an augmentation that does nothing
         still = Augmentation(flip=False, degrees=0, zoom=0, translate=0)
         precision = "auto" if name in (OURS, PLAIN) else "bfloat16"
-        if x.is_cuda:  # as `fit` does first
-            model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # as `fit` does first
         recipe = Recipe(batch_size=len(x), augmentation=still, label_smoothing=0, precision=precision)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
         state, greys = TrainingState(model, optimizer, schedule), (x * 255).round().byte()
@@ -222,7 +221,8 @@ def training(name, attacks, model, x, y, steps):
         fused = FusedModel(model, x[:1], autocast=_autocasts(recipe, x.device), compiled=name == COMPILED)
         if name == PLAIN:
             fused.refresh = lambda: model
-        return lambda: _epoch(state, greys, y, weight, recipe, Mix(), shares, fused, 0)
+        none = torch.zeros(model.num_classes, device=x.device)  # logits are not adjusted
+        return lambda: _epoch(state, greys, y, weight, none, recipe, Mix(), shares, fused, 0)
     pgd = attacks["pgd"](steps)
 
     def step():

@@ -20,6 +20,7 @@ from workflow import ROOT
 from fortify.data import IQ_OTH_NCCD
 from fortify.workflow.away import BundleError, installed_needs, planned, unmet
 from fortify.workflow.bundle import (
+    EXTRAS,
     SOLVERS,
     TOP,
     UNUSED,
@@ -212,7 +213,7 @@ def index(tmp_path, monkeypatch):
 def fetch(index, lines, **options):
     root, folder = index.parent, index.parent / "fetched"
     folder.mkdir()
-    extras = "\n".join(f"{name} = []" for name in ("workflow", "test", "audit"))
+    extras = "\n".join(f"{name} = []" for name in EXTRAS)
     (root / "pyproject.toml").write_text(
         f'[project]\ndependencies = ["alpha[more]"]\n[project.optional-dependencies]\n{extras}\n'
     )

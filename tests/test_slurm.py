@@ -26,6 +26,7 @@ PATH = f"{os.environ['PATH']}:/usr/sbin"  # Debian's daemons
 PROGRAMS = ("sbatch", "squeue", "scancel", "munged", "slurmctld", "slurmd")
 MISSING = [program for program in PROGRAMS if not shutil.which(program, path=PATH)]
 COSTLY = {"baseline", "attacks", "adversarial_training", "published_protocol", "leakage", "robustness_audit"}
+COSTLY |= {"robust_optimisation", "transfer", "explanations", "detection"}
 # As many threads as in the local run. This Slurm keeps no accounts for sacct to read.
 OPTIONS = "--jobs 4 --max-threads 1 --slurm-status-command squeue".split()
 OPTIONS += "--slurm-init-seconds-before-status-checks 8".split()
@@ -170,5 +171,5 @@ def test_the_whole_grid_through_sbatch_where_a_cancelled_job_is_made_again(finis
     assert "CANCELLED" in of_cancelled.read_text()
     assert "called again since" in (slurm_logs / f"rule_data/{left}.log").read_text()
     *_, whole_log = sorted((checkout / ".snakemake/log").glob("*.log"))
-    assert whole_log.read_text().count("has been submitted with SLURM jobid") == 14 + 1
+    assert whole_log.read_text().count("has been submitted with SLURM jobid") == 20 + 1
     assert differing(checkout, everything=True) == []

@@ -226,7 +226,9 @@ def certified(certificates: pd.DataFrame, radii: Sequence[float]) -> pd.DataFram
     return pd.DataFrame(found)
 
 
-def remembered(folder: str | Path, key: Mapping[str, Any], make: Callable[[], tuple[pd.DataFrame, dict]]):
+def remembered(
+    folder: str | Path, key: Mapping[str, Any], make: Callable[[], tuple[pd.DataFrame, dict]]
+) -> tuple[pd.DataFrame, dict[str, Any]]:
     """What ``make()`` returns, (rows, facts), read from ``folder`` where it was made of the same ``key``.
 
     ``key`` is JSON-able and names all that decides the result; this package's code is part of it. So a long

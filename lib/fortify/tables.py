@@ -5,6 +5,7 @@ A *display* table holds strings only, so that its precision is the same wherever
 
 import re
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def caption(
     )
 
 
-def listed(names):
+def listed(names: Sequence[str]) -> str:
     """``A, B and C`` of several words."""
     *some, last = names
     return f"{', '.join(some)} and {last}" if some else last

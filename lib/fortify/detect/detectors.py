@@ -114,7 +114,7 @@ class MaxSoftmax(Detector):
     name: ClassVar[str] = "max softmax"
     learns: ClassVar[bool] = False
 
-    def suspicion(self, x, seen):
+    def suspicion(self, x: Tensor, seen: Seen) -> Tensor:
         return seen.logits.logsumexp(1) - seen.logits.amax(1)  # the log keeps digits near certainty
 
 
@@ -134,11 +134,11 @@ class FeatureSqueezing(Detector):
     def squeezed(self, x: Tensor) -> list[Tensor]:
         return [fewer_bits(x, self.bits), median_smoothed(x, self.window)]
 
-    def suspicion(self, x, seen):
+    def suspicion(self, x: Tensor, seen: Seen) -> Tensor:
         views = Guarded.of(self.model)(torch.cat(self.squeezed(x))).softmax(1).view(-1, *seen.logits.shape)
         return (views - seen.logits.softmax(1)).abs().sum(2).amax(0)
 
-    def followed(self, x, seen):
+    def followed(self, x: Tensor, seen: Seen) -> Tensor:
         views = self.squeezed(x)
         logits, target = Guarded.of(self.model)(torch.cat(views)), seen.logits.argmax(1).repeat(len(views))
         return F.cross_entropy(logits, target, reduction="none").view(len(views), -1).amax(0)
@@ -165,7 +165,7 @@ class Mahalanobis(Detector):
 
     name: ClassVar[str] = "mahalanobis"
 
-    def learn(self, x, seen):
+    def learn(self, x: Tensor, seen: Seen) -> dict[str, Tensor]:
         from sklearn.covariance import ledoit_wolf_shrinkage  # here: its import takes a second
 
         features, predicted = seen.features.double(), seen.logits.argmax(1)
@@ -183,7 +183,7 @@ class Mahalanobis(Detector):
             "least": torch.tensor(1 / floor),
         }
 
-    def suspicion(self, x, seen):
+    def suspicion(self, x: Tensor, seen: Seen) -> Tensor:
         apart = seen.features[:, None] - self.state["means"]  # (B, classes, F)
         along = apart @ self.state["directions"].T
         return (apart.square().sum(2) * self.state["least"] + along.square() @ self.state["gains"]).amin(1)
@@ -196,10 +196,10 @@ class NearestNeighbours(Detector):
     k: int = 5
     name: ClassVar[str] = "k-NN"
 
-    def learn(self, x, seen):
+    def learn(self, x: Tensor, seen: Seen) -> dict[str, Tensor]:
         return {"features": F.normalize(seen.features)}
 
-    def suspicion(self, x, seen):
+    def suspicion(self, x: Tensor, seen: Seen) -> Tensor:
         known = self.state["features"]
         apart = torch.cdist(F.normalize(seen.features), known)
         return apart.topk(min(self.k, len(known)), largest=False).values[:, -1]
@@ -216,7 +216,7 @@ class Autoencoder(Detector):
     width: int = 16
     name: ClassVar[str] = "autoencoder"
 
-    def learn(self, x, seen):
+    def learn(self, x: Tensor, seen: Seen) -> dict[str, Tensor]:
         net = self._net(x.shape[1]).to(x.device)
         optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
         for _ in range(self.steps):
@@ -239,7 +239,7 @@ class Autoencoder(Detector):
             nn.PixelShuffle(4),
         )
 
-    def suspicion(self, x, seen):
+    def suspicion(self, x: Tensor, seen: Seen) -> Tensor:
         net = self._net(x.shape[1]).to(x.device)
         made = torch.func.functional_call(net, dict(self.state), x)
         return (made[..., : x.shape[2], : x.shape[3]] - x).abs().flatten(1).mean(1)
@@ -257,7 +257,7 @@ class ConformalPValue(Detector):
 
     name: ClassVar[str] = "conformal"
 
-    def learn(self, x, seen):
+    def learn(self, x: Tensor, seen: Seen) -> dict[str, Tensor]:
         known = {"features": seen.features, "classes": seen.logits.argmax(1).float()}
         self.state = known
         own = self._nonconformity(
@@ -273,12 +273,12 @@ class ConformalPValue(Detector):
             near = [one.masked_fill(apart, _FAR) for one in near]
         return near[0].amin(1) / near[1].amin(1).clamp(min=1e-6)
 
-    def suspicion(self, x, seen):
+    def suspicion(self, x: Tensor, seen: Seen) -> Tensor:
         known = self.state["nonconformity"]
         at_least = (known >= self._nonconformity(seen)[:, None]).sum(1)
         return 1 - (1 + at_least) / (1 + len(known))
 
-    def followed(self, x, seen):
+    def followed(self, x: Tensor, seen: Seen) -> Tensor:
         return self._nonconformity(seen)
 
 
