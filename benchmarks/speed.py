@@ -23,6 +23,7 @@ out and named. They come without their pinned dependencies, into a folder of the
 """
 
 import contextlib
+import copy
 import functools
 import importlib.metadata
 import statistics
@@ -209,11 +210,11 @@ def still_read(model, found, y):
 
 def training(name, attacks, model, x, y, steps):
     """One step of AdamW on the batch and its attacked copy, on a model of the library's own."""
-    optimizer = torch.optim.AdamW(model.parameters())
     if name in (*FASTER, PLAIN):  # the step of `fit` itself, with an augmentation that does nothing
         still = Augmentation(flip=False, degrees=0, zoom=0, translate=0)
         precision = "auto" if name in (OURS, PLAIN) else "bfloat16"
-        model.to(memory_format=torch.channels_last)  # as `fit` does first
+        model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # as `fit` does first
+        optimizer = torch.optim.AdamW(model.parameters())
         recipe = Recipe(batch_size=len(x), augmentation=still, label_smoothing=0, precision=precision)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
         state, greys = TrainingState(model, optimizer, schedule), (x * 255).round().byte()
@@ -223,7 +224,7 @@ def training(name, attacks, model, x, y, steps):
             fused.refresh = lambda: model
         none = torch.zeros(model.num_classes, device=x.device)  # logits are not adjusted
         return lambda: _epoch(state, greys, y, weight, none, recipe, Mix(), shares, fused, 0)
-    pgd = attacks["pgd"](steps)
+    pgd, optimizer = attacks["pgd"](steps), torch.optim.AdamW(model.parameters())
 
     def step():
         model.eval()
