@@ -1,10 +1,13 @@
 """What several test files share: tiny phantoms, a model trained on them for a moment, the real slices."""
 
+import os
 import shutil
 
 import pytest
 import torch
 from workflow import BUILD, ROOT, clear, snakemake
+
+from fortify.workflow.locks import CALL
 
 # What `make check` leaves out: every notebook, what needs one of these fixtures, and these tests of about
 # three seconds or more, all their cases together, on a quiet machine.
@@ -122,6 +125,12 @@ def pytest_xdist_make_scheduler(config, log):
 
     config.option.loadscopereorder = False
     return ByGroup(config, log)
+
+
+@pytest.fixture(autouse=True)
+def nobodys_call():
+    """Who held a profile's lock in this process has named a call, which refuses the jobs of every other."""
+    os.environ.pop(CALL, None)
 
 
 @pytest.fixture(scope="session")
