@@ -16,7 +16,7 @@ CONFIG = --config profile=$@ $(if $(SEEDS),'seeds=[$(SEEDS)]')
 WORKFLOW = $(SNAKEMAKE) data $(CONFIG) && $(SNAKEMAKE) $(CONFIG)
 
 help:
-	@echo "make demo     the whole paper on embedded phantoms, Table 1 after about 5 minutes on two cores, the rest by 10"
+	@echo "make demo     the whole paper on embedded phantoms, Table 1 after about 5 minutes on two cores, the rest by 12"
 	@echo "make check    ruff and the fast tests, for people at work: under a minute and a half on two cores"
 	@echo "make test     ruff, all tests, every notebook twice (papermill and nbmake)"
 	@echo "make data     download the IQ-OTH/NCCD slices to data/iq-oth-nccd"
