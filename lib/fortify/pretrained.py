@@ -32,9 +32,7 @@ def lite0(num_classes: int) -> nn.Module:
         import timm
     except ImportError as error:
         raise _missing("timm") from error
-    # 0.1 in place of the converted net's 0.01: running statistics that lag behind the weights make another
-    # network of eval mode, and attacks crafted in it miss the one that trains.
-    return timm.create_model("tf_efficientnet_lite0", num_classes=num_classes, bn_momentum=0.1)
+    return timm.create_model("tf_efficientnet_lite0", num_classes=num_classes)
 
 
 def lite0_weights() -> dict[str, Tensor]:

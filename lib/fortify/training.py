@@ -133,7 +133,7 @@ def fit(
     attacks, objective = dict(attacks or {}), objective or Mix()
     _check(recipe, attacks, train, val, model)
     device, low = device_of(model), _autocasts(recipe, device_of(model))
-    model.to(memory_format=torch.channels_last)  # convolutions like it: on a CPU a third faster
+    model.to(memory_format=torch.channels_last)  # as convolutions like it
     x_train, y_train = on_device(train, device)
     x_val, y_val = on_device(val, "cpu")
     weight = class_weights(y_train.cpu(), len(train.class_names), power=recipe.class_balance)

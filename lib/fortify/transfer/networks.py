@@ -62,13 +62,8 @@ def trained(
     """A network ``arch`` in eval mode, trained as ``regime`` says.
 
     With ``checkpoints``, a folder, an interrupted call goes on, and a finished one is not made again.
-    Networks whose BatchNorm follows its statistics slowly, such as MobileNet's at 0.01, get torch's 0.1:
-    otherwise attacks, which are crafted in eval mode, miss the network that is being trained.
     """
     model = build_model(arch, num_classes=len(train.class_names), weights=weights, seed=seed).to(device)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = 0.1
     options = {"attacks": regime.attacks, "val_attack": regime.val_attack}
     options |= {"objective": OBJECTIVES[regime.objective](), "checkpoints": checkpoints}
     fit(model, train, val, regime.recipe, seed=seed, **options)
