@@ -249,6 +249,24 @@ def test_the_moments_of_a_resumed_training_lie_as_its_weights(parts, tmp_path):
             assert torch.equal(own[name], read[name]) and read[name].stride() == weight.stride()
 
 
+def test_a_training_that_is_refused_or_stops_leaves_the_weights_laid_out_as_they_were(parts, monkeypatch):
+    """A file takes no weights that lie otherwise, and outputs would differ in their last digits."""
+    train, val = parts
+
+    def stops(*_):
+        raise KeyboardInterrupt
+
+    model = build_model("resnet_small", num_classes=3, seed=0)
+    two = train.subset([i for i, label in enumerate(train.labels) if label != 1])
+    with pytest.raises(ValueError, match="no training image of class 1"):
+        fit(model, two, val, Recipe(epochs=1, batch_size=16), progress=False)
+    assert all(weight.is_contiguous() for weight in model.parameters())
+    monkeypatch.setattr(training, "_epoch", stops)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, train, val, Recipe(epochs=1, batch_size=16), progress=False)
+    assert all(weight.is_contiguous() for weight in model.parameters())
+
+
 def test_a_loss_that_is_not_finite_stops_with_epoch_batch_and_checkpoint(parts, tmp_path, monkeypatch):
     one_epoch = training._epoch
 

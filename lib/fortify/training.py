@@ -1,6 +1,7 @@
 """One training loop: without attacks it is normal training, with them adversarial training."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -133,49 +134,59 @@ def fit(
     attacks, objective = dict(attacks or {}), objective or Mix()
     _check(recipe, attacks, train, val, model)
     device, low = device_of(model), _autocasts(recipe, device_of(model))
-    model.to(memory_format=torch.channels_last)  # as convolutions like it
-    x_train, y_train = on_device(train, device)
-    x_val, y_val = on_device(val, "cpu")
-    weight = class_weights(y_train.cpu(), len(train.class_names), power=recipe.class_balance)
-    weight = torch.tensor(weight, dtype=torch.float32, device=device)
-    shift = _logit_shift(y_train, len(train.class_names), recipe.logit_adjustment)
-    groups = _parameter_groups(model, recipe)
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    batches = _batches(len(y_train), recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=[group["lr"] for group in groups], total_steps=recipe.epochs * batches
-    )
-    state = TrainingState(model, optimizer, schedule, ema=recipe.ema)
-    file = None
-    if checkpoints is not None:
-        attacked = ([(repr(a), share) for a, share in attacks.items()], repr(val_attack), repr(objective))
-        name = fingerprint(model, train, val, asdict(recipe), attacked, seed, low, compiled)
-        file = Path(checkpoints) / f"{name}.safetensors"
-        state.resume(file)
-    some = x_train[spread(len(x_train), 16)].float() / 255
-    fused = FusedModel(model, some, autocast=low, compiled=compiled) if attacks else None
-    fused_val = FusedModel(state.eval_model, some) if val_attack is not None else None
-    remaining = range(state.epoch + 1, recipe.epochs + 1)
-    for epoch in progress_bar(remaining, desc="training", show=progress):
-        epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-        with seeded(epoch_seed, device):  # for nets with dropout: a resumed epoch draws the same
-            now = _at_epoch(attacks, epoch, recipe)
-            mixes = epoch <= recipe.mixup * recipe.epochs
-            data = (x_train, y_train, weight, shift)
-            losses, correct = _epoch(state, *data, recipe, objective, now, fused, epoch_seed, mixes)
-        stop_if_not_finite(losses, epoch, file)
-        val_accuracy = accuracy(state.eval_model, x_val, y_val)
-        robust = np.nan
-        if val_attack is not None:
-            options = {"seed": seed, "fused": fused_val.refresh()}
-            found = craft(state.eval_model, x_val / 255, y_val, val_attack, **options)
-            robust = 1 - found.success.float().mean().item()
-        state.record(epoch, losses.mean().item(), correct, val_accuracy, robust)
-        if file is not None:
-            state.save(file)
-    model.load_state_dict(state.best)
-    model.eval().to(memory_format=torch.contiguous_format)  # as a model read from its file is
+    with _channels_last(model):
+        x_train, y_train = on_device(train, device)
+        x_val, y_val = on_device(val, "cpu")
+        weight = class_weights(y_train.cpu(), len(train.class_names), power=recipe.class_balance)
+        weight = torch.tensor(weight, dtype=torch.float32, device=device)
+        shift = _logit_shift(y_train, len(train.class_names), recipe.logit_adjustment)
+        groups = _parameter_groups(model, recipe)
+        optimizer = torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        batches = _batches(len(y_train), recipe.batch_size)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=[group["lr"] for group in groups], total_steps=recipe.epochs * batches
+        )
+        state = TrainingState(model, optimizer, schedule, ema=recipe.ema)
+        file = None
+        if checkpoints is not None:
+            attacked = ([(repr(a), share) for a, share in attacks.items()], repr(val_attack), repr(objective))
+            name = fingerprint(model, train, val, asdict(recipe), attacked, seed, low, compiled)
+            file = Path(checkpoints) / f"{name}.safetensors"
+            state.resume(file)
+        some = x_train[spread(len(x_train), 16)].float() / 255
+        fused = FusedModel(model, some, autocast=low, compiled=compiled) if attacks else None
+        fused_val = FusedModel(state.eval_model, some) if val_attack is not None else None
+        remaining = range(state.epoch + 1, recipe.epochs + 1)
+        for epoch in progress_bar(remaining, desc="training", show=progress):
+            epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+            with seeded(epoch_seed, device):  # for nets with dropout: a resumed epoch draws the same
+                now = _at_epoch(attacks, epoch, recipe)
+                mixes = epoch <= recipe.mixup * recipe.epochs
+                data = (x_train, y_train, weight, shift)
+                losses, correct = _epoch(state, *data, recipe, objective, now, fused, epoch_seed, mixes)
+            stop_if_not_finite(losses, epoch, file)
+            val_accuracy = accuracy(state.eval_model, x_val, y_val)
+            robust = np.nan
+            if val_attack is not None:
+                options = {"seed": seed, "fused": fused_val.refresh()}
+                found = craft(state.eval_model, x_val / 255, y_val, val_attack, **options)
+                robust = 1 - found.success.float().mean().item()
+            state.record(epoch, losses.mean().item(), correct, val_accuracy, robust)
+            if file is not None:
+                state.save(file)
+        model.load_state_dict(state.best)
+        model.eval()
     return state.table()
+
+
+@contextmanager
+def _channels_last(model):
+    """The layout that convolutions like; afterwards, whatever happened, that of a model from its file."""
+    model.to(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        model.to(memory_format=torch.contiguous_format)
 
 
 def class_weights(labels: Sequence[int], num_classes: int, *, power: float = 1.0) -> np.ndarray:
