@@ -203,6 +203,17 @@ def test_commit_writes_notebooks_figures_tables_and_readme(checkout):
     )
 
 
+def test_what_the_notebooks_took_is_published(checkout):
+    timed = checkout / "build/laptop/benchmarks/random-s0/02_baseline.tsv"
+    timed.parent.mkdir(parents=True)
+    timed.write_text("s\th:m:s\tcpu_time\n90.0\t0:01:30\t120.5\n")
+    assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
+    table = pd.read_csv(checkout / "paper/tables/laptop/run_times.csv")
+    assert table.to_dict("records") == [
+        {"notebook": "02_baseline", "run": "random-s0", "seconds": 90.0, "cpu_seconds": 120.5}
+    ]
+
+
 @pytest.mark.parametrize("section", ["results", "claims"])
 def test_a_readme_without_its_markers_is_refused(checkout, capsys, section):
     readme = checkout / "README.md"

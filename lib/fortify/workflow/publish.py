@@ -22,7 +22,7 @@ from typing import Any
 import nbformat
 import pandas as pd
 
-from fortify.files import atomic_path, find_root, write_text
+from fortify.files import atomic_path, find_root, write_csv, write_text
 from fortify.runs import literals, run_order
 from fortify.workflow.profiles import (
     ProfileError,
@@ -232,8 +232,25 @@ def commit(build: str | Path) -> list[Path]:
             data = path.read_bytes()
             temporary.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".csv" else data)
         written.append(packed)
+    times = run_times(build)
+    if len(times):
+        write_csv(tables / "run_times.csv", times)
+        written.append(tables / "run_times.csv")
     update_readme(root, shown)
     return written
+
+
+def run_times(build: Path) -> pd.DataFrame:
+    """What each notebook of a profile took, as Snakemake timed it: notebook, run, seconds, cpu_seconds.
+
+    Of a notebook that was stopped and went on, the last part alone.
+    """
+    rows = []
+    for path in sorted((build / "benchmarks").rglob("[0-9]*.tsv")):
+        timed = pd.read_csv(path, sep="\t").iloc[-1]
+        run = path.parent.name if path.parent.name != "benchmarks" else ""
+        rows.append({"notebook": path.stem, "run": run, "seconds": timed.s, "cpu_seconds": timed.cpu_time})
+    return pd.DataFrame(rows, columns=["notebook", "run", "seconds", "cpu_seconds"])
 
 
 def per_example_results(build: Path, runs: Collection[str]) -> list[Path]:
@@ -470,6 +487,10 @@ def pdf(profile: str, target: str | Path | None = None) -> Path:
     companions = [name for name in companions if published_folders(root, name)[1].is_dir()]
     beside = {name: published_parameters(root, name) for name in companions}
     inputs["beside"] = json.dumps(beside)  # the profiles whose tables may stand beside this one's
+    tables = root / "paper" / "tables"
+    files = sorted(p.relative_to(tables).as_posix() for p in tables.rglob("*.csv") if "runs" not in p.parts)
+    inputs["published"] = json.dumps(files)
+    inputs["provenance"] = json.dumps(_provenance(published_folders(root, profile)[1]))
     options = {"root": root, "sys_inputs": inputs, "ignore_system_fonts": True, "timestamp": 0}
     try:
         made = typst.compile(root / "paper" / "paper.typ", format="pdf", **options)
@@ -478,6 +499,20 @@ def pdf(profile: str, target: str | Path | None = None) -> Path:
     with atomic_path(target) as temporary:
         temporary.write_bytes(made)
     return target
+
+
+def _provenance(tables):
+    """Commits, versions and devices of a profile's published runs, and their hours where these are known."""
+    manifests = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(tables.glob("runs/*-s*/0*.json"))]
+    found = {"commits": sorted({m["code"]["commit"] for m in manifests if m["code"]["commit"]})}
+    found["devices"] = sorted({m["device"] for m in manifests})
+    found["versions"] = {}
+    for name in ("python", "torch", "torchvision", "foolbox"):
+        known = sorted({m["versions"][name] for m in manifests if name in m.get("versions", {})})
+        found["versions"][name] = " and ".join(known)
+    if (tables / "run_times.csv").exists():
+        found["hours"] = pd.read_csv(tables / "run_times.csv").seconds.sum() / 3600
+    return found
 
 
 def published_parameters(root: Path, profile: str) -> dict[str, dict[str, Any]]:
