@@ -37,6 +37,7 @@ WIDE = 0.2  # of all slices: validation
 STEPS = 20  # of the PGD that judges, at the profile's budget
 NO_ATTACK = dict(fgsm=0.0, pgd=0.0, margin=0.0)
 LITE0 = dict(arch="efficientnet_lite0", weights="imagenet")
+LUNGS = dict(epochs=27)
 FINE = dict(lr=1e-3, epochs=20, mixup=0.0, eps_warmup=0.6)
 
 
@@ -54,13 +55,14 @@ class Variant:
 VARIANTS = {
     "whole slices": Variant(),
     "whole slices, half the epochs": Variant(recipe=dict(epochs=18)),
-    "lungs": Variant("lungs"),
-    "lungs, half the epochs": Variant("lungs", dict(epochs=27)),
-    "lungs, strong turns and shifts": Variant("lungs", dict(degrees=17.0, zoom=0.15, translate=0.15)),
-    "lungs, logits adjusted": Variant("lungs", dict(logit_adjustment=1.0)),
-    "lungs, balanced loss": Variant("lungs", dict(class_balance=0.5)),
-    "lungs, three seeds averaged": Variant("lungs", members=3),
-    "lungs, first on LIDC": Variant("lungs", lidc=True),
+    "lungs, twice the epochs": Variant("lungs", dict(epochs=54)),
+    "lungs": Variant("lungs", LUNGS),
+    "lungs, strong turns and shifts": Variant("lungs", LUNGS | dict(degrees=17.0, zoom=0.15, translate=0.15)),
+    "lungs, logits adjusted": Variant("lungs", LUNGS | dict(logit_adjustment=1.0)),
+    "lungs, balanced loss": Variant("lungs", LUNGS | dict(class_balance=0.5)),
+    "lungs, three seeds averaged": Variant("lungs", LUNGS, members=3),
+    "lungs, first on LIDC": Variant("lungs", LUNGS, lidc=True),
+    "Lite0, ImageNet, to 4/255, lungs": Variant("lungs", FINE, parameters=LITE0 | dict(train_eps_255=4.0)),
     "Lite0, ImageNet, to 8/255": Variant(recipe=FINE, parameters=LITE0 | dict(train_eps_255=8.0)),
     "Lite0, ImageNet, to 8/255, layer-wise": Variant(
         recipe=FINE | dict(layer_decay=0.8), parameters=LITE0 | dict(train_eps_255=8.0)
