@@ -11,7 +11,7 @@ from fortify.workflow.locks import CALL
 
 # What `make check` leaves out: every notebook, what needs one of these fixtures, and these tests of about
 # three seconds or more, all their cases together, on a quiet machine.
-SLOW_FIXTURES = {"called", "finished", "honest", "meter", "published", "mutants"}
+SLOW_FIXTURES = {"called", "finished", "honest", "meter", "published", "mutants", "explored"}
 SLOW = """
 test_a_step_that_is_ended_by_its_limit_leaves_what_was_whole
 test_another_seed_than_the_first_is_not_audited

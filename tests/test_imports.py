@@ -21,7 +21,7 @@ ROOMS = {  # sub-packages, each with its modules in order; they import the core 
     "explain": ("attributions", "measures", "figures"),
     "transfer": ("crafting", "networks", "nodules", "answer", "figures"),
     "detect": ("detectors", "measures", "adaptive", "figures", "command"),
-    "examined": ("printed", "protocol", "matrix", "claims", "figures"),
+    "examined": ("printed", "protocol", "matrix", "claims", "figures", "explorer"),
 }
 PLUMBING = "workflow"  # imported by nobody else
 ORDER = [name for floor in FLOORS for name in floor]
