@@ -18,7 +18,7 @@ from fortify.workflow.locks import join_call, wait_for_profile
 from fortify.workflow.notebooks import code_of
 from fortify.workflow.profiles import ProfileError, load_profile, read_profile
 from fortify.workflow.progress import show_progress
-from fortify.workflow.steps import Step, each, finished_runs, image_files, needed_for, split_and_seed
+from fortify.workflow.steps import STYLE, Step, each, finished_runs, image_files, needed_for, split_and_seed
 from snakemake.exceptions import WorkflowError
 
 # Executed notebooks hold no progress bars, and their kernel is this environment's.
@@ -118,6 +118,9 @@ if FINISHED:
     COMPARED, EXPLAINED = (
         [path for path in paths if Path(f"{BUILD}/{path}").is_file()] for paths in (COMPARED, EXPLAINED)
     )
+EXPLORER = ["explorer/data.js"]
+if FINISHED:
+    EXPLORER = [path for path in EXPLORER if Path(f"{BUILD}/{path}").is_file()]
 OF_RUN = ["data/slices.npz", "data/splits/{run}.csv"]
 
 STEPS = [  # rule, notebook, folder of its manifest, what it reads, what it writes; {run}: for each split and seed
@@ -207,6 +210,32 @@ for step in STEPS:
             " || {{ tail -n 25 {log.text} >&2; exit 1; }}"
 
 
+ATTACKS = next(step for step in STEPS if step.name == "attacks")
+
+
+rule explorer:  # what the attack explorer shows, of the networks that are looked at once
+    input:
+        built(["data/slices.npz", *(f"data/splits/{run}.csv" for run in FIRST_RUNS)]),
+        built(each(FIRST_RUNS, *MODELS, *ROWS[:2])),
+        built(each([run for run in FIRST_RUNS if run in PUBLISHED_RUNS], "published.safetensors", *PROTOCOL)),
+    output:
+        f"{BUILD}/explorer/data.js",
+    params:
+        runs=FIRST_RUNS,
+        build=BUILD,
+        values=[PARAMETERS["03_attacks"][n] for n in ("eps_255", "eps_grid_255", "pgd_steps", "pgd_restarts")],
+        code=code_of("fortify.examined.explorer", without=STYLE),
+        lock=f"{BUILD}/.notebook-lock",
+    log:
+        f"{BUILD}/explorer/data.log",
+    threads: workflow.cores
+    resources:
+        gpu=ATTACKS.gpus(PARAMETERS),
+    shell:
+        "python -m fortify.workflow.locks {params.lock} python -m fortify.examined.explorer {params.build} {params.runs}"
+        " >{log} 2>&1 || {{ cat {log} >&2; exit 1; }}"
+
+
 localrules:
     html,
 
@@ -215,6 +244,7 @@ rule html:
     input:
         built(["results/05_results.json", "claims/09_claims.json"]),
         built([*COMPARED, *EXPLAINED, *DETECTION, *[f"{run}/11_transfer.json" for run in TRANSFERS]]),  # have pages
+        built(EXPLORER),
     output:
         f"{BUILD}/html/index.html",
     params:
@@ -227,7 +257,7 @@ rule html:
 # Tables and figures too: one that somebody removed is made again, though the pages are there. Paths and not
 # rules.x.output, which would let x run where only those after it may (make tables).
 WHOLE = [*TABLE1, *FIGURES, *LEDGER, *LEAKAGE, *AUDITS, *COMPARED, *EXPLAINED, *DETECTION, "html/index.html"]
-WHOLE += [path.format(run=run) for run in TRANSFERS for path in OF_TRANSFER]
+WHOLE += EXPLORER + [path.format(run=run) for run in TRANSFERS for path in OF_TRANSFER]
 
 
 rule audited:

@@ -39,7 +39,7 @@ def test_a_finished_seed_comes_back_to_where_tables_are_made(finished, root):
     members = finished_files(ROOT, plan, {})
     assert pack(root / "r.tar.gz", members, SEED) == []
     kinds = {name.rpartition(".")[2] for name in members}
-    assert kinds == {"csv", "json", "md", "tex", "txt", "tsv", "png", "pdf", "ipynb", "log", "npz"}
+    assert kinds == {"csv", "json", "md", "tex", "txt", "tsv", "png", "pdf", "ipynb", "log", "npz", "js"}
     made_there = {name.removeprefix("made-there/test/") for name in members if name.startswith("made-there")}
     back = {name.removeprefix("build/test/") for name in members if name.startswith("build")}
     assert made_there >= {"tables/table1.txt", "tables/claims.csv", "notebooks/05_results.ipynb"}

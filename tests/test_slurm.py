@@ -26,7 +26,7 @@ PATH = f"{os.environ['PATH']}:/usr/sbin"  # Debian's daemons
 PROGRAMS = ("sbatch", "squeue", "scancel", "munged", "slurmctld", "slurmd")
 MISSING = [program for program in PROGRAMS if not shutil.which(program, path=PATH)]
 COSTLY = {"baseline", "attacks", "adversarial_training", "published_protocol", "leakage", "robustness_audit"}
-COSTLY |= {"robust_optimisation", "transfer", "explanations", "detection"}
+COSTLY |= {"robust_optimisation", "transfer", "explanations", "detection", "explorer"}
 # As many threads as in the local run. This Slurm keeps no accounts for sacct to read.
 OPTIONS = "--jobs 4 --max-threads 1 --slurm-status-command squeue".split()
 OPTIONS += "--slurm-init-seconds-before-status-checks 8".split()

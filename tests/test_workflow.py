@@ -104,15 +104,18 @@ def test_classes_and_scans_under_table_1_are_what_the_rows_say(finished):
 
 def test_each_step_is_named_as_it_starts_and_table_1_is_printed_as_soon_as_it_is_made(called):
     shown = re.findall(r"^(\d+) of (\d+): (.*)$", called.stderr, re.MULTILINE)
-    assert [(int(number), int(total)) for number, total, _ in shown] == [(i, 21) for i in range(1, 22)]
+    assert [(int(number), int(total)) for number, total, _ in shown] == [(i, 22) for i in range(1, 23)]
     names = [name for _, _, name in shown]
     per_run = ("baseline", "attacks", "adversarial training", "published protocol", "robustness audit")
     per_run += ("explanations", "detection")
     once = {"data", "results", "leakage", "robust optimisation", "transfer, grouped", "claims", "html"}
+    once |= {"explorer"}
     assert set(names) == {f"{name}, {split}" for name in per_run for split in ("random", "grouped")} | once
     assert names[0] == "data" and names[-1] == "html"
     assert re.search(
-        r"results$(.*\n)+Table 1 is ready\. .*claims, html\.$(.*\n)+.*claims$", called.stderr, re.M
+        r"results$(.*\n)+Table 1 is ready\. .*claims, (explorer, )?html\.$(.*\n)+.*claims$",
+        called.stderr,
+        re.M,
     )
     assert "Select jobs" not in called.stderr and "%" not in called.stderr, "Snakemake's own lines"
     places = f"Figures: {BUILD}/figures   Tables: {BUILD}/tables   Pages: {BUILD}/html/index.html\n"
@@ -152,7 +155,7 @@ def test_notebook_1_crops_what_networks_are_shown_and_not_what_is_split(finished
 
 AFTER_TRAINING = {"published_protocol": 2, "leakage": 1, "robustness_audit": 2}
 AFTER_TRAINING |= {"robust_optimisation": 1, "transfer": 1, "explanations": 2, "detection": 2}
-AFTER_TRAINING |= {"results": 1, "claims": 1, "html": 1, "all": 1}
+AFTER_TRAINING |= {"explorer": 1, "results": 1, "claims": 1, "html": 1, "all": 1}
 
 
 @pytest.mark.parametrize(
@@ -160,7 +163,7 @@ AFTER_TRAINING |= {"results": 1, "claims": 1, "html": 1, "all": 1}
     [
         ("train_pgd_steps=3", {"adversarial_training": 2, **AFTER_TRAINING}),
         ("cw_steps=6", {"attacks": 2, "adversarial_training": 2, **AFTER_TRAINING}),
-        ("published_epochs=1", {"published_protocol": 2, "claims": 1, "html": 1, "all": 1}),
+        ("published_epochs=1", {"published_protocol": 2, "claims": 1, "explorer": 1, "html": 1, "all": 1}),
         ("leak_seeds=4", {"leakage": 1, "claims": 1, "html": 1, "all": 1}),
     ],
 )

@@ -22,7 +22,7 @@ from fortify.workflow.away import BundleError, Plan
 from fortify.workflow.locks import wait_for_profile
 
 REMADE = {"data", "results", "claims", "html"}  # the rules that `make tables` runs
-KINDS = {".csv", ".json", ".md", ".tex", ".txt", ".tsv", ".png", ".pdf", ".ipynb", ".log", ".xml"}
+KINDS = {".csv", ".json", ".md", ".tex", ".txt", ".tsv", ".png", ".pdf", ".ipynb", ".log", ".xml", ".js"}
 LIMIT = 16 * 2**20  # bytes of the packed file
 UNPACKED = 2**30  # bytes; what swells to more is none of ours
 _RUN = re.compile(r"(?:^|[/_])([a-z]+-s\d+)(?=[/._]|$)")  # in a file's name: which run it is of
