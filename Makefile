@@ -25,7 +25,7 @@ help:
 		printf 'make %-8s %s\n' $$name "$$(sed -n 's/^title: *//p' notebooks/profiles/$$name.yaml)"; done
 	@echo "              of a profile, SEEDS=0 or SEEDS=0,1: only these; seeds that are there already are not run again"
 	@echo "make tables   results of the runs that are whole, without their weights, of PROFILE=laptop (or another)"
-	@echo "make publish  executed notebooks, figures and tables of PROFILE=laptop (or paper) for committing;"
+	@echo "make publish  executed notebooks, figures, tables and attack explorer of PROFILE=laptop (or paper) for committing;"
 	@echo "              weights of seed 0 with their cards, where they fit into 4 MB;"
 	@echo "              of a companion profile (beside: true) figures and tables, to stand beside those"
 	@echo "make pdf      paper/paper.pdf from the published tables"

@@ -214,6 +214,21 @@ def test_what_the_notebooks_took_is_published(checkout):
     ]
 
 
+def test_the_attack_explorer_is_shown_what_was_run_and_nothing_older(checkout):
+    shown, made = checkout / "docs/explorer/data.js", checkout / "build/laptop/explorer/data.js"
+    assert publish.main(["commit", str(checkout / "build/laptop")]) == 0 and not shown.exists()
+    made.parent.mkdir()
+    made.write_text("new")
+    shutil.copytree(checkout / "build/laptop", checkout / "build/resnet18")
+    assert shown in publish.commit(checkout / "build/laptop") and shown.read_text() == "new"
+    (checkout / "build/resnet18/explorer/data.js").write_text("a companion's")
+    publish.commit(checkout / "build/resnet18")
+    assert shown.read_text() == "new"
+    made.unlink()
+    publish.commit(checkout / "build/laptop")
+    assert not shown.exists(), "it would be of other networks than the tables"
+
+
 @pytest.mark.parametrize("section", ["results", "claims"])
 def test_a_readme_without_its_markers_is_refused(checkout, capsys, section):
     readme = checkout / "README.md"

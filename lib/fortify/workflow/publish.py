@@ -1,7 +1,7 @@
 """From a finished profile to what is committed: executed notebooks, figures, tables and the paper.
 
 python -m fortify.workflow.publish commit build/laptop
-    notebooks/, figures/, paper/tables and README.md
+    notebooks/, figures/, paper/tables, README.md and what the attack explorer shows, docs/explorer/data.js
 python -m fortify.workflow.publish weights build/laptop
     paper/models: the weights of seed 0 of each split with their cards; what is left out is printed
 python -m fortify.workflow.publish pdf [laptop]
@@ -178,8 +178,8 @@ def shown_profile(root: Path) -> str:
 
 
 def commit(build: str | Path) -> list[Path]:
-    """Put a profile's executed notebooks, figures, tables and the per-example results they are made of
-    where readers look; returns what was written.
+    """Put a profile's executed notebooks, figures, tables, the per-example results they are made of and what
+    the attack explorer shows where readers look; returns what was written.
 
     Only the ``paper`` profile writes ``figures/`` and ``paper/tables/`` themselves; any other writes to
     their subfolder of its name, so that nothing smaller passes for the reference run. What an earlier publish
@@ -236,6 +236,8 @@ def commit(build: str | Path) -> list[Path]:
     if len(times):
         write_csv(tables / "run_times.csv", times)
         written.append(tables / "run_times.csv")
+    if not companion:
+        written += _publish_explorer(build, root)
     update_readme(root, shown)
     return written
 
@@ -251,6 +253,16 @@ def run_times(build: Path) -> pd.DataFrame:
         run = path.parent.name if path.parent.name != "benchmarks" else ""
         rows.append({"notebook": path.stem, "run": run, "seconds": timed.s, "cpu_seconds": timed.cpu_time})
     return pd.DataFrame(rows, columns=["notebook", "run", "seconds", "cpu_seconds"])
+
+
+def _publish_explorer(build, root):
+    """Put the attack explorer's data.js beside its page; what an earlier publish left there goes."""
+    made, shown = build / "explorer" / "data.js", root / "docs" / "explorer" / "data.js"
+    shown.unlink(missing_ok=True)
+    if not made.is_file():  # made by `make tables`, without the networks: the page says that there is nothing
+        return []
+    shown.parent.mkdir(parents=True, exist_ok=True)
+    return [Path(shutil.copy(made, shown))]
 
 
 def per_example_results(build: Path, runs: Collection[str]) -> list[Path]:
