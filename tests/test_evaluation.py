@@ -300,6 +300,34 @@ def test_the_curve_starts_at_the_clean_accuracy():
     assert list(small.index) == list(itertools.product(("pgd", "fgsm"), (0, 0.25)))
 
 
+def test_the_curves_intervals_by_groups_are_those_of_its_cells():
+    groups = np.array([0] * 10 + [0, 0, 1, 1])
+    rows = pd.concat([make_rows(), make_rows(seed=1)], ignore_index=True)
+    points = evaluation.curve(rows, groups=groups).set_index(["attack", "eps_255"])
+    own = rows[rows.attack.eq("pgd")]
+    expected = intervals.cluster_interval(~own.success.to_numpy(), groups[own["index"]])
+    assert (points.group_low["pgd", 1], points.group_high["pgd", 1]) == expected
+    assert evaluation.curve(rows)[["group_low", "group_high"]].isna().all(axis=None)
+
+
+def test_a_history_knows_its_budget_and_the_epoch_that_was_kept():
+    history = pd.DataFrame(
+        {"epoch": [1, 2, 3, 4], "val_accuracy": 0.5, "val_robust_accuracy": [0, 0.1, 0.3, 0.2]}
+    )
+    history["selected"] = history.epoch.eq(3)
+    of = {"split": "random", "seed": 1, "epochs": 10, "train_eps_255": 16.0}
+    of["train_recipe"] = {"epochs": 4, "eps_warmup": 0.5}
+    robust = evaluation.training_history(history, model="adversarial", **of)
+    assert robust.train_eps_255.tolist() == [8, 16, 16, 16] and (robust.epochs == 4).all()
+    normal = evaluation.training_history(history, model="normal", **of)
+    assert (normal.train_eps_255 == 0).all() and (normal.epochs == 10).all(), "its own recipe"
+    at_once = evaluation.training_history(history, model="adversarial", **of | {"train_recipe": {}})
+    assert (at_once.train_eps_255 == 16).all()
+    kept = evaluation.kept_epochs(pd.concat([robust, normal]))
+    assert kept.model.tolist() == ["adversarial", "normal"] and kept.epoch.tolist() == [3, 3]
+    assert kept.val_robust_accuracy.tolist() == [0.3, 0.3] and kept.train_eps_255.tolist() == [16, 0]
+
+
 def test_robustness_scores_by_hand():
     rows = pd.concat(
         [make_rows({**HAND, "cw": (1, 1, 0, 0)}, l2=0.25), make_rows({"pgd": (1, 0, 0, 0)}, eps=4.0)]

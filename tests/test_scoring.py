@@ -8,9 +8,11 @@ import torch
 from fortify import attacks, scoring
 from fortify.attacks import CW, FGSM, PGD, craft
 from fortify.evaluation import COLUMNS, at_budget, check_rows
-from fortify.figures import pick_example
+from fortify.figures import example_of, failures_of, pick_example, pick_failures
+from fortify.files import write_arrays, write_csv
 from fortify.fused import FusedModel
 from fortify.models import build_model, predict
+from fortify.runs import Run
 from fortify.scoring import evaluate, score, score_static
 
 IDS = {"model_name": "normal", "split": "random", "seed": 0}
@@ -347,6 +349,49 @@ def test_an_example_that_was_misclassified_already_is_shown_as_its_row_says(phan
     table = pd.concat([clean, clean.assign(attack="pgd", eps_255=4.0)], ignore_index=True)
     shown = pick_example(table, phantoms, label=0, attack="pgd", eps_255=4, attacked=np.ones((1, 1, 32, 32)))
     assert np.array_equal(shown.attacked, shown.clean) and shown.prediction == 1
+
+
+@pytest.mark.parametrize(("clean", "pgd"), [((1, 0, 0, 1), (1, 0, 1, 1)), ((0, 0), (0, 0)), ((1,), (1,))])
+def test_failures_are_the_first_of_each_kind_with_their_counts(phantoms, evaluated, clean, pgd):
+    """Rows by hand of one class: which images are misclassified when clean, and which after PGD."""
+    rows = evaluated[0]
+    own = rows[rows.attack.eq("clean") & rows.label.eq(0)].head(1)
+    index = np.arange(len(clean))
+    first = own.loc[own.index.repeat(len(clean))].assign(
+        index=index, prediction=clean, success=np.bool_(clean)
+    )
+    after = first.assign(attack="pgd", eps_255=4.0, success=np.bool_(pgd), prediction=pgd, l2=1.0)
+    images = np.zeros((len(clean), 1, 2, 2)) + index.reshape(-1, 1, 1, 1)
+    table = pd.concat([first, after, after.assign(eps_255=8.0, success=True)], ignore_index=True)
+    found = pick_failures(table, phantoms, label=0, eps_255=4, attacked=images)
+    broken = [i for i in index if pgd[i] and not clean[i]]
+    assert found["clean"][1:] == (sum(clean), len(clean))
+    assert found["pgd"][1:] == (len(broken), len(clean) - sum(clean))
+    if sum(clean):
+        assert np.array_equal(found["clean"][0].clean, phantoms.images[clean.index(1)] / 255)
+        assert found["clean"][0].attacked is None
+    if broken:
+        assert found["pgd"][0].attacked[0, 0] == broken[0] and found["pgd"][0].prediction == 1
+    assert (found["clean"][0] is None) is not any(clean) and (found["pgd"][0] is None) is not bool(broken)
+
+
+def test_a_runs_examples_are_those_of_its_rows_and_images(phantoms, evaluated, tmp_path):
+    rows, kept = evaluated
+    write_csv(tmp_path / "normal_predictions.csv", rows)
+    write_arrays(tmp_path / "normal_attacked.npz", **kept)
+    run, names = Run(tmp_path, tmp_path), phantoms.class_names
+    about = {"attack": "pgd", "eps_255": 4}
+    label = int(rows.label.max())
+    expected = pick_example(rows, phantoms, label=label, attacked=kept["pgd"], **about)
+    shown = example_of(run, phantoms, "normal", names[label], **about)
+    assert np.array_equal(shown.attacked, expected.attacked) and shown.prediction == expected.prediction
+    first = example_of(run, phantoms, "normal", "no such class", eps_255=4)
+    assert first.label == 0 and first.attacked is None
+    found = failures_of(run, phantoms, "normal", eps_255=4)
+    assert [*found] == [names[i] for i in sorted(rows.label.unique())]
+    clean = rows[rows.attack.eq("clean")]
+    assert sum(of["clean"][1] for of in found.values()) == clean.success.sum()
+    assert [*failures_of(run, phantoms, "normal", eps_255=4, most=1)] == [names[int(rows.label.min())]]
 
 
 def test_an_example_that_is_not_there_is_named(phantoms, evaluated):

@@ -5,7 +5,7 @@ image). A row without a budget is of a minimum-norm attack. Every number of the 
 tables; that takes no model, and no list of attacks: the rows name them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -304,10 +304,7 @@ def accuracy_table(
     for group, part in pd.concat([rows, attacked.assign(attack="combined"), worst]).groupby(_GROUP):
         recall = part.groupby("label").correct.mean().reindex(range(len(class_names)))
         recalls = {f"recall_{name}": value for name, value in zip(class_names, recall, strict=True)}
-        line = _summary(group, part) | {"group_low": np.nan, "group_high": np.nan}
-        if groups is not None:
-            own = np.asarray(groups)[part["index"]]
-            line["group_low"], line["group_high"] = cluster_interval(part.correct.to_numpy(bool), own)
+        line = _summary(group, part) | _by_groups(part, groups)
         line |= {"balanced_accuracy": recall.mean()} | recalls
         table.append(line | {"minimum_norm": kinds.get(line["attack"], False)})
     return _sorted(pd.DataFrame(table))
@@ -320,6 +317,15 @@ def _summary(group, part):
     seeds = part.groupby("seed").correct.mean()
     numbers = {"k": k, "n": n, "accuracy": k / n, "low": low, "high": high, "images": images}
     return dict(zip(_GROUP, group, strict=True)) | numbers | {"seeds": len(seeds), "sd": seeds.std(ddof=1)}
+
+
+def _by_groups(part, groups):
+    """The interval of these rows' accuracy that draws whole groups; NaN without ``groups``."""
+    low = high = np.nan
+    if groups is not None:
+        own = np.asarray(groups)[part["index"]]
+        low, high = cluster_interval(part.correct.to_numpy(bool), own)
+    return {"group_low": low, "group_high": high}
 
 
 def _sorted(table):
@@ -344,10 +350,11 @@ def confusion(rows_at_budget: pd.DataFrame, *, num_classes: int) -> dict[tuple, 
     return matrices
 
 
-def curve(rows: pd.DataFrame) -> pd.DataFrame:
+def curve(rows: pd.DataFrame, *, groups: Sequence[Any] | None = None) -> pd.DataFrame:
     """Accuracy against ``eps_255`` per (split, model, protocol, Linf attack), clean at 0.
 
-    Columns and intervals are those of :func:`accuracy_table`, fractions and grey levels.
+    Columns and intervals are those of :func:`accuracy_table`, fractions and grey levels: ``group_low`` and
+    ``group_high`` are NaN without ``groups``, the group (N,) of every slice.
     """
     check_rows(rows)
     rows = _serve_static(rows.assign(correct=~rows.success))
@@ -356,7 +363,41 @@ def curve(rows: pd.DataFrame) -> pd.DataFrame:
     points = pd.concat([*(clean.assign(attack=attack) for attack in linf), rows[rows.attack.isin(linf)]])
     attacked = points.groupby([*_MODEL, "protocol", "attack"]).eps_255.transform("max").gt(0)
     grouped = points[attacked].groupby([*_GROUP, "eps_255"])
-    return _sorted(pd.DataFrame([_summary(key[:-1], part) | {"eps_255": key[-1]} for key, part in grouped]))
+    table = [
+        _summary(key[:-1], part) | _by_groups(part, groups) | {"eps_255": key[-1]} for key, part in grouped
+    ]
+    return _sorted(pd.DataFrame(table))
+
+
+def training_history(
+    history: pd.DataFrame,
+    *,
+    model: str,
+    split: str,
+    seed: int,
+    epochs: int,
+    train_recipe: Mapping[str, Any],
+    train_eps_255: float,
+) -> pd.DataFrame:
+    """A training's ``history`` with what names it, its ``epochs``, and the budget that each epoch trained at.
+
+    Normal training has no budget (0) and no changes of its recipe; the adversarial one's budget grows to
+    ``train_eps_255`` over the share ``eps_warmup`` of its epochs, and its recipe's ``epochs`` count.
+    """
+    changes = train_recipe if model == "adversarial" else {}
+    epochs = changes.get("epochs", epochs)
+    grown = (history.epoch / max(1, changes.get("eps_warmup", 0) * epochs)).clip(upper=1)
+    budget = grown * (train_eps_255 if model == "adversarial" else 0.0)
+    named = {"split": split, "model": model, "seed": seed}
+    rest = history.assign(epochs=epochs, train_eps_255=budget)
+    return pd.DataFrame({**{name: [value] * len(rest) for name, value in named.items()}, **rest})
+
+
+def kept_epochs(histories: pd.DataFrame) -> pd.DataFrame:
+    """The epoch that each training kept, one row a (split, model, seed), from :func:`training_history`."""
+    columns = ["split", "model", "seed", "epoch", "val_accuracy", "val_robust_accuracy", "epochs"]
+    kept = histories[histories.selected.astype(bool)].astype({"epoch": int})
+    return kept[[*columns, "train_eps_255"]].sort_values(["split", "model", "seed"], ignore_index=True)
 
 
 def robustness_scores(rows: pd.DataFrame) -> pd.DataFrame:

@@ -88,19 +88,24 @@ def _place(root, plan, name):
 
 
 def shown_images(build: Path, run: str, model: str) -> bytes:
-    """A run's .npz of attacked images with those that figures 4 to 6 show alone; all others are NaN."""
-    from fortify.figures import pick_example  # it loads matplotlib
+    """A run's .npz of attacked images with those that notebook 5's figures show alone; all others are NaN."""
+    from fortify.figures import pick_example, pick_failures  # they load matplotlib
 
     rows, slices = read_rows(build / run / f"{model}_predictions.csv"), Slices.load(build / "data/slices.npz")
     made = json.loads((build / run / "03_attacks.json").read_text(encoding="utf-8"))
-    about = {"attack": "pgd", "eps_255": made["parameters"]["eps_255"]}
+    about = {"eps_255": made["parameters"]["eps_255"]}
     with np.load(build / run / f"{model}_attacked.npz") as file:
         attacked = file["pgd"]
     kept, places = np.full_like(attacked, np.nan), np.arange(len(attacked)).reshape(-1, 1, 1, 1)
     for label in rows.label.unique():
-        place = pick_example(rows, slices, label=label, attacked=places, **about).attacked
-        if place.size == 1:  # else it is the clean image, which the attack did not change
-            kept[place.item()] = attacked[place.item()]
+        about |= {"label": label, "attacked": places}
+        shown = [
+            pick_example(rows, slices, attack="pgd", **about),
+            pick_failures(rows, slices, **about)["pgd"][0],
+        ]
+        for example in shown:
+            if example is not None and example.attacked.size == 1:  # else it is the clean image
+                kept[example.attacked.item()] = attacked[example.attacked.item()]
     buffer = io.BytesIO()
     np.savez_compressed(buffer, pgd=kept)
     return buffer.getvalue()
