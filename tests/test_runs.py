@@ -408,3 +408,11 @@ def test_who_waits_says_so_on_the_terminal_though_a_test_runner_catches_its_outp
         lock.close()
         waiting.communicate()
         os.close(ours), os.close(theirs)
+
+
+def test_the_first_run_of_a_split_is_of_its_lowest_seed(tmp_path):
+    found = [runs.Run(tmp_path / name, tmp_path) for name in ("grouped-s2", "random-s1", "random-s10")]
+    assert runs.first_run(found, "random").source.name == "random-s1"
+    assert runs.first_run(found, "grouped").source.name == "grouped-s2"
+    alone = runs.Run(tmp_path / "by-hand", tmp_path)
+    assert runs.first_run([alone], "random") is alone

@@ -90,8 +90,6 @@ def test_intervals_by_groups_are_shown_where_there_are_any(tmp_path):
     for table, said in ((known, True), (accuracy(), False)):
         text = tables.write_table1(tmp_path, table, **WORDS)["md"].read_text(encoding="utf-8")
         assert ("; by groups: bootstrap of whole groups" in text) is said
-    wide = tables.accuracy_layout(known.assign(balanced_accuracy=0.5))
-    assert wide["95 %, by groups"].tolist() == ["25.0–98.8"] * 10
 
 
 def test_the_caption_says_what_a_reader_must_know():
@@ -177,40 +175,95 @@ def test_text_wraps_cells_rather_than_lose_any():
     assert all(word in text for word in wide.b[0].split())
 
 
-def test_accuracy_layout_shows_every_group_in_percent():
-    accuracy = pd.DataFrame(
-        {
-            "split": ["random"] * 2,
-            "model": ["normal", "adversarial"],
-            "protocol": ["adaptive", "static"],
-            "attack": ["clean", "worst"],
-            "k": [9, 1],
-            "n": [10, 8],
-            "accuracy": [0.9, 0.125],
-            "low": [0.596, 0.0224],
-            "high": [0.982, 0.4709],
-            "group_low": [float("nan")] * 2,
-            "group_high": [float("nan")] * 2,
-            "seeds": [1, 1],
-            "sd": [float("nan")] * 2,
-            "balanced_accuracy": [0.5, 0.25],
-            "recall_benign": [float("nan"), 0.0],
-        }
+def small(**changes):
+    """One split and both trainings, under two attacks, with an interval by groups."""
+    table = accuracy().assign(balanced_accuracy=0.5, group_low=0.25, group_high=0.98765, **changes)
+    worst = table[table.attack.eq("combined")].assign(attack="worst", k=1, n=8, accuracy=0.125)
+    return pd.concat([table, worst], ignore_index=True)
+
+
+def test_table_1_in_short_keeps_accuracy_interval_and_the_printed_value():
+    brief = tables.brief1(tables.table1(small(), split="random"))
+    assert brief.shape == (6, 6) and list(brief) == ["Training", "Clean", "PGD", "FGSM", "CW", "Combined"]
+    kept = ["accuracy (%)", "95 %, by groups", "printed (%)"]
+    assert brief.Training.tolist() == [f"{model}: {line}" for model in PAPER for line in kept]
+    whole = tables.layout1(tables.table1(small(), split="random"))
+    assert (
+        brief.drop(columns="Training").values.tolist()
+        == whole[whole[""].isin(kept)].iloc[:, 2:].values.tolist()
     )
-    shown = tables.accuracy_layout(accuracy)
-    assert shown.iloc[0].tolist() == ["normal, adaptive", "clean", "90.0", "59.6–98.2", "9/10", "50.0", "nan"]
-    assert shown.iloc[1]["k/n"] == "1/8" and "sd over seeds" not in shown
-    assert "sd over seeds" in tables.accuracy_layout(accuracy.assign(seeds=2, sd=0.1))
+    plain = tables.brief1(tables.table1(accuracy(), split="random"))
+    assert plain.Training.tolist()[1] == "normal: 95 % interval"
 
 
-def test_accuracy_layout_names_its_columns():
-    table = accuracy(seeds=2).assign(balanced_accuracy=0.5, recall_benign=0.25)
-    shown = tables.accuracy_layout(table)
-    names = ["model, protocol", "attack", "accuracy", "95 % interval", "k/n", "sd over seeds", "balanced"]
-    assert list(shown) == [*names, "recall benign"]
-    assert shown.iloc[0].tolist() == [
-        "normal, adaptive", "clean", "93.1", "88.1–96.1", "149/160", "1.2", "50.0", "25.0"
-    ]  # fmt: skip
+def test_the_overview_is_a_line_a_split_and_training():
+    both = pd.concat([small(), small(split="grouped").assign(accuracy=0.5)], ignore_index=True)
+    both = pd.concat([both, both.assign(protocol="static", accuracy=0.0)], ignore_index=True)
+    shown = tables.overview(both)
+    assert list(shown) == ["Split", "Training", "clean (%)", "PGD (%)", "worst (%)", "balanced, clean / PGD"]
+    assert shown.iloc[0].tolist()[:3] == ["random", "normal", "93.1 (25.0–98.8)"]
+    assert shown.iloc[1].tolist()[4:] == ["12.5 (25.0–98.8)", "50 / 50"]
+    assert [*zip(shown.Split, shown.Training, strict=True)] == [
+        (split, model) for split in ("random", "grouped") for model in PAPER
+    ]
+
+
+def test_the_attacks_of_one_model_are_a_line_each_without_the_pooled_one():
+    own = small().query("model == 'normal'")
+    shown = tables.attack_layout(own)
+    assert shown.attack.tolist() == ["clean", "PGD", "FGSM", "CW", "worst"] and "static attack" not in shown
+    assert shown.iloc[0].tolist() == ["clean", "93.1 (25.0–98.8)", "149/160", "50.0"]
+    static = own[own.attack.eq("pgd")].assign(protocol="static", accuracy=0.75)
+    with_static = tables.attack_layout(pd.concat([own, static], ignore_index=True))
+    assert with_static["static attack"].tolist() == ["–", "75.0", "–", "–", "–"]
+    wilson = tables.attack_layout(own.assign(group_low=np.nan))
+    assert wilson.iloc[0, 1] == "93.1 (88.1–96.1)"
+
+
+def test_a_simple_classifier_counts_under_the_attack_it_can_be_given():
+    own = accuracy().query("model == 'normal' and attack in ('clean', 'pgd')").assign(balanced_accuracy=0.5)
+    other = own.assign(model="forest", attack=own.attack.replace("pgd", "black-box"), balanced_accuracy=0.4)
+    shown = tables.baselines_layout(pd.concat([own, other], ignore_index=True))
+    assert shown.Classifier.tolist() == ["normal", "forest"] and shown.attack.tolist() == ["PGD", "black-box"]
+    assert shown["clean (%)"].tolist() == ["93.1 (88.1–96.1)"] * 2
+    assert shown["balanced, clean / attacked"].tolist() == ["50 / 50", "40 / 40"]
+
+
+def test_what_is_pooled_is_said_in_words():
+    known = accuracy(seeds=2)
+    assert tables.counted(known, split="random") == "160 test slices, 2 seeds pooled"
+    assert tables.counted(accuracy(), split="random") == "160 test slices"
+    several = known.assign(images=known.images.floordiv(2))
+    assert tables.counted(several, split="random") == "160 predictions of 80 test slices, 2 seeds pooled"
+
+
+def test_kept_epochs_are_a_line_a_split_and_training():
+    kept = pd.DataFrame(
+        [
+            ("grouped", "adversarial", 0, 4, 0.5, 0.4, 36),
+            ("grouped", "adversarial", 1, 10, 0.7, 0.6, 36),
+            ("grouped", "normal", 0, 5, 0.6, np.nan, 36),
+            ("random", "normal", 0, 36, 0.9, np.nan, 36),
+        ],
+        columns="split model seed epoch val_accuracy val_robust_accuracy epochs".split(),
+    )
+    shown = tables.kept_layout(kept)
+    assert shown.values.tolist() == [
+        ["random", "normal", 1, "36 of 36", "90", "–"],
+        ["grouped", "normal", 1, "5 of 36", "60", "–"],
+        ["grouped", "adversarial", 2, "4 to 10 of 36", "60", "50"],
+    ]
+
+
+def test_scores_have_six_columns():
+    names = "split model seeds mean_robust_accuracy sd eps_grid cw_median_l2 cw_k cw_n cw_success".split()
+    rows = [("random", "normal", 2, 0.504, 0.018, "1, 4", 0.9, 7, 9, 7 / 9)]
+    rows += [("random", "adversarial", 1, 0.9, np.nan, "1, 4", np.inf, 0, 9, 0)]
+    shown = tables.scores_layout(pd.DataFrame(rows, columns=names))
+    assert shown.values.tolist() == [
+        ["random", "normal", "50.4", "1.8", "0.9", "7/9"],
+        ["random", "adversarial", "90.0", "–", "inf", "0/9"],
+    ]
 
 
 def test_latex_to_the_letter():

@@ -93,18 +93,12 @@ def classes_layout(table: pd.DataFrame) -> pd.DataFrame:
     Accuracy with its 95 % interval (by groups where there is one) and k/n; balanced accuracy and recalls as
     "clean / attacked".
     """
-
-    def cell(row):
-        low, high = row.group_low_percent, row.group_high_percent
-        if pd.isna(low):
-            low, high = row.low_percent, row.high_percent
-        return f"{row.accuracy_percent:.1f} ({low:.1f}–{high:.1f}) {row.k}/{row.n}"
-
     lines = []
     for (model, unit), part in table.groupby(["model", "unit"], sort=False):
         clean, attacked = part.itertuples()
         line = {"Classifier": model if unit == "slice" else "", "decides by": unit}
-        line |= {"clean (%)": cell(clean), "attacked (%)": cell(attacked)}
+        line |= {"clean (%)": f"{_cell(clean)} {clean.k}/{clean.n}"}
+        line |= {"attacked (%)": f"{_cell(attacked)} {attacked.k}/{attacked.n}"}
         for column in table:
             if column == "balanced_accuracy_percent" or column.startswith("recall_"):
                 name = column.removesuffix("_percent").replace("_accuracy", "").replace("_", " ")
@@ -112,6 +106,33 @@ def classes_layout(table: pd.DataFrame) -> pd.DataFrame:
                 line[name] = " / ".join(shares)
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+def classes_brief(table: pd.DataFrame, *, rare: str) -> pd.DataFrame:
+    """:func:`classes_layout` in six columns, a line a classifier.
+
+    Accuracy with its interval, clean and attacked, then balanced accuracy, the recall of the class ``rare``
+    and the accuracy by scan, as "clean / attacked" in %.
+    """
+    lines = []
+    for model, part in table.groupby("model", sort=False):
+        by_slice, by_scan = (part[part.unit.eq(unit)] for unit in ("slice", "scan"))
+        clean, attacked = by_slice.itertuples()
+        line = {"Classifier": model, "clean (%)": _cell(clean), "attacked (%)": _cell(attacked)}
+        pairs = {"balanced": by_slice.balanced_accuracy_percent}
+        pairs |= {f"recall {rare}": by_slice[f"recall_{rare}_percent"], "by scan": by_scan.accuracy_percent}
+        for name, shares in pairs.items():
+            line[name] = " / ".join("–" if pd.isna(share) else f"{share:.0f}" for share in shares)
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def _cell(row):
+    """An accuracy in % with its interval, by groups where there is one."""
+    low, high = row.group_low_percent, row.group_high_percent
+    if pd.isna(low):
+        low, high = row.low_percent, row.high_percent
+    return f"{row.accuracy_percent:.1f} ({low:.1f}–{high:.1f})"
 
 
 def classes_caption(

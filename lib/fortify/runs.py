@@ -157,6 +157,11 @@ def shared_parameters(runs: Sequence[Run], notebook: str, *names: str) -> dict[s
     return first
 
 
+def first_run(runs: Sequence[Run], split: str) -> Run:
+    """The first of ``runs`` that is of ``split``; of a run by hand, which is alone, that one."""
+    return next(r for r in runs if re.fullmatch(rf"{split}-s\d+|{Path(BY_HAND).name}", r.source.name))
+
+
 def run_order(path: str | Path) -> tuple[str, int]:
     """Sorts runs by split, then by seed as a number; other folders by their names."""
     name = Path(path).name

@@ -11,10 +11,11 @@ from typing import Any
 
 import pandas as pd
 
-from fortify.evaluation import TRAININGS, attacks_in
+from fortify.evaluation import BLACK_BOX, TRAININGS, attacks_in
 from fortify.files import write_csv, write_text
 
 BY_GROUPS = "95 %, by groups"  # the line of cluster intervals
+_BRIEF = {"clean": "clean", "pgd": "PGD", "worst": "worst"}  # the attacks of a short table, and their titles
 
 PRINTED_SOURCE = (
     "Menasagi et al., Fortifying Deep Learning Models Against Adversarial Threats using "
@@ -81,27 +82,119 @@ def layout1(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["Training", "", *titles.values()])
 
 
-def accuracy_layout(accuracy: pd.DataFrame) -> pd.DataFrame:
-    """A display table of :func:`fortify.evaluation.accuracy_table`: a line per model, protocol and attack."""
-    recalls = [column for column in accuracy if column.startswith("recall_")]
+def brief1(table: pd.DataFrame) -> pd.DataFrame:
+    """:func:`layout1` in short, six lines for two trainings: accuracy, one interval, and the printed values.
 
-    def percent(fractions):
-        return fractions.mul(100).map("{:.1f}".format)
+    The interval is the one by groups, where there is one.
+    """
+    shown = layout1(table)
+    interval = BY_GROUPS if (shown[""] == BY_GROUPS).any() else "95 % interval"
+    names = shown.Training.where(shown.Training.ne("")).ffill() + ": " + shown[""]
+    short = shown.drop(columns=["Training", ""])
+    short.insert(0, "Training", names)
+    return short[shown[""].isin(["accuracy (%)", interval, "printed (%)"])].reset_index(drop=True)
 
-    shown = pd.DataFrame(
-        {"model, protocol": accuracy.model + ", " + accuracy.protocol, "attack": accuracy.attack}
-    )
-    shown["accuracy"] = percent(accuracy.accuracy)
-    shown["95 % interval"] = percent(accuracy.low) + "–" + percent(accuracy.high)
-    if accuracy.group_low.notna().any():
-        shown[BY_GROUPS] = percent(accuracy.group_low) + "–" + percent(accuracy.group_high)
-    shown["k/n"] = accuracy.k.astype(str) + "/" + accuracy.n.astype(str)
-    if accuracy.seeds.max() > 1:
-        shown["sd over seeds"] = percent(accuracy.sd)
-    shown["balanced"] = percent(accuracy.balanced_accuracy)
-    for column in recalls:
-        shown[column.replace("recall_", "recall ")] = percent(accuracy[column])
-    return shown
+
+def overview(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """A display table of all splits: a line per split and training of Table 1, under adaptive attacks.
+
+    Accuracy in % with the interval by groups (where there is none, Wilson's): clean, under PGD, and *worst*,
+    where an image counts only if it is correct under every attack. Balanced accuracy: clean / under PGD.
+    """
+    models = [name for name, training in TRAININGS.items() if training.table1]
+    own = accuracy[accuracy.protocol.eq("adaptive") & accuracy.model.isin(models)]
+    lines = []
+    for (split, model), part in own.groupby(["split", "model"], sort=False):
+        of = {row.attack: row for row in part.itertuples()}
+        line = {"Split": split, "Training": model}
+        line |= {f"{title} (%)": _with_interval(of[name]) for name, title in _BRIEF.items() if name in of}
+        balanced = [of[name].balanced_accuracy for name in ("clean", "pgd") if name in of]
+        lines.append(line | {"balanced, clean / PGD": " / ".join(f"{100 * share:.0f}" for share in balanced)})
+    return pd.DataFrame(lines)
+
+
+def counted(accuracy: pd.DataFrame, *, split: str) -> str:
+    """What the counts of a split's clean slices pool, in words, from an accuracy table."""
+    row = accuracy[accuracy.split.eq(split) & accuracy.attack.eq("clean")].iloc[0]
+    images = f"{row.images} test slices"
+    images = f"{row.n} predictions of {images}" if row.n != row.images else images
+    return images if row.seeds == 1 else f"{images}, {row.seeds} seeds pooled"
+
+
+def _with_interval(row):
+    """An accuracy in % with its interval, by groups where there is one."""
+    low, high = (row.low, row.high) if pd.isna(row.group_low) else (row.group_low, row.group_high)
+    return f"{100 * row.accuracy:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+
+
+def attack_layout(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """A display table of one model on one split: a line an attack, in %; *combined* is left out.
+
+    Accuracy with its interval (by groups where there is one), k/n, balanced accuracy and, where the table has
+    static attacks, the accuracy under these.
+    """
+    own = accuracy[accuracy.protocol.eq("adaptive") & accuracy.attack.ne("combined")]
+    static = accuracy[accuracy.protocol.eq("static")].set_index("attack").accuracy
+    lines = []
+    for row in own.itertuples():
+        line = {"attack": row.attack if row.attack in ("clean", "worst") else row.attack.upper()}
+        line |= {"accuracy (95 % interval)": _with_interval(row), "k/n": f"{row.k}/{row.n}"}
+        line |= {"balanced": f"{100 * row.balanced_accuracy:.1f}"}
+        if len(static):
+            line["static attack"] = f"{100 * static[row.attack]:.1f}" if row.attack in static else "–"
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def baselines_layout(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """A display table of simple classifiers: a line each, clean and under the attack that counts, in %.
+
+    That attack is PGD, for a classifier without a gradient :data:`fortify.evaluation.BLACK_BOX`.
+    """
+    lines = []
+    for model, own in accuracy.groupby("model", sort=False):
+        of = {row.attack: row for row in own.itertuples()}
+        attack = BLACK_BOX if BLACK_BOX in of else "pgd"
+        clean, attacked = of["clean"], of[attack]
+        line = {"Classifier": model, "attack": attack if attack == BLACK_BOX else attack.upper()}
+        line |= {"clean (%)": _with_interval(clean), "attacked (%)": _with_interval(attacked)}
+        pair = (f"{100 * row.balanced_accuracy:.0f}" for row in (clean, attacked))
+        lines.append(line | {"balanced, clean / attacked": " / ".join(pair)})
+    return pd.DataFrame(lines)
+
+
+def kept_layout(kept: pd.DataFrame) -> pd.DataFrame:
+    """A display table of :func:`fortify.evaluation.kept_epochs`: a line per split and training.
+
+    The accuracies are means over the seeds, at the epochs that were kept.
+    """
+    lines = []
+    for (split, model), own in sorted(kept.groupby(["split", "model"]), key=lambda part: _place(*part[0])):
+        first, last = own.epoch.min(), own.epoch.max()
+        span = f"{first}" if first == last else f"{first} to {last}"
+        robust = own.val_robust_accuracy.mean()
+        line = {"Split": split, "Training": model, "trainings": len(own)}
+        line |= {"kept epoch": f"{span} of {own.epochs.max()}"}
+        line |= {"validation, clean (%)": f"{100 * own.val_accuracy.mean():.0f}"}
+        lines.append(line | {"attacked (%)": "–" if pd.isna(robust) else f"{100 * robust:.0f}"})
+    return pd.DataFrame(lines)
+
+
+def _place(split, model):
+    """Where a training stands in a table: the paper's split first, then the order of the trainings."""
+    return split != "random", list(TRAININGS).index(model)
+
+
+def scores_layout(scores: pd.DataFrame) -> pd.DataFrame:
+    """A display table of :func:`fortify.evaluation.robustness_scores`, six columns."""
+    lines = []
+    for row in scores.itertuples():
+        line = {"Split": row.split, "Training": row.model}
+        line["mean over budgets (%)"] = f"{100 * row.mean_robust_accuracy:.1f}"
+        line |= {"sd over seeds": "–" if pd.isna(row.sd) else f"{100 * row.sd:.1f}"}
+        line |= {"CW median L2": f"{row.cw_median_l2:.2g}", "CW succeeds": f"{row.cw_k}/{row.cw_n}"}
+        lines.append(line)
+    return pd.DataFrame(lines)
 
 
 def matrix_layout(table: pd.DataFrame, *, split: str) -> pd.DataFrame:
