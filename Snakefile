@@ -96,7 +96,7 @@ TABLE1 = [f"table1_{split}{part}" for split in SPLITS for part in ("", "_classes
 TABLE1 = [f"tables/{name}.{kind}" for name in TABLE1 for kind in ("csv", "md", "tex")]
 TABLE1 += ["tables/table1.txt", *tables("accuracy curve kept_epochs robustness_scores")]
 FIGURES = "fig1_system fig3_normal_clean fig4_normal_attacked fig5_adversarial_benign".split()
-FIGURES += ["fig6_adversarial_malignant_normal", "robustness_curves"]
+FIGURES += ["fig6_adversarial_malignant_normal", "robustness_curves", "training_curves", "failures"]
 FIGURES = [f"figures/{name}.{kind}" for name in FIGURES for kind in ("pdf", "png")]
 LEAKAGE = tables("leak_meter leak_summary leak_twins leak_tells groups group_sensitivity lungs_or_scanner")
 AUDITS = [f"tables/audit_{split}-s{SEEDS[0]}.csv" for split in AUDITED]
@@ -131,7 +131,8 @@ STEPS = [  # rule, notebook, folder of its manifest, what it reads, what it writ
          each(["{run}"], "normal.safetensors", "normal_history.csv")),
     Step("attacks", "03_attacks", "{run}", [*OF_RUN, "{run}/normal.safetensors"],
          each(["{run}"], "normal_predictions.csv", "normal_logits.csv", "normal_attacked.npz", *SIMPLE)),
-    Step("adversarial_training", "04_adversarial_training", "{run}", [*OF_RUN, "{run}/normal_attacked.npz"],
+    Step("adversarial_training", "04_adversarial_training", "{run}",
+         [*OF_RUN, *each(["{run}"], "normal_attacked.npz", "normal_predictions.csv")],
          each(["{run}"], "adversarial.safetensors", *(f"adversarial_{end}" for end in
               ("history.csv", "predictions.csv", "logits.csv", "attacked.npz")))),
     Step("results", "05_results", "results", ["data/slices.npz", *each(RUNS, *dict.fromkeys(ROWS + OF_TABLE1 + SIMPLE))],

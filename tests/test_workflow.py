@@ -53,6 +53,9 @@ def test_every_notebook_ran_and_every_result_is_there(finished):
     for kind in ("pdf", "png"):
         names = {p.stem.split("_")[0] for p in (BUILD / "figures").glob(f"*.{kind}")}
         assert names >= {f"fig{i}" for i in range(1, 7)}
+    # None is there twice under two names. (A run on phantoms may keep both splits' first epoch.)
+    pictures = [p.read_bytes() for p in (BUILD / "figures").glob("*.png")]
+    assert len(set(pictures)) == len(pictures)
 
 
 def test_table_1_is_what_the_rows_say(finished):
@@ -98,8 +101,42 @@ def test_classes_and_scans_under_table_1_are_what_the_rows_say(finished):
     (shown,) = [c for c in nbformat.read(BUILD / "notebooks/05_results.ipynb", 4).cells if c.id == "05-23"]
     texts = [output.data["text/markdown"] for output in shown.outputs]
     for split in ("grouped", "random"):
-        markdown = (BUILD / f"tables/table1_{split}_classes.md").read_text(encoding="utf-8")
-        assert any(text.endswith(markdown) for text in texts), "notebook 5 shows the file"
+        (text,) = [text for text in texts if f"`tables/table1_{split}_classes.md`" in text]
+        own = pd.read_csv(BUILD / f"tables/table1_{split}_classes.csv").query("unit == 'slice'")
+        for model, part in own.groupby("model"):
+            (line,) = [line for line in text.splitlines() if line.startswith(f"| {model} |")]
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            assert [cell.split(" (")[0] for cell in cells[1:3]] == [f"{v:.1f}" for v in part.accuracy_percent]
+            recalls = [float(share) for share in cells[4].split(" / ")]
+            assert recalls == pytest.approx(part.recall_benign_percent.tolist(), abs=0.5)
+
+
+def test_notebooks_2_to_5_open_with_an_answer_made_of_this_runs_tables(finished):
+    """Whose headline number is the one of the per-example rows."""
+    for path in sorted((BUILD / "notebooks").glob("**/0[2-5]_*.ipynb")):
+        cells = nbformat.read(path, 4).cells
+        texts = [o.data.get("text/markdown", "") for c in cells for o in c.get("outputs", [])]
+        (answer,) = [text for text in texts if text.startswith("**Short answer of this run**")]
+        assert answer.endswith("say nothing about lungs.*") and "nan" not in answer, path
+        assert not any("short answer follows" in text for text in texts)
+        if path.stem != "05_results":
+            rows = read_rows(BUILD / path.parent.name / f"{MODEL_OF[path.stem[:2]]}_predictions.csv")
+            attack = "clean" if path.stem == "02_baseline" else "pgd"
+            own = rows[rows.attack.eq(attack) & rows.protocol.eq("adaptive") & rows.eps_255.isin([0, 4])]
+            right = own.prediction.eq(own.label)
+            assert f"**{100 * right.mean():.0f} %**" in answer and f"({right.sum()} of {len(own)};" in answer
+
+
+MODEL_OF = {"02": "normal", "03": "normal", "04": "adversarial"}
+
+
+def test_no_table_in_the_text_of_notebooks_2_to_5_is_longer_than_a_reader_reads(finished):
+    for path in sorted((BUILD / "notebooks").glob("**/0[2-5]_*.ipynb")):
+        for cell in nbformat.read(path, 4).cells:
+            for text in (o.data.get("text/markdown", "") for o in cell.get("outputs", [])):
+                lines = [line for line in text.splitlines() if line.startswith("|")]
+                assert len(lines) <= 8 + 2 and all(line.count("|") <= 6 + 1 for line in lines), cell.id
+            assert not any("text/html" in o.data for o in cell.get("outputs", []))
 
 
 def test_each_step_is_named_as_it_starts_and_table_1_is_printed_as_soon_as_it_is_made(called):
@@ -513,7 +550,8 @@ def test_style_makes_no_costly_step_again_and_the_claims_know_their_figures():
     """Of the notebooks as they are: those that train or attack depend on no figure, table or file's form."""
     costly = code_of(ROOT / "notebooks/04_adversarial_training.ipynb", without=STYLE)
     assert costly.keys() >= {"fortify.attacks", "fortify.training", "fortify.runtime", "fortify.objectives"}
-    assert not {"fortify.figures", "fortify.tables", "fortify.files", "fortify.runs"} & costly.keys()
+    style = {"fortify.figures", "fortify.tables", "fortify.answers", "fortify.files", "fortify.runs"}
+    assert not style & costly.keys()
     cheap = code_of(ROOT / "notebooks/09_claims.ipynb")
     assert cheap.keys() >= {"fortify.examined.figures", "fortify.figures", "fortify.examined.claims"}
 

@@ -8,6 +8,7 @@ The pages need no server and fetch nothing: they open from the file system, and 
 
 import base64
 import html
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -76,7 +77,7 @@ def _site(target, notebooks, tables, figures, profile, pdf=None):
         if pdf is None:  # a finished profile's: what the committed copy awaits has just been run
             notebook.metadata.get("fortify", {}).pop("awaiting", None)
         page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": _title(notebook)}})
-        write_text(target / f"{name}.html", page)
+        write_text(target / f"{name}.html", re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', page))
         listed.append((name, run, notebook))
         for png, cell, alt in _pictures(notebook):
             shown.setdefault(png, (f"{name}.html#cell-id={cell}", alt))
