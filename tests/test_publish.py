@@ -259,6 +259,9 @@ def test_another_network_stands_beside_what_is_shown(checkout, capsys):
     assert len(companion_profiles(ROOT / "notebooks/profiles")) == 4
     shutil.copytree(checkout / "build/laptop", checkout / "build/resnet18")
     (checkout / "build/resnet18/tables/claims.md").unlink()
+    (checkout / "build/resnet18/figures/robustness_curves.png").write_bytes(b"its own")
+    for profile in ("laptop", "resnet18"):
+        (checkout / "build" / profile / "figures/fig1_system.png").write_bytes(b"the system")
     for folder, made in (("notebooks", source()), ("build/laptop/notebooks", executed())):
         nbformat.write(made, checkout / folder / "09_claims.ipynb")
     audit = "check,model,verdict,measured,note\ngradients,normal,fail,1 of 2,\n"
@@ -273,6 +276,9 @@ def test_another_network_stands_beside_what_is_shown(checkout, capsys):
     assert (checkout / "notebooks/01_a.ipynb").read_text() == shown
     for profile in ("laptop", "resnet18"):
         assert (checkout / "figures" / profile / "robustness_curves.png").is_file()
+        assert (checkout / "figures" / profile / "fig1_system.png").is_file() is (profile == "laptop"), (
+            "the same picture is published once"
+        )
         assert (checkout / "paper/tables" / profile / "runs/random-s0/normal_predictions.csv.gz").is_file()
     readme = (checkout / "README.md").read_text()
     assert "(figures/laptop/robustness_curves.png)" in readme and "figures/resnet18" not in readme

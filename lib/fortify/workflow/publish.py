@@ -216,6 +216,7 @@ def commit(build: str | Path) -> list[Path]:
         write_text(path, ready[path])
     others = {path.stem for path in (root / "notebooks" / "profiles").glob("*.yaml")} - {profile}
     runs = published_runs(build)
+    beside = published_folders(root, shown)[0] if companion else None
     for kind, folder in (("figures", figures), ("tables", tables)):
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():
@@ -223,7 +224,10 @@ def commit(build: str | Path) -> list[Path]:
                 path.unlink()
             elif profile != "paper" or path.name not in others:  # whose folders hold the others'
                 shutil.rmtree(path)
-        written += [Path(shutil.copy(p, folder)) for p in _of_first_seed(_whole_files(build / kind), runs)]
+        for path in _of_first_seed(_whole_files(build / kind), runs):
+            # What a companion's figures only repeat, as Figure 1, is published once.
+            if kind == "tables" or beside is None or not _same(path, beside / path.name):
+                written.append(Path(shutil.copy(path, folder)))
     for path in per_example_results(build, runs):
         packed = tables / "runs" / path.relative_to(build)
         if path.suffix == ".csv":
@@ -278,6 +282,10 @@ def _of_first_seed(paths, runs):
     seeds = {p: int(found[2]) for p, found in seed_of.items() if found[1] in runs}
     first = min(seeds.values(), default=None)
     return [p for p in paths if p not in seed_of or seeds.get(p) == first is not None]
+
+
+def _same(path, other):
+    return other.is_file() and path.read_bytes() == other.read_bytes()
 
 
 def _whole_files(folder):
