@@ -106,6 +106,10 @@ OF_TRANSFER = "transfer nodules nodules_groups nodules_gains nodules_attacked".s
 OF_TRANSFER = [f"tables/{name}_{{run}}.csv" for name in OF_TRANSFER]
 if FINISHED:
     TRANSFERS = [run for run in TRANSFERS if Path(f"{BUILD}/{run}/11_transfer.json").is_file()]
+# Networks of the second dataset, where it is there: notebook 12 explains them too.
+NODULES = [f"{{run}}/nodules_{name}" for name in MODELS]
+if PARAMETERS["11_transfer"]["second_data"] == "lidc" and not lidc.is_there():
+    NODULES = []
 DETECTION = [f"tables/detection_{run}.csv" for run in FIRST_RUNS]
 if FINISHED:
     DETECTION = [path for path in DETECTION if Path(f"{BUILD}/{path}").is_file()]
@@ -151,7 +155,7 @@ STEPS = [  # rule, notebook, folder of its manifest, what it reads, what it writ
          [*OF_RUN, *each(["{run}"], *MODELS, "normal_attacked.npz", "adversarial_attacked.npz")],
          ["tables/explanations_{run}.csv"]),
     Step("transfer", "11_transfer", "{run}", [*OF_RUN, *each(["{run}"], *MODELS)],
-         [*each(["{run}"], "transfer_rows.csv", "nodule_logits.csv", "nodule_rows.csv"), *OF_TRANSFER]),
+         [*each(["{run}"], "transfer_rows.csv", "nodule_logits.csv", "nodule_rows.csv"), *NODULES, *OF_TRANSFER]),
     Step("detection", "13_detection", "{run}",
          [*OF_RUN, *each(["{run}"], "normal.safetensors", "normal_attacked.npz", "adversarial_predictions.csv")],
          ["{run}/normal_detectors.safetensors", "{run}/detection_rows.csv",
@@ -174,6 +178,11 @@ def files_of(step):
     return image_files(DATA) if step.name == "data" else ""
 
 
+def nodule_networks(wildcards):
+    """What notebook 12 reads of notebook 11, which is run on one split."""
+    return built(path.format(run=wildcards.run) for path in NODULES if wildcards.run in TRANSFERS)
+
+
 wildcard_constraints:
     run="[a-z]+-s[0-9]+",
 
@@ -186,6 +195,7 @@ for step in STEPS:
         input:
             ancient(step.source) if step.costly else step.source,  # params.code holds its cells
             ["paper/claims.yaml"] if step.name == "claims" else [],
+            nodule_networks if step.name == "explanations" else [],
             built(step.reads),
         output:
             built([*step.writes, f"{step.folder}/{step.notebook}.json"]),

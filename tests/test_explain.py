@@ -18,6 +18,8 @@ from fortify.explain import (
     control,
     deletion_insertion,
     hits,
+    located,
+    located_layout,
     measured,
     randomised,
     rank_correlation,
@@ -167,6 +169,21 @@ def test_the_table_tells_a_network_that_looks_in_the_mask_from_a_control(shown):
     assert "under attack: normal 1.00" in words
     figure = measure_dots(table, measures={"lungs": "lungs / area"})
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["normal", "control"]
+
+
+def test_a_map_of_the_mask_finds_it_and_one_of_the_rest_does_not():
+    masks = np.stack([MASK, MASK.T, np.roll(MASK, 3, axis=0)])
+    rest = np.where(masks, 0.0, 1.0)
+    maps = {("normal", "a"): masks * 1.0, ("adversarial", "a"): rest, ("", "edges"): rest}
+    table = located(maps, masks, groups=[0, 0, 1], where=", attacked")
+    assert table.measure.unique().tolist() == ["pointing game, attacked", "AUPRC, attacked"]
+    assert table.floor.unique().tolist() == [masks.mean()] and table.n.eq(3).all()
+    of = table.groupby("model")["mean"].apply(list)
+    assert of["normal"] == [1, 1] and of["adversarial"][0] == 0 and of["adversarial"][1] < masks.mean() + 1e-9
+    shown = located_layout(table).set_index("map")
+    assert shown.shape == (2, 4) and shown.loc["a", "pointing game, attacked, normal"] == "1.00 (1.00–1.00)"
+    edges = shown.loc["edges"].to_numpy()
+    assert edges[0] == edges[1] == "0.00 (0.00–0.00)", "a control stands beside both networks"
 
 
 def test_a_panel_shows_the_slice_and_its_maps(shown):

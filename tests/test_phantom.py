@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import binary_dilation
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -143,3 +144,19 @@ def test_a_network_learns_what_shortcuts_do_not_and_an_attack_undoes_it():
     assert clean > 0.7, figures
     assert clean > nearest + 0.1 and clean > histogram + 0.1, figures
     assert robust[4] < clean - 0.2 and robust[8] < 0.35, figures
+
+
+def test_lesions_are_where_the_slices_show_them():
+    """On every slice with a nodule and on no normal one, and bright in the lung."""
+    arguments = dict(patients=12, slices_per_patient=2, size=48, seed=3)
+    drawn, masks = phantom.make(**arguments), phantom.lesion_masks(**arguments)
+    assert masks.shape == drawn.images.shape and masks.dtype == bool
+    area = masks.mean((1, 2))
+    normal = drawn.labels == drawn.class_names.index("normal")
+    assert (area[normal] == 0).all() and (area[~normal] > 0.002).all() and area.max() < 0.1
+    assert area[drawn.labels == 1].mean() > area[drawn.labels == 0].mean(), "malignant ones are larger"
+    brighter = []
+    for image, mask in zip(drawn.images[~normal], masks[~normal], strict=True):
+        around = binary_dilation(mask, iterations=3) & ~binary_dilation(mask)
+        brighter.append(np.median(image[mask]) > np.median(image[around]) + 30)
+    assert np.mean(brighter) > 0.7, "not where heart or chest wall is around"

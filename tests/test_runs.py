@@ -161,6 +161,17 @@ def test_siblings_are_the_finished_runs_of_the_profile_by_split_and_seed(checkou
     assert found(splits=["random"], seeds=[0, 10]) == ["random-s10"], "not what an earlier call left"
 
 
+def test_a_run_says_whether_it_holds_files(checkout):
+    folder = checkout / "build/demo/random-s0"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "nodules_normal.safetensors").touch()
+    run = runs.open_run("build/demo/random-s0")
+    assert run.holds("nodules_normal.safetensors")
+    assert not run.holds("nodules_normal.safetensors", "nodules_adversarial.safetensors")
+    with pytest.raises(FileNotFoundError, match="Notebook 11_transfer writes it"):
+        run.read("nodules_adversarial.safetensors")
+
+
 def test_siblings_by_hand_are_of_the_split_that_the_manifest_says(checkout):
     finished(checkout / "build/by-hand")
     stamped(checkout / "build/by-hand", "02_baseline.json", split="random", seed=3)

@@ -42,6 +42,7 @@ from fortify.transfer.nodules import (
     on_folds,
     open_study,
     size_logits,
+    unseen_nodules,
     with_frozen_features,
 )
 
@@ -447,6 +448,19 @@ def test_a_recipe_is_that_of_the_notebooks_and_a_slow_batchnorm_is_told_to_follo
     )
 
 
+def test_a_nodule_is_explained_on_its_largest_slice_of_an_unseen_patient():
+    study = open_study("phantom", size=32)
+    fold = nodule_folds(study, folds=1)["patients"][0]
+    every = unseen_nodules(study, most=1000)
+    assert set(every) <= set(fold["test"])
+    assert sorted(study.nodules.nodule[every]) == sorted(study.nodules.nodule[fold["test"]].unique())
+    largest = study.nodules.iloc[fold["test"]].groupby("nodule").area_px.max()
+    assert study.nodules.loc[every].set_index("nodule").area_px.eq(largest).all()
+    some = unseen_nodules(study, most=4, seed=1)
+    assert len(some) == 4 and set(some) < set(every) and list(some) == sorted(some)
+    assert list(some) != list(unseen_nodules(study, most=4, seed=2))
+
+
 def test_the_answers_and_figures_are_of_the_tables(matrix, monkeypatch, tmp_path):
     monkeypatch.setenv("FORTIFY_LIDC", str(tmp_path))
     assert open_study("lidc", size=32) is None, "not fetched: no error"
@@ -463,6 +477,7 @@ def test_the_answers_and_figures_are_of_the_tables(matrix, monkeypatch, tmp_path
     study = open_study("phantom", size=32)
     assert study.slices.class_names == ("benign", "malignant") and set(study.slices.labels) == {0, 1}
     assert study.nodules.nodule.nunique() == len(set(study.slices.patients))
+    assert (study.masks(np.arange(len(study.slices))).any((1, 2))).all(), "it shows where the lesion is"
     folds = nodule_folds(study, folds=2)
     seen = size_logits(study, folds["patients"], split="patients")
     parts = [

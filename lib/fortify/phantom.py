@@ -44,9 +44,8 @@ def make(*, patients: int = 110, slices_per_patient: int = 6, size: int = 64, se
             f"patients={patients}, slices_per_patient={slices_per_patient}, size={size}: phantoms need "
             "at least 9 patients (three a class), 1 slice per patient and 24 pixels."
         )
-    of_class = [max(3, round(patients * share / sum(_PATIENTS))) for share in _PATIENTS[:2]]
-    of_class.append(patients - sum(of_class))
-    label_of = np.repeat(np.arange(3), of_class)
+    label_of = _labels(patients)
+    of_class = np.bincount(label_of)
     images = np.concatenate(
         [_stack(seed, number, label, slices_per_patient, size) for number, label in enumerate(label_of)]
     )
@@ -86,8 +85,31 @@ def phantom_slices(
     )
 
 
-def _stack(seed, number, label, count, size):
-    """One patient's slices, uint8 (count, size, size)."""
+def lesion_masks(
+    *, patients: int = 110, slices_per_patient: int = 6, size: int = 64, seed: int = 0
+) -> np.ndarray:
+    """Where the lesion is on each slice that :func:`make` draws of the same arguments: bool (N, size, size).
+
+    A pixel is of the lesion where that changes the density by more than 200 HU, before blur and noise. None
+    is on normal slices.
+    """
+    masks = []
+    for number, label in enumerate(_labels(patients)):
+        _, anatomy, _, lesion, heights = _drawn(seed, number, label, slices_per_patient)
+        for z in heights:
+            with_it, without = (_render(anatomy, lesion, z, size), _render(anatomy, None, z, size))
+            masks.append(np.abs(with_it - without) > 200)
+    return np.array(masks)
+
+
+def _labels(patients):
+    """The class of each patient, sorted."""
+    of_class = [max(3, round(patients * share / sum(_PATIENTS))) for share in _PATIENTS[:2]]
+    return np.repeat(np.arange(3), [*of_class, patients - sum(of_class)])
+
+
+def _drawn(seed, number, label, count):
+    """What is drawn of one patient: (generator, anatomy, scanner, lesion or None, heights of its slices)."""
     rng = np.random.default_rng([seed, number])
     heights = _SPACING * (np.arange(count) - (count - 1) / 2)
     anatomy = _anatomy(rng)
@@ -97,7 +119,12 @@ def _stack(seed, number, label, count, size):
         "noise": rng.uniform(10, 40),  # HU
         "blur": rng.uniform(0.35, 0.6),  # pixels
     }
-    lesion = _lesion(rng, anatomy, label, heights[-1])
+    return rng, anatomy, scanner, _lesion(rng, anatomy, label, heights[-1]), heights
+
+
+def _stack(seed, number, label, count, size):
+    """One patient's slices, uint8 (count, size, size)."""
+    rng, anatomy, scanner, lesion, heights = _drawn(seed, number, label, count)
     slices = []
     for z in heights:
         hu = _render(anatomy, lesion, z, size)

@@ -40,6 +40,7 @@ _WRITERS = (  # the first prefix that fits
     ("adversarial", "04_adversarial_training"),
     ("published", "06_published_protocol"),
     ("tone_curves", "06_published_protocol"),
+    ("nodules_", "11_transfer"),
 )
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
 _KINDS |= {dict: "a mapping"}
@@ -130,6 +131,13 @@ class Run:
         if path.exists():
             return path
         raise FileNotFoundError(f"{_resolve(self.source, name)} does not exist. {_remedy(name)}")
+
+    def holds(self, *names: str) -> bool:
+        """Whether every one of these files is there for :meth:`read`."""
+        try:
+            return all(self.read(name) for name in names)
+        except FileNotFoundError:
+            return False
 
     def write(self, name: str) -> Path:
         """Path to write ``name`` to; its folder exists on return."""

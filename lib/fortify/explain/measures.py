@@ -174,6 +174,41 @@ def measured(
     return pd.DataFrame(rows)
 
 
+def located(
+    maps: Mapping[tuple[str, str], np.ndarray], masks: np.ndarray, *, groups: Sequence[Any], where: str = ""
+) -> pd.DataFrame:
+    """How well maps find what the ``masks`` hold, by :func:`hits` and :func:`average_precision`.
+
+    Rows as :func:`measured`'s, of the measures "pointing game" and "AUPRC", each with ``where`` after it. The
+    floor of both is the masks' mean share of the area.
+    """
+    rows, area = [], masks.mean()
+    for (name, method), own in maps.items():
+        for measure, values in (
+            ("pointing game", hits(own, masks)),
+            ("AUPRC", average_precision(own, masks)),
+        ):
+            rows.append(_line(measure + where, method, name, values.astype(float), area, groups))
+    return pd.DataFrame(rows)
+
+
+def located_layout(table: pd.DataFrame) -> pd.DataFrame:
+    """A display table of :func:`located`: a line a map, a column a measure and network, with intervals.
+
+    A control, which no network made, stands in every network's column.
+    """
+    lines = []
+    for name in table["map"].unique():
+        line = {"map": name}
+        for measure in table.measure.unique():
+            own = table[table["map"].eq(name) & table.measure.eq(measure)].set_index("model")
+            for model in (name for name in table.model.unique() if name):
+                row = own.loc[model if model in own.index else ""]
+                line[f"{measure}, {model}"] = f"{row['mean']:.2f} ({row.low:.2f}–{row.high:.2f})"
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
 def sanity(
     model: nn.Module,
     images: Any,

@@ -1,6 +1,6 @@
 """The second dataset of notebook 11: nodules of known patients, beside what their size alone says."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from fortify.attacks import Attack
 from fortify.baselines import FrozenFeatures, headless
 from fortify.data import Slices, to_tensor
 from fortify.evaluation import accuracy_table, at_budget, headline_gains, scan_decisions
-from fortify.phantom import phantom_slices
+from fortify.phantom import lesion_masks, phantom_slices
 from fortify.scoring import evaluate, logits
 from fortify.splits import grouped_split, near_duplicate_groups, pairwise_agreement
 from fortify.transfer.networks import Regime, trained
@@ -28,10 +28,14 @@ _SUBSETS = {"all": (0.0, np.inf), "7 to 14 mm": MIDDLE_MM}
 @dataclass(frozen=True, eq=False)
 class Study:
     """Slices of nodules with what is known of each slice's nodule (``fortify.lidc.nodule_table``'s
-    columns)."""
+    columns).
+
+    ``masks`` says of slices, by their positions, where the nodule is: bool (M, size, size).
+    """
 
     slices: Slices
     nodules: pd.DataFrame
+    masks: Callable[[np.ndarray], np.ndarray] | None = None
 
     @property
     def codes(self) -> np.ndarray:
@@ -56,10 +60,15 @@ def open_study(data: str, *, size: int, cache: str | Path | None = None, seed: i
         if not lidc.is_there():
             return None
         slices = lidc.load_lidc_nodules(size=size, cache=cache)
-        return Study(slices, lidc.nodule_table(slices))
+
+        def masks(index):
+            return lidc.load_lidc_masks(slices.subset(index), size=size)
+
+        return Study(slices, lidc.nodule_table(slices), masks)
     if data != "phantom":
         raise ValueError(f'the second dataset is "lidc" or "phantom", not {data!r}')
-    drawn = phantom_slices(patients=60, slices_per_patient=3, size=size, seed=seed + 1000)
+    options = {"patients": 60, "slices_per_patient": 3, "size": size, "seed": seed + 1000}
+    drawn = phantom_slices(**options)
     some = drawn.subset(drawn.labels < 2)
     some = replace(some, class_names=some.class_names[:2], groups=some.patients)
     patients, first = np.unique(some.patients, return_index=True)
@@ -68,7 +77,7 @@ def open_study(data: str, *, size: int, cache: str | Path | None = None, seed: i
     diameter = sizes[np.searchsorted(patients, some.patients)]
     area = (diameter * size / 300) ** 2 * rng.uniform(0.5, 1, len(some))
     table = {"nodule": [f"phantom {p}" for p in some.patients], "diameter_mm": diameter, "area_px": area}
-    return Study(some, pd.DataFrame(table))
+    return Study(some, pd.DataFrame(table), lesion_masks(**options)[drawn.labels < 2].__getitem__)
 
 
 def nodule_folds(
@@ -87,6 +96,16 @@ def nodule_folds(
         kind: [grouped_split(slices.labels, own, seed=fold) for fold in range(folds)]
         for kind, own in together.items()
     }
+
+
+def unseen_nodules(study: Study, *, most: int, seed: int = 0) -> np.ndarray:
+    """At most ``most`` nodules of the patients' first fold's test set, drawn at random, a slice of each.
+
+    It is the slice with the largest mask. Positions in ``study.slices``, sorted.
+    """
+    test = grouped_split(study.slices.labels, study.slices.patients, seed=0)["test"]
+    largest = study.nodules.iloc[test].sort_values("area_px", kind="stable").groupby("nodule").tail(1).index
+    return np.sort(np.random.default_rng(seed).permutation(np.sort(largest))[:most])
 
 
 def group_agreement(
