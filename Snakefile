@@ -14,6 +14,7 @@ import yaml
 
 from fortify import lidc
 from fortify.evaluation import TRAININGS
+from fortify.experiments import experiment_files
 from fortify.workflow.locks import join_call, wait_for_profile
 from fortify.workflow.notebooks import code_of
 from fortify.workflow.profiles import ProfileError, load_profile, read_profile
@@ -117,6 +118,8 @@ LEDGER = tables("published_matrix dataset gain mcnemar printed_arithmetic publis
 LEDGER += ["tables/published_matrix.md", "tables/published_matrix.tex", "tables/claims.md"]
 COMPARED_RUNS = PARAMETERS["10_robust_optimisation"]["compared_runs"]
 COMPARED = tables("comparison comparison_gains comparison_costs comparison_seconds")
+EXPERIMENTS = {name: str(path) for name, path in experiment_files("", PROFILE).items()}  # of benchmarks/
+COMPARED += tables(" ".join(f"experiment_{name}" for name in EXPERIMENTS))
 EXPLAINED = [f"tables/explanations_{run}.csv" for run in FIRST_RUNS]
 if FINISHED:
     COMPARED, EXPLAINED = (
@@ -195,6 +198,7 @@ for step in STEPS:
         input:
             ancient(step.source) if step.costly else step.source,  # params.code holds its cells
             ["paper/claims.yaml"] if step.name == "claims" else [],
+            [*EXPERIMENTS.values()] if step.name == "robust_optimisation" else [],
             nodule_networks if step.name == "explanations" else [],
             built(step.reads),
         output:

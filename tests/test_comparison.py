@@ -14,6 +14,7 @@ from fortify.comparison import (
     Contender,
     certified,
     compare,
+    contenders_of,
     cost_in_forwards,
     leaders,
     rank,
@@ -68,6 +69,23 @@ def test_normal_training_is_that_without_attacks(phantoms, parts):
     ours, theirs = model.state_dict().values(), plain.state_dict().values()
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert np.isnan(facts["val_robust_accuracy"]) and facts["forwards"] == 3
+
+
+def test_notebook_10s_contenders_share_all_but_what_they_are_named_for():
+    baseline = {"epochs": 9, "lr": 0.1, "arch": "resnet_small", "mixup": 0.5}
+    hardening = {"train_recipe": {"clean_share": 0.25}, "train_eps_255": 8, "train_pgd_steps": 3}
+    names = ["normal", "PGD alone", "the paper's mix", "TRADES", "MART", "AWP", "N-FGSM", "noise"]
+    options = dict(baseline=baseline, hardening=hardening, epochs=4)
+    found = {c.name: c for c in contenders_of(names, ["resnet18"], **options)}
+    assert list(found) == [*names, "resnet18"] and found["resnet18"].arch == "resnet18"
+    assert {(c.recipe.epochs, c.recipe.lr, c.recipe.mixup) for c in found.values()} == {(4, 0.1, 0.0)}
+    mix = found["the paper's mix"]
+    assert mix.attacks == found["resnet18"].attacks and sum(mix.attacks.values()) == pytest.approx(1)
+    assert {a.eps_255 for c in found.values() for a in c.attacks} == {8}
+    assert found["normal"].attacks == found["noise"].attacks == {}
+    assert found["PGD alone"].recipe.clean_share == 0 and found["PGD alone"].attacks == {PGD(8, steps=3): 1.0}
+    with pytest.raises(KeyError, match="FREE"):
+        contenders_of(["FREE"], [], **options)
 
 
 def test_an_unknown_objective_is_named():

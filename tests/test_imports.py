@@ -11,7 +11,7 @@ LIB = Path(__file__).parents[1] / "lib" / "fortify"
 FLOORS = (  # a module imports from the floors below it; inside a floor in the order given
     ("files", "runtime", "intervals", "images", "dicom", "augmentation"),
     ("data", "lidc", "splits", "pretrained", "vit", "models", "regions", "runs", "evaluation"),
-    ("phantom", "fused", "tables", "classes", "answers", "figures", "checkpoint", "published"),
+    ("phantom", "fused", "tables", "classes", "answers", "figures", "checkpoint", "published", "experiments"),
     ("attacks", "objectives", "smoothing"),
     ("training", "scoring", "baselines", "comparison"),
 )

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from fortify.attacks import PGD, Attack, craft
+from fortify.attacks import FGSM, PGD, Attack, craft
 from fortify.data import Slices, to_tensor
 from fortify.files import write_csv, write_json
 from fortify.intervals import cluster_interval, gain_interval, wilson
@@ -29,6 +29,7 @@ from fortify.runtime import device_of, pick_device
 from fortify.training import Recipe, fit
 
 NORMAL = "normal"  # the objective of a training without attacks
+PAPERS = "the paper's mix"  # of clean and attacked images, as notebook 4 trains
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,38 @@ class Contender:
                 f"{self.name}: no objective is called {self.objective!r}; there are {NORMAL}, "
                 f"{', '.join(OBJECTIVES)}"
             )
+
+
+def contenders_of(
+    objectives: Sequence[str],
+    architectures: Sequence[str],
+    *,
+    baseline: Mapping[str, Any],
+    hardening: Mapping[str, Any],
+    epochs: int,
+) -> list[Contender]:
+    """Contenders of notebook 10: the ``objectives`` on the run's network, then ``architectures`` by the mix.
+
+    ``baseline`` are notebook 2's parameters; of ``hardening``, notebook 4's, the recipe, the budget and PGD's
+    steps. All train for ``epochs``, without mixup. Objectives are named as below; KeyError for another one.
+    """
+    recipe = hardening["train_recipe"] | {"epochs": epochs, "mixup": 0.0}
+    shared = Recipe.from_parameters(baseline, **recipe)
+    clean, every = replace(shared, clean_share=1.0), replace(shared, clean_share=0.0)
+    pgd = PGD(hardening["train_eps_255"], steps=hardening["train_pgd_steps"])
+    thirds = {attack: 1 / 3 for attack in (FGSM(pgd.eps_255), pgd, replace(pgd, loss="margin"))}
+    ways = {
+        "normal": (clean, NORMAL, {}),
+        "PGD alone": (every, "mix", {pgd: 1.0}),
+        PAPERS: (shared, "mix", thirds),
+        "TRADES": (shared, "trades", {pgd: 1.0}),
+        "MART": (shared, "mart", {pgd: 1.0}),
+        "AWP": (every, "awp", {pgd: 1.0}),
+        "N-FGSM": (shared, "n_fgsm", {pgd: 1.0}),
+        "noise": (clean, "noise", {}),
+    }
+    found = [Contender(name, *ways[name], arch=baseline["arch"]) for name in objectives]
+    return found + [Contender(arch, *ways[PAPERS], arch=arch) for arch in architectures]
 
 
 def run_contender(

@@ -499,10 +499,6 @@ def pdf(profile: str, target: str | Path | None = None) -> Path:
     parameters = published_parameters(root, profile)
     measured = [p.stem.removeprefix("speed_") for p in sorted((root / "benchmarks").glob("speed_*.csv"))]
     inputs = {"profile": profile, "parameters": json.dumps(parameters), "devices": json.dumps(measured)}
-    # The recipe's parts may have been measured on the small profile alone; the caption says so.
-    inputs["ablation"] = profile if (root / f"benchmarks/ablation_{profile}.csv").exists() else "laptop"
-    reference = profile == "paper" and (root / "benchmarks/grouping_cuda.csv").exists()
-    inputs["grouping"] = "cuda" if reference else "cpu"  # of the same profile where it has been measured
     companions = companion_profiles(root / "notebooks" / "profiles")
     companions = [name for name in companions if published_folders(root, name)[1].is_dir()]
     beside = {name: published_parameters(root, name) for name in companions}
