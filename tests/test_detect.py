@@ -16,6 +16,7 @@ from fortify.detect import (
     DETECTORS,
     STRATEGIES,
     calibrate,
+    choose,
     evade,
     examine,
     false_alarms,
@@ -237,6 +238,20 @@ def test_a_blind_detector_and_a_perfect_one_are_told_apart(model, images, labels
     assert perfect.loc["pgd", ["auroc", "detection"]].tolist() == [1, 1]
     assert perfect.loc["clean", "alarms"] == 0 and perfect.loc["adaptive", "accuracy"] == 1
     assert of_perfect.adaptive[0] == of_perfect.claimed[0] == 1
+
+
+def test_the_one_that_nothing_passes_is_chosen_wherever_it_stands(model, images, labels):
+    x, groups = quantised(images), np.arange(len(images)) // 4
+    made = {kind.name: calibrate(kind(), model, x, groups) for kind in (Blind, OffLattice)}
+    kept = {name: detector.threshold for name, detector in made.items()}
+    options = dict(eps_255=EPS, steps=5, most=12)
+    for names in (("blind", "off lattice"), ("off lattice", "blind")):
+        assert choose({name: made[name] for name in names}, x, labels, groups, **options) == "off lattice"
+    assert {name: detector.threshold for name, detector in made.items()} == kept, "copies were fitted"
+    two = {"first": made["blind"], "second": made["blind"]}
+    assert choose(two, x, labels, groups, **options) == "first"
+    with pytest.raises(ValueError, match="at least two of them, and there are 3"):
+        choose(two, x[:9], labels[:9], np.arange(9) // 3, **options)
 
 
 @dataclasses.dataclass

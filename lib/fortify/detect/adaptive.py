@@ -4,6 +4,7 @@ Each strategy says which way to move; one loop does the rest. To add one, write 
 and give it a row in :data:`STRATEGIES`.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fortify.attacks import check_budget, checked, margin
-from fortify.detect.detectors import Detector, Seen, _observed, look
+from fortify.attacks import PGD, check_budget, checked, craft, margin
+from fortify.detect.detectors import Detector, Seen, _observed, calibrate, look
 from fortify.detect.measures import LINF, score_rows
 from fortify.files import write_csv
 from fortify.runtime import device_of, float32_convolutions, frozen, progress_bar
@@ -194,6 +195,50 @@ def examine(
         rows.append(score_rows(detector, images, labels, attack="adaptive", **known, **about))
         write_csv(file, pd.concat(rows, ignore_index=True))
     return pd.read_csv(file, keep_default_na=False)
+
+
+def choose(
+    detectors: Mapping[str, Detector],
+    images: Tensor,
+    labels: Tensor,
+    groups: Sequence,
+    *,
+    eps_255: float,
+    steps: int,
+    false_alarms: float = 0.05,
+    most: int = 48,
+    seed: int = 0,
+) -> str:
+    """The name of the detector that a short attack on validation slices speaks for; no test slice is needed.
+
+    ``images`` (N, C, H, W), ``labels`` and ``groups`` (N,) are the validation slices that ``detectors``, all
+    of one network, were calibrated on. Copies of them are fitted and calibrated on half of the groups, and at
+    most ``most`` slices of the other half are attacked: by :func:`evade` with one start and one weight.
+    Chosen is the one that leaves most of these slices correct or rejected, of several the one that raises
+    most alarms under PGD on the network alone, then the first. ValueError for fewer than four groups.
+    """
+    groups = np.asarray(groups)
+    found = np.unique(groups)
+    if len(found) < 4:
+        raise ValueError(f"half of the groups must be at least two of them, and there are {len(found)}")
+    rng = np.random.default_rng(seed)
+    fitted = np.isin(groups, rng.permutation(found)[: len(found) // 2])
+    held_out = np.sort(rng.permutation(np.flatnonzero(~fitted))[:most])
+    x, y, guides = images[held_out], labels[held_out], images[fitted]
+    model = next(iter(detectors.values())).model
+    attacked = craft(model, x, y, PGD(eps_255, steps=steps), seed=seed).images
+    about = {"eps_255": eps_255, "steps": steps, "restarts": 1, "weights": [1.0], "guides": guides}
+    told = {}
+    for name, detector in detectors.items():
+        own = calibrate(
+            dataclasses.replace(detector), model, guides, groups[fitted], false_alarms=false_alarms, seed=seed
+        )
+        scores, probabilities = own.judge(x)
+        right = (probabilities.argmax(1) == y) & (scores <= own.threshold)
+        evaded = evade(own, x, y, crafted=[attacked], seed=seed, **about).evaded
+        alarms = (own.score(attacked) > own.threshold).float().mean()
+        told[name] = (right & ~evaded).float().mean().item(), alarms.item()
+    return max(told, key=told.get)  # of equal ones the first
 
 
 def _pgd(detector, x, y, start, direction, *, known, rank, eps, steps):
