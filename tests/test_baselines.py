@@ -25,6 +25,7 @@ from fortify.baselines import (
     headless,
     rays,
 )
+from fortify.data import Slices
 from fortify.evaluation import BLACK_BOX, check_rows
 from fortify.images import histograms
 from fortify.models import build_model, predict, predict_logits
@@ -173,6 +174,30 @@ def test_a_soft_histogram_is_a_share_of_the_pixels_with_a_gradient(images, label
     assert torch.equal(model(images), again(images)) and torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_soft_histogram_stops_where_validation_slices_say(images, labels):
+    """At once where these have other classes than training slices of the same grey levels, else later."""
+    grey = torch.linspace(0.1, 0.9, 60).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
+    order = np.random.default_rng(0).permutation(60)
+    validation, classes = order[:20], np.arange(60) // 20
+    wrong = classes.copy()
+    wrong[validation] = (wrong[validation] + 1) % 3
+    right, misled = (SoftHistogram(grey, y, num_classes=3, validation=validation) for y in (classes, wrong))
+    assert misled.steps == 10 and right.steps >= 40
+    fixed = SoftHistogram(grey, classes, num_classes=3, steps=right.steps)
+    assert torch.equal(fixed(grey), right(grey)), "then it is trained on all of them"
+    known = Slices(
+        images=(grey[:, 0].numpy() * 255).astype(np.uint8),
+        labels=wrong,
+        names=tuple(map(str, range(60))),
+        class_names=("a", "b", "c"),
+        source="greys",
+        sha256="",
+        groups=np.arange(60),
+    )
+    models, _ = fit_baselines(["soft histogram"], known, validation=validation)
+    assert models["soft histogram"].steps == 10
+
+
 @pytest.mark.parametrize("classes", [(0, 1, 2), (0, 2)])
 def test_frozen_features_are_a_logistic_regression_on_the_networks_own(images, labels, classes):
     net = build_model("resnet_small", num_classes=3, seed=0)
@@ -202,7 +227,7 @@ def test_what_needs_an_extra_is_left_out_and_named(phantoms, monkeypatch):
 
 
 def test_another_baseline_costs_a_row(phantoms, images, labels, monkeypatch):
-    monkeypatch.setitem(BASELINES, "mean", lambda train, seed: Mean())
+    monkeypatch.setitem(BASELINES, "mean", lambda known, seed, validation: Mean())
     models, _ = fit_baselines(["mean"], phantoms)
     rows, logits = evaluate_baselines(models, images[:9], labels[:9], [FGSM(EPS_255)])
     assert set(rows.model) == set(logits.model) == {"mean"} and len(rows) == 18
