@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fortify import comparison
-from fortify.attacks import FGSM, PGD, craft
+from fortify.attacks import FGSM, PGD, craft, prepared
 from fortify.augmentation import Augmentation
 from fortify.comparison import (
     Contender,
@@ -58,6 +58,21 @@ def test_the_learning_rate_is_chosen_on_validation_and_the_test_slices_are_attac
         broken |= craft(model, x, y, PGD(4, steps=3, loss=loss), seed=3).success
     assert rows.attacked.tolist() == (~broken).tolist(), "both losses, none of them at a lost slice"
     assert (rows.correct | ~rows.attacked).all() and facts["epochs"] == 2
+
+
+def test_both_losses_follow_one_fused_model(phantoms, parts, monkeypatch):
+    made = []
+    monkeypatch.setattr(comparison, "prepared", lambda *of: made.append(prepared(*of)) or made[-1])
+    followed = []
+
+    def watched(*of, fused=None, **options):
+        followed.append(fused)
+        return craft(*of, fused=fused, **options)
+
+    monkeypatch.setattr(comparison, "craft", watched)
+    contender = Contender("mine", replace(RECIPE, epochs=1), "mix", PGD2)
+    run_contender(contender, phantoms, parts, seed=3, eps_255=0.1, steps=1)
+    assert len(made) == 1 and [net is made[0] for net in followed] == [True, True]
 
 
 def test_normal_training_is_that_without_attacks(phantoms, parts):

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from fortify.attacks import FGSM, PGD, Attack, craft
+from fortify.attacks import FGSM, PGD, Attack, craft, prepared
 from fortify.data import Slices, to_tensor
 from fortify.files import write_csv, write_json
 from fortify.intervals import cluster_interval, gain_interval, wilson
@@ -152,11 +152,12 @@ def _attacked(model, test, index, eps_255, steps, seed):
     images, labels = to_tensor(test.images), torch.as_tensor(test.labels)
     prediction = predict(model, images).argmax(1)
     left = prediction == labels
+    options = {"fused": prepared(model, images, labels), "seed": seed}  # once for both losses
     for loss in ("cross_entropy", "margin"):
         chosen = left.nonzero().squeeze(1)
         if len(chosen):
             attack = PGD(eps_255, steps=steps, loss=loss, stop_early=True)
-            left[chosen[craft(model, images, labels, attack, subset=chosen, seed=seed).success]] = False
+            left[chosen[craft(model, images, labels, attack, subset=chosen, **options).success]] = False
     columns = {"index": np.asarray(index), "label": test.labels, "prediction": prediction.numpy()}
     rows = pd.DataFrame(columns)
     return rows.assign(correct=rows.prediction.eq(rows.label), attacked=left.numpy())
