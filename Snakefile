@@ -103,7 +103,7 @@ LEAKAGE = tables("leak_meter leak_summary leak_twins leak_tells groups group_sen
 AUDITS = [f"tables/audit_{split}-s{SEEDS[0]}.csv" for split in AUDITED]
 # Looked at once too, on the grouped split, where an attacker can have patients of his own.
 TRANSFERS = [run for run in FIRST_RUNS if split_and_seed(run)[0] == "grouped"] or FIRST_RUNS[:1]
-OF_TRANSFER = "transfer nodules nodules_groups nodules_gains nodules_attacked".split()
+OF_TRANSFER = "transfer transfer_pooled nodules nodules_groups nodules_gains nodules_attacked".split()
 OF_TRANSFER = [f"tables/{name}_{{run}}.csv" for name in OF_TRANSFER]
 if FINISHED:
     TRANSFERS = [run for run in TRANSFERS if Path(f"{BUILD}/{run}/11_transfer.json").is_file()]
@@ -111,7 +111,7 @@ if FINISHED:
 NODULES = [f"{{run}}/nodules_{name}" for name in MODELS]
 if PARAMETERS["11_transfer"]["second_data"] == "lidc" and not lidc.is_there():
     NODULES = []
-DETECTION = [f"tables/detection_{run}.csv" for run in FIRST_RUNS]
+DETECTION = [f"tables/detection{part}_{run}.csv" for run in FIRST_RUNS for part in ("", "_implied", "_latency")]
 if FINISHED:
     DETECTION = [path for path in DETECTION if Path(f"{BUILD}/{path}").is_file()]
 LEDGER = tables("published_matrix dataset gain mcnemar printed_arithmetic published_attacks claims")
@@ -128,6 +128,11 @@ if FINISHED:
 EXPLORER = ["explorer/data.js"]
 if FINISHED:
     EXPLORER = [path for path in EXPLORER if Path(f"{BUILD}/{path}").is_file()]
+# What the ledger reads of notebooks 10 to 13.
+CHAPTERS = [*COMPARED, *EXPLAINED, *DETECTION]
+CHAPTERS += [path.format(run=run) for run in TRANSFERS for path in OF_TRANSFER]
+if FINISHED:
+    CHAPTERS = [path for path in CHAPTERS if Path(f"{BUILD}/{path}").is_file()]
 OF_RUN = ["data/slices.npz", "data/splits/{run}.csv"]
 
 STEPS = [  # rule, notebook, folder of its manifest, what it reads, what it writes; {run}: for each split and seed
@@ -164,7 +169,8 @@ STEPS = [  # rule, notebook, folder of its manifest, what it reads, what it writ
          ["{run}/normal_detectors.safetensors", "{run}/detection_rows.csv",
           *(f"tables/detection{part}_{{run}}.csv" for part in ("", "_implied", "_false_alarms", "_latency"))]),
     Step("claims", "09_claims", "claims",
-         [*TABLE1, *LEAKAGE, *AUDITS, *each(PUBLISHED_RUNS, *PROTOCOL), *each(RUNS, *ROWS[:2])], LEDGER, costly=False),
+         [*TABLE1, *LEAKAGE, *AUDITS, *each(PUBLISHED_RUNS, *PROTOCOL), *each(RUNS, *ROWS[:2]), *CHAPTERS],
+         LEDGER, costly=False),
 ]  # fmt: skip
 FIRST = needed_for("results", STEPS)  # what Table 1 needs runs before all else
 show_progress(workflow, BUILD, seeds=SEEDS)

@@ -55,12 +55,16 @@ def test_every_published_claim_finds_its_numbers_and_its_verdict_holds():
     claims = load_claims(SOURCE)
     assert len(claims) >= 12
     table = ledger(claims, PUBLISHED)
-    assert table.holds.all(), table[~table.holds].verdict.tolist()
+    table = table[~table.verdict.str.startswith("open: not yet measured")]
+    assert len(table) >= 12 and table.holds.all(), table[~table.holds].verdict.tolist()
 
 
 def test_the_published_ledger_is_the_one_of_the_published_tables():
     again = ledger(load_claims(SOURCE), PUBLISHED)
     kept = pd.read_csv(PUBLISHED / "claims.csv", keep_default_na=False)
+    newer = ~again.id.isin(kept.id)  # than the publication: they are to be measured
+    assert again[newer].verdict.str.startswith("open: not yet measured").all()
+    again = again[~newer]
     assert again.ours.tolist() == kept.ours.tolist() and again.verdict.tolist() == kept.verdict.tolist()
 
 
@@ -73,6 +77,7 @@ def test_a_run_of_the_random_split_bears_out_what_is_of_it(tmp_path):
         if "grouped" not in path.name:
             table.to_csv(tmp_path / path.name, index=False)
     table = ledger(load_claims(SOURCE), tmp_path, partial=True).set_index("id")
+    table = table[~table.verdict.str.startswith("open: not yet measured")]
     left = {"clean-normal", "clean-adversarial", "clean-gain", "near-clean", "new-patients"}
     assert set(table.index[~table.holds]) == left
     assert table.verdict[list(left)].str.startswith("open: not measured here").all()
@@ -109,6 +114,22 @@ def test_a_run_of_less_leaves_claims_open(tables):
         ledger(
             load_claims(write(tables, numbers={"r": "a.csv[]", "p": "b.csv[name=x].p"})), tables, partial=True
         )
+
+
+def test_a_claim_may_wait_for_its_notebook_but_not_for_a_number(tables):
+    later = {"r": "later.csv[split=random]", "p": "b.csv[name=x].p"}
+    for there in (False, True):  # a chapter that finds no data leaves an empty table
+        if there:
+            pd.DataFrame({"missing": []}).to_csv(tables / "later.csv", index=False)
+        waiting = load_claims(write(tables, numbers=later, measured_in="13"))
+        (line,) = ledger(waiting, tables, partial=there).itertuples()
+        assert line.verdict == "open: not yet measured; notebook 13 does"
+        assert line.ours == "" and not line.holds
+    with pytest.raises(MissingNumber, match="a.csv"):
+        gone = {"r": "a.csv[split=odd]", "p": "b.csv[name=x].p"}
+        ledger(load_claims(write(tables, numbers=gone, measured_in="13")), tables)
+    with pytest.raises(MissingNumber, match="later.csv"):
+        ledger(load_claims(write(tables, numbers=later)), tables)
 
 
 def test_a_row_reads_as_accuracy_with_counts_and_interval(tables):

@@ -25,6 +25,10 @@ class MissingNumber(ClaimError):
     """A claim points to a table, row or number that these tables do not hold."""
 
 
+class MissingTable(MissingNumber):
+    """A claim points to a table that is not among these."""
+
+
 @dataclass(frozen=True)
 class Claim:
     """One claim of the paper. ``ours`` is text with {names} of ``numbers``, cells such as
@@ -40,6 +44,7 @@ class Claim:
     ours: str
     command: str
     under: str = ""  # the condition, for "reproduced only under"
+    measured_in: str = ""  # the notebook that writes the tables, where these may not be published yet
     numbers: dict = field(default_factory=dict)
     holds: list = field(default_factory=list)
 
@@ -72,15 +77,18 @@ def read_cell(tables: str | Path, cell: str) -> tuple[float | str, str]:
 
     Without a column the row is an accuracy: the number is in per cent, the text has k/n and interval, that by
     groups where the row has one.
-    Raises MissingNumber when the table, the row or the number is missing, ClaimError when the cell is wrong.
+    Raises MissingTable when the table is missing or empty, MissingNumber when row or number are, ClaimError
+    when the cell is wrong.
     """
     parsed = _CELL.fullmatch(cell)
     if not parsed:
         raise ClaimError(f"{cell!r} is no cell like table.csv[column=value, ...].column")
     path = Path(tables) / parsed["table"]
     if not path.is_file():
-        raise MissingNumber(f"{cell}: {path} does not exist")
+        raise MissingTable(f"{cell}: {path} does not exist")
     table = pd.read_csv(path, keep_default_na=False)
+    if table.empty:  # what it is of was not there
+        raise MissingTable(f"{cell}: {path.name} has no rows")
     for condition in filter(None, (part.strip() for part in parsed["row"].split(","))):
         column, _, value = condition.partition("=")
         if column not in table:
@@ -112,7 +120,8 @@ def ledger(claims: Iterable[Claim], tables: str | Path, *, partial: bool = False
 
     Columns: id, claim, where, ours, verdict, holds (do these tables bear the verdict out), evidence (the
     cells), command. A number that is not there raises MissingNumber; with ``partial``, for a run of fewer
-    splits, seeds or budgets, its claim is open instead. Raises ClaimError for a malformed claim.
+    splits, seeds or budgets, its claim is open instead. So is one with ``measured_in`` whose table is not
+    there at all. Raises ClaimError for a malformed claim.
     """
     rows = []
     for claim in claims:
@@ -124,6 +133,13 @@ def ledger(claims: Iterable[Claim], tables: str | Path, *, partial: bool = False
             broken = [rule for rule in claim.holds if not _true(rule, values)]
             if broken:
                 verdict = f"open: these numbers do not bear out “{verdict}” ({'; '.join(broken)})"
+        except MissingTable as error:
+            if not (partial or claim.measured_in):
+                raise MissingNumber(f"claim {claim.id}: {error}") from None
+            ours, broken = "", [str(error)]
+            verdict = f"open: not measured here ({str(error).partition(': ')[0]})"
+            if claim.measured_in:
+                verdict = f"open: not yet measured; notebook {claim.measured_in} does"
         except MissingNumber as error:
             if not partial:
                 raise MissingNumber(f"claim {claim.id}: {error}") from None
