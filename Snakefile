@@ -155,7 +155,7 @@ STEPS = [  # rule, notebook, folder of its manifest, what it reads, what it writ
          ["data/slices.npz", *(f"data/splits/{run}.csv" for run in FIRST_RUNS), *each(FIRST_RUNS, *MODELS)],
          LEAKAGE),
     Step("robustness_audit", "08_robustness_audit", "{run}", [*OF_RUN, *each(["{run}"], *MODELS)],
-         ["tables/audit_{run}.csv", "tables/audit_mutants_{run}.csv"]),
+         ["tables/audit_{run}.csv", "tables/audit_mutants_{run}.csv", "tables/audit_accuracies_{run}.csv"]),
     Step("robust_optimisation", "10_robust_optimisation", "robust_optimisation",
          ["data/slices.npz", *(f"data/splits/{run}.csv" for run in RUNS if run in COMPARED_RUNS),
           *each(FIRST_RUNS, MODELS[1])], COMPARED),

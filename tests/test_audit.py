@@ -13,15 +13,16 @@ from fortify.audit import (
     FAIL,
     NOT_RUN,
     PASS,
+    Audit,
     AuditData,
     Suite,
     accuracies_side_by_side,
     audit,
     remarks,
-    side_by_side,
 )
+from fortify.audit.answer import audit_answer, checks_in_words
 from fortify.audit.autoattack import autoattack
-from fortify.audit.checks import CHECKS, FalseGradient, dlr
+from fortify.audit.checks import CHECKS, MEANINGS, FalseGradient, dlr
 from fortify.audit.figures import audit_matrix
 from fortify.audit.mutants import (
     BROKEN_ATTACKS,
@@ -265,10 +266,10 @@ def test_t7_sees_masked_gradients(model, data):
     assert found.failed == ("T7",)
     blind = replace(SUITE, square_queries=1)  # Square finds nothing: it is AutoAttack that tells
     (line,) = audit(model, data, blind, craft=nothing, only=["T7"]).checks
-    assert line.measured.startswith("white-box attacks miss 0 that Square breaks (1 queries)")
+    assert line.measured.startswith("of what PGD left, Square (1 queries) breaks 0, reduced AutoAttack (")
     assert line.verdict == FAIL
     assert list(found.accuracies.attack[-5:-1]) == [
-        f"AutoAttack to {part}" for part in ("apgd-ce", "apgd-dlr", "fab-t", "square")
+        f"reduced AutoAttack to {part}" for part in ("apgd-ce", "apgd-dlr", "fab-t", "square")
     ]
 
 
@@ -409,15 +410,15 @@ def test_the_contested_budget_breaks_about_half(model, data):
 
 def test_display_tables(honest, mutants):
     audits = {name: honest.with_check(mutant_check(mutants)) for name in ("normal", "adversarial")}
-    shown = side_by_side(audits)
-    assert list(shown.columns) == ["id", "check", "normal", "adversarial"]
-    assert list(shown.id) == list(audits["normal"].table.id)
-    assert shown.normal.str.match(r"(pass|\*\*fail\*\*|\*not run\*): .+").all()
     accuracies = accuracies_side_by_side(audits)
+    assert accuracies.attack.is_unique and len(accuracies) <= 8, "a table that a reader reads"
+    parts = honest.accuracies[honest.accuracies.attack.str.contains("AutoAttack to ")]
+    shown = accuracies[accuracies.attack.str.contains("AutoAttack")].normal.tolist()
+    assert [cell.split("/")[0] for cell in shown] == [str(k) for k in parts.k.tail(1)]
     assert accuracies.attack[0] == "clean" and accuracies.normal.str.match(r"\d+/16 \(\d+ to \d+ %\)").all()
     assert remarks(honest).startswith("No check fails." if honest.passed else f"{len(honest.failed)} of")
     for id in honest.failed:
-        assert f"- {id} fails: " in remarks(honest)
+        assert f"- **{MEANINGS[id].name}** ({id}) fails: " in remarks(honest)
 
 
 def test_the_figure_shows_every_verdict_and_names_what_is_missed(honest, mutants):
@@ -427,12 +428,65 @@ def test_the_figure_shows_every_verdict_and_names_what_is_missed(honest, mutants
     fig = audit_matrix(verdicts, mutants)
     left, right = fig.axes
     assert [text.get_text() for text in left.texts] == list(honest.table.verdict)
-    assert [label.get_text() for label in left.get_yticklabels()][0] == "T0  contract of the attacks"
+    assert [label.get_text() for label in left.get_yticklabels()][0] == "contract of the attacks (T0)"
     marks = [label.get_text() for label in right.get_yticklabels()]
     assert "MISSED  no seed" in marks and sum("MISSED" in mark for mark in marks) == 1
     marked = [text.get_text() for text in right.texts]
     assert marked.count("×") == sum(len(by.split(", ")) for by in mutants.by if by)
     assert {"broken attacks", "fake defences"} <= set(marked)
+
+
+def test_what_was_not_run_looks_unlike_a_pass(honest, mutants):
+    verdicts = honest.with_check(mutant_check(None)).table.assign(model="normal")
+    left = audit_matrix(verdicts, mutants).axes[0]
+    hatched = [patch.get_hatch() for patch in left.patches]
+    assert [bool(hatch) for hatch in hatched] == [verdict == NOT_RUN for verdict in verdicts.verdict]
+
+
+def test_each_check_has_a_name_and_a_meaning(honest, mutants):
+    said = checks_in_words()
+    table = honest.with_check(mutant_check(mutants)).table
+    assert set(table.id) == set(MEANINGS) == {*CHECKS, "T10"}
+    for row in table.itertuples():
+        line = re.search(rf"^- \*{re.escape(row.check)}\* \({row.id}\): .+\.$", said, re.MULTILINE)
+        assert line and row.check == MEANINGS[row.id].name, row.id
+
+
+def test_an_autoattack_shorter_than_the_standard_is_called_reduced():
+    assert Suite().autoattack == "AutoAttack"
+    for less in ({"autoattack_steps": 99}, {"square_queries": 4999}):
+        assert replace(Suite(), **less).autoattack == "reduced AutoAttack"
+
+
+def test_the_answer_counts_what_the_tables_say(honest, mutants):
+    caught = mutants.assign(caught=mutants.name.ne("no seed"))
+    audits = {
+        "normal": honest.with_check(mutant_check(caught)),
+        "adversarial": honest.with_check(mutant_check(None)),
+    }
+    said = audit_answer(audits, caught, SUITE).splitlines()
+    assert len(said) == 5
+    for name, verdicts, counts in zip(audits, said[::2], said[1::2], strict=False):
+        found = audits[name].table.verdict.value_counts()
+        ran = found.get(PASS, 0) + found.get(FAIL, 0)
+        assert verdicts.startswith(f"- **{name.capitalize()} training**: {found[PASS]} of {ran} checks pass.")
+        own = honest.accuracies.set_index("attack")
+        assert f"of {own.n['clean']} slices {own.k['clean']} are correct when clean" in counts
+        assert f"{own.k['PGD, cross-entropy']} under PGD" in counts
+        assert counts.endswith(f"{own.k['worst case']} in the worst case over all attacks.")
+    assert "*mutants are caught*" in said[0].split("Failed: ")[1] and "Not run" not in said[0]
+    assert said[2].endswith("Not run: *mutants are caught*.")
+    assert f"catches **{len(mutants) - 1}/{len(mutants)}**. It misses no seed" in said[4]
+
+
+def test_the_answer_says_what_a_failed_check_means(honest, mutants):
+    def said(id):
+        table = [replace(c, verdict=FAIL if c.id == id else PASS) for c in honest.checks]
+        return audit_answer({"normal": Audit(tuple(table), honest.accuracies)}, mutants, SUITE)
+
+    assert "upper bound" in said("T7") and "only looks robust" not in said("T7")
+    assert "only looks robust" in said("T11") and "upper bound" not in said("T11")
+    assert "**So" not in said("T15")
 
 
 @pytest.mark.parametrize(("broken", "fails"), [("none", False), ("as many", False), ("all", True)])

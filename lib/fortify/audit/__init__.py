@@ -1,7 +1,7 @@
 """Can a robustness figure be believed? :func:`audit` runs the checks of a careful reviewer on any model."""
 
 from fortify.audit.context import FAIL, NOT_RUN, PASS, AuditData, Check, Suite
-from fortify.audit.report import Audit, accuracies_side_by_side, audit, remarks, side_by_side
+from fortify.audit.report import Audit, accuracies_side_by_side, audit, remarks
 
 __all__ = [
     "FAIL",
@@ -14,5 +14,4 @@ __all__ = [
     "accuracies_side_by_side",
     "audit",
     "remarks",
-    "side_by_side",
 ]

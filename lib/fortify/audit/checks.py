@@ -4,7 +4,7 @@ After Carlini et al. 2019 (arXiv:1902.06705), Athalye et al. 2018, Tramer et al.
 Zimmermann et al. 2022 and Pintor et al. 2022. To add one, write it and list it in ``CHECKS``.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -67,8 +67,77 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
-def _check(id, check, fails, *, measured, limit, note=""):
-    return Check(id, check, FAIL if fails else PASS, measured, limit, note)
+@dataclass(frozen=True)
+class Meaning:
+    """A check in words: its name, the question it belongs to, and what must be true, in a line."""
+
+    name: str
+    question: str
+    must_hold: str
+
+
+_CORRECT = "Are the attacks correct, and strong enough?"
+_BEHAVE = "Do they behave as attacks must?"
+_BETTER = "Does another attacker do better?"
+_FIGURE = "Is the accuracy under attack what it seems, and complete?"
+_AUDIT = "Does the audit see?"
+QUESTIONS = (_CORRECT, _BEHAVE, _BETTER, _FIGURE, _AUDIT)
+MEANINGS = {
+    "T0": Meaning(
+        "contract of the attacks",
+        _CORRECT,
+        "Each attacked image stays in [0, 1] and within its budget, a budget of zero changes nothing, one "
+        "seed gives one result, and the model stays as it was.",
+    ),
+    "T0b": Meaning(
+        "null attack",
+        _CORRECT,
+        "Without a gradient to follow an attack breaks nothing. If it does, the pipeline damages images.",
+    ),
+    "T1": Meaning("loss rises", _CORRECT, "The loss rises on nearly each image, and never falls on average."),
+    "T2": Meaning(
+        "converged",
+        _CORRECT,
+        "More steps, more starts, other step sizes and an independent loop break nearly nothing more.",
+    ),
+    "T3": Meaning("PGD at least FGSM", _BEHAVE, "What one step of FGSM breaks, PGD breaks."),
+    "T4": Meaning("accuracy falls with the budget", _BEHAVE, "A larger budget never raises the accuracy."),
+    "T5": Meaning("whole range", _BEHAVE, "Where each pixel may take any value, nothing stays correct."),
+    "T6": Meaning("random noise", _BEHAVE, "Noise of the same size breaks no image that the attack left."),
+    "T7": Meaning(
+        "Square and AutoAttack",
+        _BETTER,
+        "Square, which needs no gradient, and AutoAttack break nearly nothing that PGD left. If Square does, "
+        "gradients are masked.",
+    ),
+    "T8": Meaning("transfer", _BETTER, "Images crafted on other models break nearly nothing that PGD left."),
+    "T9": Meaning("gradients and losses", _CORRECT, "No gradient is zero, and no other loss breaks more."),
+    "T10": Meaning("mutants are caught", _AUDIT, "Attacks and defences broken on purpose fail a check."),
+    "T11": Meaning(
+        "local linearity",
+        _FIGURE,
+        "The model does not stop one-step attacks alone, with gradients that turn within the budget.",
+    ),
+    "T13": Meaning(
+        "worst case per image", _FIGURE, "The worst case over the attacks stands beside their mean."
+    ),
+    "T14": Meaning("8-bit files", _FIGURE, "Attacked images survive being saved as 8-bit files."),
+    "T15": Meaning("interval by group", _FIGURE, "The interval knows which slices belong together."),
+    "T16": Meaning(
+        "CW converged",
+        _CORRECT,
+        "A longer CW breaks nearly no more images within its budget, nor with much smaller changes.",
+    ),
+}
+
+
+def named(id: str, verdict: str, measured: str, limit: str, note: str = "") -> Check:
+    """A :class:`Check` with the name that ``MEANINGS`` gives its id."""
+    return Check(id, MEANINGS[id].name, verdict, measured, limit, note)
+
+
+def _check(id, fails, *, measured, limit, note=""):
+    return named(id, FAIL if fails else PASS, measured, limit, note)
 
 
 def contract(ctx: Context) -> Check:
@@ -87,9 +156,7 @@ def contract(ctx: Context) -> Check:
     ctx.forget()  # or the second run would be the first
     ctx.note(pgd, "gives two results for one seed", not torch.equal(first, ctx.craft(pgd, where=few)[1]))
     found = "; ".join(f"{fault} ({attack})" for fault, attack in ctx.faults.items())
-    return _check(
-        "T0", "contract of the attacks", ctx.faults, measured=found or "no breach", limit="no breach"
-    )
+    return _check("T0", ctx.faults, measured=found or "no breach", limit="no breach")
 
 
 def null_attack(ctx: Context) -> Check:
@@ -97,18 +164,17 @@ def null_attack(ctx: Context) -> Check:
     attack = PGD(ctx.suite.eps_255, steps=ctx.suite.contract_steps, random_start=False)
     lost = {
         name: int(ctx.craft(attack, model=FalseGradient(ctx.model, seed=seed))[0].sum())
-        for name, seed in (("zeros", None), ("random signs", ctx.seed))
+        for name, seed in (("zero gradients", None), ("random signs", ctx.seed))
     }
     # Random signs are noise, and noise of that size may cost a fragile model something by itself.
     noise = int(ctx.misclassified(ctx.random_signs(0)).sum())
     allowed = ctx.suite.tolerated(ctx.n, ctx.suite.gap_points)
     return _check(
         "T0b",
-        "null attack",
-        lost["zeros"] > allowed or lost["random signs"] > noise + allowed,
-        measured=", ".join(f"{name} {ctx.share(count)} lost" for name, count in lost.items()),
-        limit=f"zeros {allowed}, random signs {noise + allowed}",
-        note=f"random noise of the same size loses {ctx.share(noise)}" if noise else "",
+        lost["zero gradients"] > allowed or lost["random signs"] > noise + allowed,
+        measured=", ".join(f"{name} break {ctx.share(count)}" for name, count in lost.items()),
+        limit=f"zero gradients {allowed}, random signs {noise + allowed}",
+        note=f"random noise of the same size breaks {ctx.share(noise)}" if noise else "",
     )
 
 
@@ -128,7 +194,6 @@ def loss_rises(ctx: Context) -> Check:
     trace = ", ".join(f"{value:.3g} at {length}" for length, value in zip(lengths, mean, strict=True))
     return _check(
         "T1",
-        "loss rises",
         ctx.n - rising > allowed or falls,
         measured=f"rises on {ctx.share(rising)}; mean {clean.mean():.3g} clean, {trace} steps",
         limit=f"all but {allowed}; mean never falls by 1 %",
@@ -158,7 +223,6 @@ def converged(ctx: Context) -> Check:
     allowed = suite.tolerated(ctx.n)
     return _check(
         "T2",
-        "converged",
         max(more.values()) > allowed or own < suite.loss_share * independent,
         measured="breaks more: "
         + ", ".join(f"{name} {count}" for name, count in more.items())
@@ -172,9 +236,7 @@ def iterated_beats_one_step(ctx: Context) -> Check:
     ctx.broken["FGSM"] = ctx.craft(FGSM(ctx.suite.eps_255))[0]
     only = int((ctx.broken["FGSM"] & ~ctx.pgd()[0]).sum())
     allowed = ctx.suite.tolerated(ctx.n)
-    return _check(
-        "T3", "PGD at least FGSM", only > allowed, measured=f"{only} only by FGSM", limit=f"{allowed}"
-    )
+    return _check("T3", only > allowed, measured=f"FGSM breaks {only} that PGD left", limit=f"{allowed}")
 
 
 def monotone(ctx: Context) -> Check:
@@ -190,7 +252,6 @@ def monotone(ctx: Context) -> Check:
     pairs = zip([0, *budgets], correct, strict=True)
     return _check(
         "T4",
-        "accuracy falls with eps",
         rise > allowed,
         measured=", ".join(f"{count} at {eps:g}" for eps, count in pairs) + f" (of {ctx.n})",
         limit=f"rises by {allowed} at most",
@@ -202,9 +263,7 @@ def whole_range(ctx: Context) -> Check:
     broken, _ = ctx.pgd(WHITE)
     broken = broken | ctx.pgd(WHITE, loss="margin", where=~broken)[0]
     correct = int((~broken).sum())
-    return _check(
-        "T5", "eps of the whole range", correct, measured=ctx.share(correct) + " still correct", limit="0"
-    )
+    return _check("T5", correct, measured=ctx.share(correct) + " still correct", limit="0")
 
 
 def random_noise(ctx: Context) -> Check:
@@ -213,8 +272,10 @@ def random_noise(ctx: Context) -> Check:
     lost = torch.zeros(ctx.n, dtype=torch.bool)
     for draw in range(ctx.suite.noise_draws):
         lost |= ctx.misclassified(ctx.random_signs(draw), correct & ~lost)
-    count = f"{int(lost.sum())} of {int(correct.sum())} still correct, {ctx.suite.noise_draws} draws"
-    return _check("T6", "random noise", lost.any(), measured=count, limit="0")
+    count = (
+        f"breaks {int(lost.sum())} of {int(correct.sum())} still correct, in {ctx.suite.noise_draws} draws"
+    )
+    return _check("T6", lost.any(), measured=count, limit="0")
 
 
 def black_box(ctx: Context) -> Check:
@@ -237,21 +298,21 @@ def black_box(ctx: Context) -> Check:
                 found[where] = result.images
                 warned += result.warnings
             together |= found
-            ctx.broken[f"AutoAttack to {part}"] = together.clone()
+            ctx.broken[f"{suite.autoattack} to {part}"] = together.clone()
     except ImportError as error:
-        return Check("T7", "Square and AutoAttack", NOT_RUN, "", "", str(error))
+        return named("T7", NOT_RUN, "", "", str(error))
     more, others = int((found & ~white_box).sum()), int((together & ~white_box).sum())
     allowed = suite.tolerated(ctx.n)
     by_square = min(1, allowed)
-    note = f"AutoAttack leaves {ctx.share((~together).sum())}, PGD {ctx.share((~white_box).sum())}"
+    note = f"still correct: {suite.autoattack} {ctx.share((~together).sum())}, "
+    note += f"PGD {ctx.share((~white_box).sum())}"
     note += "; two classes: without DLR" if ctx.classes < 3 else ""
     note += "; it warns: " + " ".join(dict.fromkeys(warned)) if warned else ""
     return _check(
         "T7",
-        "Square and AutoAttack",
         more > by_square or others > allowed,
-        measured=f"white-box attacks miss {more} that Square breaks ({suite.square_queries} queries), "
-        f"{others} that AutoAttack breaks",
+        measured=f"of what PGD left, Square ({suite.square_queries} queries) breaks {more}, "
+        f"{suite.autoattack} ({suite.autoattack_steps} steps) {others}",
         limit=f"{by_square}, {allowed}",
         note=note,
     )
@@ -260,9 +321,7 @@ def black_box(ctx: Context) -> Check:
 def transfer(ctx: Context) -> Check:
     """T8: images crafted on other models break (nearly) none that white-box attacks did not."""
     if not ctx.others:
-        return Check(
-            "T8", "transfer", NOT_RUN, "", "", "no other model was given: audit(..., others=[model])"
-        )
+        return named("T8", NOT_RUN, "", "", "no other model was given: audit(..., others=[model])")
     white_box, more = ctx.white_box()[0], torch.zeros(ctx.n, dtype=torch.bool)
     for number, other in enumerate(ctx.others, 1):
         attack = PGD(ctx.suite.eps_255, steps=ctx.suite.pgd_steps)
@@ -275,9 +334,9 @@ def transfer(ctx: Context) -> Check:
     count, allowed = int(more.sum()), ctx.suite.tolerated(ctx.n)
     return _check(
         "T8",
-        "transfer",
         count > allowed,
-        measured=f"{count} broken that white-box attacks did not ({len(ctx.others)} models)",
+        measured=f"breaks {count} that PGD left ({len(ctx.others)} other model"
+        + ("s)" if len(ctx.others) > 1 else ")"),
         limit=f"{allowed}",
     )
 
@@ -299,7 +358,6 @@ def gradients_say_something(ctx: Context) -> Check:
     counts = ", ".join(f"{name} {count}" for name, count in correct.items())
     return _check(
         "T9",
-        "gradients and losses",
         zero > zeros or more > allowed,
         measured=f"{ctx.share(zero)} zero gradients; still correct: {counts}",
         limit=f"{zeros} zero gradients; another loss breaks at most {allowed} more",
@@ -319,10 +377,9 @@ def local_linearity(ctx: Context) -> Check:
     limits = ctx.suite.alignment, ctx.suite.overfitting_points
     return _check(
         "T11",
-        "local linearity",
         alignment < limits[0] and gap > limits[1],
         measured=f"gradient alignment {alignment:.2f}; FGSM leaves {gap:.0f} points more than PGD",
-        limit=f"below {limits[0]:g} with {limits[1]:g} points",
+        limit=f"not below {limits[0]:g} with {limits[1]:g} points",
     )
 
 
@@ -335,7 +392,7 @@ def worst_case(ctx: Context) -> Check:
     worst, correct = worst_over_attacks(ctx), [int((~broken).sum()) for broken in ctx.broken.values()]
     measured = f"worst {int((~worst).sum())}, mean {np.mean(correct):.1f}, lowest {min(correct)}"
     limit = f"given, over {len(correct)} attacks"
-    return Check("T13", "worst case per image", PASS, f"{measured} of {ctx.n} still correct", limit)
+    return named("T13", PASS, f"{measured} of {ctx.n} still correct", limit)
 
 
 def worst_over_attacks(ctx: Context) -> Tensor:
@@ -348,7 +405,7 @@ def eight_bits(ctx: Context) -> Check:
     broken, images = ctx.white_box()
     change = int((ctx.misclassified((images * 255).round() / 255) != broken).sum())
     allowed = ctx.suite.tolerated(ctx.n)
-    return _check("T14", "8-bit files", change > allowed, measured=f"{change} change", limit=f"{allowed}")
+    return _check("T14", change > allowed, measured=f"{change} predictions change", limit=f"{allowed}")
 
 
 def intervals(ctx: Context) -> Check:
@@ -356,7 +413,7 @@ def intervals(ctx: Context) -> Check:
     count = 0 if ctx.data.groups is None else len(np.unique(ctx.data.groups))
     if count < FEWEST_GROUPS:
         note = f"{count} groups" if count else "no groups were given: AuditData(images, labels, groups)"
-        return Check("T15", "interval by group", FAIL, "no interval", f"{FEWEST_GROUPS} groups", note)
+        return named("T15", FAIL, "no interval", f"{FEWEST_GROUPS} groups", note)
     ctx.white_box()
     correct = torch.zeros(ctx.total, dtype=torch.bool)
     correct[ctx.right] = ~worst_over_attacks(ctx)
@@ -364,9 +421,8 @@ def intervals(ctx: Context) -> Check:
     low, high = cluster_interval(correct.numpy(), groups, seed=ctx.seed, draws=ctx.suite.bootstrap_draws)
     narrow = " to ".join(f"{100 * limit:.1f}" for limit in wilson(k, ctx.total))
     alone = ", each of one image: an interval as if independent" if count == ctx.total else ""
-    return Check(
+    return named(
         "T15",
-        "interval by group",
         PASS,
         measured=f"{k}/{ctx.total}: {100 * k / ctx.total:.1f} % ({100 * low:.1f} to {100 * high:.1f})",
         limit=f"given, {FEWEST_GROUPS} groups",
@@ -393,7 +449,6 @@ def cw_converged(ctx: Context) -> Check:
     allowed = suite.tolerated(len(own))
     return _check(
         "T16",
-        "CW converged",
         gained > allowed or medians[0].isinf() or suite.cw_share * medians[0] > medians[1],
         measured=f"within L2 {suite.cw_l2:g}: {int((own <= suite.cw_l2).sum())} of {len(own)}, a longer CW "
         f"{gained} more; median L2 {medians[0]:.3g}, longer {medians[1]:.3g}",

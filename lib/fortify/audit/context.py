@@ -24,6 +24,7 @@ from fortify.models import Guarded, collected, predict
 from fortify.runtime import device_of, float32_convolutions, frozen
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
+_STANDARD = 100, 5000  # AutoAttack's own steps and queries
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,12 @@ class Suite:
     alignment: float = 0.2  # T11
     overfitting_points: float = 20.0  # T11
     batch_size: int = 64
+
+    @property
+    def autoattack(self) -> str:
+        """What T7's AutoAttack is to be called: shorter than the standard one it is a reduced one."""
+        full = self.autoattack_steps >= _STANDARD[0] and self.square_queries >= _STANDARD[1]
+        return "AutoAttack" if full else "reduced AutoAttack"
 
     def tolerated(self, n: int, points: float | None = None) -> int:
         """How many of ``n`` images may deviate: one (from ten on), or ``points`` (default: the suite's) %."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fortify.attacks import CW, FGSM, PGD, Adversarial, Attack, craft, craft_batch
+from fortify.audit.checks import named
 from fortify.audit.context import FAIL, NOT_RUN, PASS, AuditData, Check, Suite
 from fortify.audit.report import audit
 from fortify.models import predict
@@ -301,11 +302,10 @@ def tally(mutants: pd.DataFrame) -> str:
 def mutant_check(mutants: pd.DataFrame | None) -> Check:
     """T10, the test of the audit itself: fails when any mutant survives. None: not run on this model."""
     if mutants is None:
-        return Check("T10", "mutants are caught", NOT_RUN, "", "", "the mutants met another model")
+        return named("T10", NOT_RUN, "", "", "the mutants met another model")
     missed = list(mutants.name[~mutants.caught])
-    return Check(
+    return named(
         "T10",
-        "mutants are caught",
         FAIL if missed or mutants.empty else PASS,
         f"{tally(mutants)} caught",
         "all",

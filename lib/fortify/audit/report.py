@@ -88,36 +88,32 @@ def audit(
     return Audit(tuple(results[name] for name in CHECKS if name in results), _accuracies(ctx))
 
 
-def side_by_side(audits: Mapping[str, Audit]) -> pd.DataFrame:
-    """The checks of several models, {name: :class:`Audit`}, in one display table: verdict and figure."""
-    shown = None
-    for name, found in audits.items():
-        own = found.table.set_index(["id", "check"])
-        mark = own.verdict.replace({FAIL: "**fail**", NOT_RUN: "*not run*"})
-        cells = (mark + ": " + own.measured.where(own.measured.ne(""), own.note)).rename(name)
-        shown = cells.to_frame() if shown is None else shown.join(cells, how="outer")
-    shown = shown.reset_index()
-    return shown.loc[sorted(shown.index, key=lambda row: _number(shown.id[row]))].reset_index(drop=True)
-
-
 def remarks(found: Audit) -> str:
     """An :class:`Audit` in words: which checks fail, at what limit, and what the others note. Markdown."""
     failed, noted = found.table[found.table.verdict.eq(FAIL)], found.table[found.table.note.ne("")]
     text = f"{len(failed)} of {len(found.table)} checks fail." if len(failed) else "No check fails."
-    lines = [f"- {row.id} fails: {row.measured}; limit: {row.limit}." for row in failed.itertuples()]
-    lines += [f"- {row.id}: {row.note}." for row in noted.itertuples()]
+    lines = [
+        f"- **{row.check}** ({row.id}) fails: {row.measured}. Limit: {row.limit}."
+        for row in failed.itertuples()
+    ]
+    lines += [f"- {row.check} ({row.id}): {row.note}." for row in noted.itertuples()]
     return "\n".join([text, "", *lines])
 
 
 def accuracies_side_by_side(audits: Mapping[str, Audit]) -> pd.DataFrame:
-    """Accuracy under each attack that the audits ran, k/n with its Wilson interval, a column a model."""
+    """Accuracy under each attack that the audits ran, k/n with its Wilson interval, a column a model.
+
+    Of AutoAttack's parts, each of which goes on where those before it failed, the last: all of it.
+    """
     columns = {}
     for name, found in audits.items():
         own = found.accuracies.set_index("attack")
         spread = zip(own.k, own.n, own.low, own.high, strict=True)
         cells = [f"{k}/{n} ({100 * low:.0f} to {100 * high:.0f} %)" for k, n, low, high in spread]
         columns[name] = pd.Series(cells, index=own.index)
-    return pd.DataFrame(columns).reindex(next(iter(columns.values())).index).fillna("").reset_index()
+    table = pd.DataFrame(columns).reindex(next(iter(columns.values())).index).fillna("").reset_index()
+    of = table.attack.str.extract(r"^(.*AutoAttack) to ")[0].fillna(table.attack)
+    return table.assign(attack=of).drop_duplicates("attack", keep="last").reset_index(drop=True)
 
 
 def _number(name):
