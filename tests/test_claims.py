@@ -8,7 +8,17 @@ import pandas as pd
 import pytest
 import yaml
 
-from fortify.examined.claims import ClaimError, MissingNumber, layout, ledger, load_claims, read_cell
+from fortify.examined.answer import claims_answer, tally
+from fortify.examined.claims import (
+    OUTCOMES,
+    VERDICTS,
+    ClaimError,
+    MissingNumber,
+    layout,
+    ledger,
+    load_claims,
+    read_cell,
+)
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "paper" / "claims.yaml"
@@ -39,6 +49,7 @@ def write(folder, **changes):
     claim = dict(
         id="one",
         claim="It holds.",
+        short="it holds",
         where="Table 1",
         verdict="reproduced",
         ours="{r} and {p}",
@@ -65,7 +76,8 @@ def test_the_published_ledger_is_the_one_of_the_published_tables():
     newer = ~again.id.isin(kept.id)  # than the publication: they are to be measured
     assert again[newer].verdict.str.startswith("open: not yet measured").all()
     again = again[~newer]
-    assert again.ours.tolist() == kept.ours.tolist() and again.verdict.tolist() == kept.verdict.tolist()
+    for column in ("short", "ours", "verdict", "outcome"):
+        assert again[column].tolist() == kept[column].tolist(), column
 
 
 def test_a_run_of_the_random_split_bears_out_what_is_of_it(tmp_path):
@@ -94,6 +106,8 @@ def test_no_number_of_ours_is_typed():
         assert all(any(l2 in cell for cell in claim.numbers.values()) for l2 in budgets), claim.id
         text = re.sub(r"[\d.]+/255|L2( of [\d.]+)?|our Table 1|Figures? \d( and \d)?", "", text)
         assert set(re.findall(r"\d+(?:\.\d+)?", text)) - theirs == set(), claim.id
+        numbers = set(re.findall(r"[\d.,]*\d", claim.short))
+        assert numbers <= set(re.findall(r"[\d.,]*\d", claim.claim)), "in short: the paper's numbers alone"
 
 
 def test_a_verdict_on_numbers_has_a_rule_and_every_rule_names_one():
@@ -149,6 +163,40 @@ def test_the_ledger_fills_in_numbers_and_judges(tables):
     assert not open_.holds.any() and open_.verdict[0].startswith("open:") and "r < p + 10" in open_.verdict[0]
 
 
+def test_a_verdict_has_one_word_and_a_condition_follows_it(tables):
+    found = {}
+    for verdict in VERDICTS:
+        under = "rain" if verdict == "reproduced only under" else None
+        table = ledger(load_claims(write(tables, verdict=verdict, under=under)), tables)
+        found[verdict] = (table.outcome[0], layout(table).Verdict[0])
+    assert {word for word, _ in found.values()} | {"open"} == set(OUTCOMES)
+    assert all(" " not in word for word in OUTCOMES)
+    assert found["reproduced only under"] == ("conditional", "**conditional**: only under rain")
+    assert found["not reproduced"] == ("contradicted", "**contradicted**")
+    open_ = ledger(load_claims(write(tables, holds=["r < 80"])), tables)
+    assert open_.outcome[0] == "open"
+    assert layout(open_).Verdict[0] == "**open**: these numbers do not bear out “reproduced” (r < 80)"
+
+
+def test_the_answer_counts_every_claim_once(tables):
+    one = ledger(load_claims(write(tables)), tables)
+    table = pd.concat([one, one.assign(short="so does this"), one.assign(short="not this", outcome="open")])
+    assert tally(table) == "Of 3 claims **2 are reproduced** and **1 is left open by this run**."
+    assert claims_answer(table).splitlines() == [
+        tally(table),
+        "",
+        "- **Reproduced**",
+        "  - it holds",
+        "  - so does this",
+        "- **Open**",
+        "  - not this",
+    ]
+    published = ledger(load_claims(SOURCE), PUBLISHED)
+    said = claims_answer(published)
+    assert sum(map(int, re.findall(r"\*\*(\d+) ", said))) == len(published)
+    assert all(said.count(f"\n  - {short}") == 1 for short in published.short)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -179,6 +227,7 @@ def test_a_claim_without_its_number_is_an_error_that_names_it(tables, changes, m
         (dict(under="rain"), "`under` goes with"),
         (dict(colour="red"), "colour"),
         (dict(command=None), "command"),
+        (dict(short=None), "short"),
     ],
 )
 def test_a_malformed_claim_is_refused(tables, changes, message):

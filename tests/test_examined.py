@@ -11,7 +11,8 @@ from torch import nn
 
 from fortify.examined import matrix as matrix_of
 from fortify.examined import protocol as published
-from fortify.examined.figures import Panel, matrix_dots, protocol_strip
+from fortify.examined.answer import protocol_answer
+from fortify.examined.figures import Panel, matrix_dots, protocol_strip, tone_curves
 from fortify.examined.protocol import (
     TONE_CURVES,
     PublishedAttacks,
@@ -231,7 +232,7 @@ def test_matrix_has_every_evaluation_once_and_counts_the_rows(rows):
     assert cells.loc["CW L2 1", "k"] == stands.sum()
 
 
-def test_findings_state_the_counts_of_the_matrix(rows):
+def test_the_answer_states_the_counts_of_the_matrix(rows):
     protocol, correct = rows
     every = ("normal", "published", "tone curves", "adversarial")
 
@@ -247,15 +248,18 @@ def test_findings_state_the_counts_of_the_matrix(rows):
     moved = protocol.attack.eq("published_cw") & protocol.model.eq("published")
     protocol.loc[moved, "l2"] += 1
     table = matrix_of.matrix(protocol, correct, class_names=NAMES, budgets_255=[1, 4], cw_l2=0.5)
-    first, second, third, fourth = matrix_of.findings(protocol, table, eps_255=4, class_names=NAMES)
-    assert first.count("(58/60)") == 2
+    said = protocol_answer(protocol, table, eps_255=4, class_names=NAMES)
+    bullets, rows_of = said.split("\n\n")
+    assert bullets.count("(59 of 60)") == 1, "clean"
+    assert bullets.count("(58 of 60)") == 2, "after the clamp, and after the published PGD"
     measures = matrix_of.attack_measures(protocol).set_index(["measure", "model"])
     stuck, every_stuck = (measures.loc[("CW equal to tanh", m)] for m in ("normal", "all"))
     assert (stuck.n, every_stuck.n) == (60, 240) and every_stuck.k == 3 * stuck.k > 0
-    assert f"({stuck.k:.0f}/60) of the normal" in second and f"({every_stuck.k:.0f}/240)" in second
-    of_180 = [3 * (60 - (3 * i + 2)) for i in (1, 2, 0, 3)]  # published, tone curves, normal, adversarial
-    assert re.findall(r"\((\d+)/180\)", third) == [str(k) for k in of_180]
-    assert re.findall(r"\((\d+)/60\)", fourth) == [str(60 - (5 * i + 1)) for i in (1, 2, 0, 3)]
+    assert f"on {stuck.k:.0f} of the 60 slices" in bullets
+    of_180 = [3 * (60 - (3 * i + 2)) for i in range(4)]  # normal, published, tone curves, adversarial
+    assert re.findall(r"\((\d+) of 180\)", rows_of) == [str(k) for k in of_180]
+    assert re.findall(r"\((\d+) of 60\)", rows_of) == [str(60 - (5 * i + 1)) for i in range(4)]
+    assert "**" not in said, "nothing is concluded where all trainings do alike"
     matrix_dots(table)
 
 
@@ -282,8 +286,61 @@ def test_panels_show_what_the_model_is_given(model, images, labels):
     panels = [Panel(name, *seen, 10 + i, 60) for i, (name, seen) in enumerate(shown.items())]
     fig = protocol_strip(panels, label=int(labels[0]), class_names=NAMES)
     texts = [text.get_text() for ax in fig.axes for text in (ax.title, ax.xaxis.label)]
-    assert "clamp alone" in texts and any("reads 11/60 (18%)" in text for text in texts)
+    assert "clamp alone" in texts and any("11 of 60 correct" in text for text in texts)
 
 
-def test_the_nominal_budget_is_under_two_grey_levels(model):
-    assert published.nominal_eps_255(model) == 1.73  # 0.03 * (0.229 + 0.224 + 0.225) / 3 * 255
+def test_a_change_too_small_to_see_is_magnified_and_says_so():
+    image = np.full((8, 8, 3), 0.5)
+    shown = {"original": 0, "small": 2 / 255, "large": 60 / 255}
+    panels = [Panel(name, image + change, 0, 0.9, 1, 2) for name, change in shown.items()]
+    axes = np.array(protocol_strip(panels, label=0, class_names=NAMES).axes[:6]).reshape(2, 3)
+    drawn = [ax.images[0].get_array().max() for ax in axes[1]]
+    assert drawn == pytest.approx([0, 64 * 2, 60])
+    assert [[t.get_text() for t in ax.texts] for ax in axes[1]] == [[], ["×64"], []]
+    assert axes[1, 1].get_xlabel().startswith("at most 2.0 levels")
+
+
+def test_the_tone_curves_are_the_functions_that_the_published_code_applies(model, images):
+    curves = published.curve_values(model)
+    z = model[0](torch.tensor([0.0, 128 / 255, 1.0]).view(1, 1, 1, 3))
+    for name, function in (("unchanged", lambda z: z), ("clamp", published.clamp), ("tanh", torch.tanh)):
+        expected = 255 * published.to_intensities(model, function(z)).mean(1).flatten()
+        assert curves[name][[0, 128, 255]] == pytest.approx(expected.numpy(), abs=1e-3)
+        assert (np.diff(curves[name]) >= -1e-4).all()
+    assert curves["unchanged"] == pytest.approx(np.arange(256), abs=1e-3)
+    pixels = (images[:3] * 255).round().byte().numpy()
+    above, below = tone_curves(curves, pixels).axes
+    assert [line.get_label() for line in above.lines] == list(curves)
+    assert sum(bar.get_height() for bar in below.patches) == pytest.approx(100)
+
+
+def test_the_answer_concludes_only_what_the_numbers_bear_out(rows):
+    protocol, correct = rows
+    correct = correct[correct.attack.ne("cw")]
+    every = ("normal", "published", "tone curves", "adversarial")
+    broken = {m: {"published": 60 * (m == "normal"), "correct": 60 * (m != "adversarial")} for m in every}
+
+    def of(rows, model, kind):
+        first = (rows["index"] < broken[model][kind]) & rows.attack.ne("clean")
+        return rows.assign(model=model, prediction=(rows.label + first) % 3, success=first)
+
+    protocol = pd.concat([of(protocol, m, "published") for m in every])
+    correct = pd.concat([of(correct, m, "correct") for m in every])
+    table = matrix_of.matrix(protocol, correct, class_names=NAMES, budgets_255=[1, 4], cw_l2=0.5)
+    said = protocol_answer(protocol, table, eps_255=4, class_names=NAMES)
+    assert "The clamp, not the attack" in said and "Two tone curves" in said and "Withstanding" in said
+
+
+def test_a_reader_gets_at_most_eight_lines_of_the_matrix(rows):
+    for budgets in ([1, 4], [4]):
+        table = matrix_of.matrix(*rows, class_names=NAMES, budgets_255=budgets, cw_l2=0.5)
+        names = matrix_of.main_rows(table).sort_values("order").evaluation.tolist()
+        assert len(names) <= 8 and len(set(names)) == len(names)
+        assert names[:4] == ["clean", "clamp alone", "tanh alone", "published combined"]
+        assert {f"PGD {budgets[0]}/255", f"PGD {budgets[-1]}/255", "CW L2 0.5"} <= set(names)
+
+
+def test_a_step_of_the_published_epsilon_is_under_two_grey_levels(model, images):
+    z = model[0](images[:1])
+    step = published.to_intensities(model, z + 0.03) - published.to_intensities(model, z)
+    assert 1.5 < 255 * step.max() < 2, "as notebook 06 says"

@@ -188,6 +188,16 @@ def test_samples_are_of_their_class_and_spread_over_it():
         figures.fig2_samples(IMAGES, LABELS, NAMES)
 
 
+def test_samples_are_of_different_groups_as_long_as_there_are_enough():
+    def shown(groups):
+        fig = figures.fig2_samples(IMAGES, LABELS, NAMES, per_class=2, names=FILES, groups=groups)
+        return [ax.get_xlabel() for ax in fig.axes]
+
+    assert shown([0, 0, 0, 1, 2, 2, 3, 3, 4])[2:] == ["n3", "n5", "n7", "n8"], "the middle one of each group"
+    assert shown([0, 0, 0, 1, 2, 2, 3, 3, 4])[:2] == ["n0", "n2"], "one group alone: spread over the class"
+    assert shown([0, 1, 1, 1, 5, 6, 6, 7, 8])[2:] == ["n4", "n5", "n7", "n8"], "none twice in the figure"
+
+
 def test_a_panel_shows_true_and_predicted_class_and_probability():
     (ax,) = figures.prediction_panel([clean()]).axes
     assert ax.get_xlabel() == "true class: malignant\n✓ predicted: malignant (0.98)"

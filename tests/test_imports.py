@@ -11,17 +11,17 @@ LIB = Path(__file__).parents[1] / "lib" / "fortify"
 FLOORS = (  # a module imports from the floors below it; inside a floor in the order given
     ("files", "runtime", "intervals", "images", "dicom", "augmentation"),
     ("data", "lidc", "splits", "pretrained", "vit", "models", "regions", "runs", "evaluation"),
-    ("phantom", "fused", "tables", "classes", "answers", "figures", "checkpoint", "published", "experiments"),
+    ("phantom", "fused", "tables", "classes", "answers", "figures", "checkpoint", "published", "experiments", "overview"),
     ("attacks", "objectives", "smoothing"),
     ("training", "scoring", "baselines", "comparison"),
 )
 ROOMS = {  # sub-packages, each with its modules in order; they import the core and not each other
-    "audit": ("context", "autoattack", "checks", "report", "mutants", "figures"),
-    "leakage": ("meter", "probes", "figures"),
+    "audit": ("context", "autoattack", "checks", "report", "mutants", "answer", "figures"),
+    "leakage": ("meter", "probes", "answer", "figures"),
     "explain": ("attributions", "measures", "figures"),
     "transfer": ("crafting", "networks", "nodules", "answer", "figures"),
     "detect": ("detectors", "measures", "adaptive", "figures", "command"),
-    "examined": ("printed", "protocol", "matrix", "claims", "figures", "explorer"),
+    "examined": ("printed", "protocol", "matrix", "claims", "answer", "figures", "explorer"),
 }
 PLUMBING = "workflow"  # imported by nobody else
 ORDER = [name for floor in FLOORS for name in floor]

@@ -14,6 +14,7 @@ from fortify import leakage, regions, splits
 from fortify.data import Slices, load_iq_oth_nccd
 from fortify.intervals import wilson
 from fortify.leakage import figures as leakage_figures
+from fortify.leakage.answer import leakage_answer, meter_layout, region_layout
 from fortify.leakage.meter import background_features, frame_features, histogram_features, thumbnail_features
 from fortify.phantom import phantom_slices
 
@@ -397,6 +398,67 @@ def test_the_meter_figure_shows_every_seed_and_the_baseline(meter):
     assert [t.get_text() for t in ax.get_yticklabels()] == list(leakage.CLASSIFIERS)
     drawn = np.concatenate([line.get_xdata() for line in ax.lines if line.get_alpha() == 0.25])
     assert np.allclose(np.sort(drawn), np.sort(100 * meter.accuracy))
+    legend = [text.get_text() for text in fig.legends[0].get_texts()]
+    assert legend == ["random split, mean", "grouped split, mean", "one of 4 seeds", "largest class"]
+
+
+def region_rows(splits=("random", "grouped")):
+    """Rows of both trainings whose counts say of which line they are."""
+    rows = []
+    for split in splits:
+        for model in ("normal", "adversarial"):
+            for k, view in enumerate(leakage.views(np.zeros((1, 28, 28), np.uint8), frame_width=2)):
+                k = 90 - 10 * k + (split == "grouped") + 2 * (model == "normal")
+                rows.append(
+                    {"split": split, "model": model, "view": view, "attacked": False, "k": k, "n": 100}
+                )
+    table = pd.DataFrame(rows)
+    share = table.k / table.n
+    return table.assign(accuracy=share, low=share - 0.1, high=share + 0.1)
+
+
+def test_the_answer_states_the_numbers_of_the_tables(meter):
+    summed, rows = leakage.summary(meter), region_rows()
+    said = leakage_answer(summed, rows, majority={"random": 0.5, "grouped": 0.4}).splitlines()
+    cells = summed.set_index(["classifier", "split"])
+    for line, name in zip(said, ("nearest neighbour", "frame"), strict=False):
+        for split in ("random", "grouped"):
+            assert f"({cells.k[name, split]} of {cells.n[name, split]})" in line
+    gap = 100 * (
+        cells.accuracy["nearest neighbour", "random"] - cells.accuracy["nearest neighbour", "grouped"]
+    )
+    assert (f"worth {gap:.0f} points" in said[0]) == (gap > 10)
+    best = cells.xs("grouped", level="split").drop("majority class").accuracy.idxmax()
+    assert f"*{best}*" in said[2] and f"({cells.k[best, 'grouped']} of" in said[2]
+    assert len(said) == 3 + 4
+    assert said[3].startswith("- **Normal training, random split**: 92 % (92 of 100) on whole slices.")
+    assert "changes that by -10 points (-20 with another grey)" in said[3]
+    assert said[3].endswith("blanking the body leaves 52 % (52 of 100). The largest class has 50 %.")
+    assert said[6].startswith("- **Adversarial training, grouped split**: 91 % (91 of 100)")
+
+
+@pytest.mark.parametrize("split", ["random", "grouped"])
+def test_a_run_of_one_split_has_an_answer_and_tables(meter, split):
+    summed = leakage.summary(meter[meter.split.eq(split)])
+    rows = region_rows((split,))
+    said = leakage_answer(summed, rows, majority={split: 0.5})
+    assert "Normal training" in said and "nan" not in said
+    other = {"random": "grouped", "grouped": "random"}[split]
+    assert f"{other} split" not in said
+    assert list(meter_layout(summed).columns) == [
+        "classifier", "sees the lungs", f"{split} (%)", "gap in points"
+    ]  # fmt: skip
+    assert (meter_layout(summed)["gap in points"] == "").all()
+    assert len(region_layout(rows).columns) == 3
+
+
+def test_the_tables_shown_are_short_and_hold_the_numbers(meter):
+    summed = leakage.summary(meter)
+    shown, regions_shown = meter_layout(summed).set_index("classifier"), region_layout(region_rows())
+    assert shown.shape[0] <= 8 and shown.shape[1] <= 5 and len(regions_shown) <= 8
+    for row in summed.itertuples():
+        assert shown[f"{row.split} (%)"][row.classifier].startswith(f"{100 * row.accuracy:.0f} (")
+    assert regions_shown["adversarial, grouped (%)"].tolist()[:2] == ["91 (81–101)", "81 (71–91)"]
 
 
 def test_the_region_figures_show_the_table_and_the_masks(phantoms):
@@ -410,6 +472,9 @@ def test_the_region_figures_show_the_table_and_the_masks(phantoms):
     (ax,) = fig.axes
     points = {round(float(x)) for line in ax.lines if line.get_marker() in "os" for x in line.get_xdata()}
     assert points == {40, 60}
+    legend = [text.get_text() for text in fig.legends[0].get_texts()]
+    assert legend == ["normal training", "adversarial training", "95 % Wilson interval", "largest class"]
+    assert ax.get_title() == "random split: 10 test slices"
     images = phantoms.images[:2]
     shown = leakage.views(images, frame_width=2)
     fig = leakage_figures.region_examples(shown, regions.lung_mask(images), labels=["a", "b"])

@@ -177,23 +177,32 @@ def fig2_samples(
     class_names: Sequence[str],
     per_class: int = 4,
     names: Sequence[str] | None = None,
+    groups: Sequence[int] | None = None,
 ) -> Figure:
     """Figure 2: ``per_class`` slices of each class, spread evenly over its (N, H, W) images.
 
-    ``names`` (N,) are written below the slices. Images are uint8, or float in [0, 1].
+    ``names`` (N,) are written below the slices. With ``groups`` (N,) each is of another group of
+    near-duplicates, the middle one of it, as long as there are as many groups. Images are uint8, or float in
+    [0, 1].
     """
-    fig, axes = image_grid(len(class_names), per_class, DOUBLE, below=0.14 if names is not None else 0)
-    white = 255 if np.asarray(images).dtype == np.uint8 else 1
+    fig, axes = image_grid(len(class_names), per_class, DOUBLE, below=0.16 if names is not None else 0)
+    white, shown = 255 if np.asarray(images).dtype == np.uint8 else 1, []
     for row, class_name in enumerate(class_names):
         members = np.flatnonzero(np.asarray(labels) == row)
         if len(members) < per_class:
             raise ValueError(f"class {class_name!r} has {len(members)} slices, fewer than {per_class}.")
+        if groups is not None:
+            own = pd.Series(members, np.asarray(groups)[members]).drop(index=shown, errors="ignore")
+            middle = own.groupby(level=0, sort=False).agg(lambda of: of.iloc[len(of) // 2]).to_numpy()
+            members = middle if len(middle) >= per_class else members
         chosen = members[np.linspace(0, len(members) - 1, per_class).round().astype(int)]
         for ax, index in zip(axes[row], chosen, strict=True):
             show_image(ax, images[index], vmax=white)
+            if groups is not None:
+                shown.append(groups[index])
             if names is not None:
-                ax.set_xlabel(names[index], size=6.5, labelpad=2)
-        axes[row, 0].set_ylabel(class_name, size=8)
+                ax.set_xlabel(names[index], size=8, labelpad=2)
+        axes[row, 0].set_ylabel(class_name)
     return fig
 
 

@@ -11,7 +11,20 @@ from pathlib import Path
 
 import pandas as pd
 
-VERDICTS = ("reproduced", "reproduced only under", "not reproduced", "not testable")
+VERDICTS = {  # and each in one word
+    "reproduced": "reproduced",
+    "reproduced only under": "conditional",
+    "not reproduced": "contradicted",
+    "not testable": "untestable",
+}
+OPEN = "open"  # where a run's numbers do not decide
+OUTCOMES = {  # what is said of one claim, and of several
+    "reproduced": ("is reproduced", "are reproduced"),
+    "conditional": ("holds only under a condition", "hold only under a condition"),
+    "contradicted": ("is contradicted", "are contradicted"),
+    "untestable": ("cannot be tested", "cannot be tested"),
+    OPEN: ("is left open by this run", "are left open by this run"),
+}
 _CELL = re.compile(r"(?P<table>[\w.-]+\.csv)\[(?P<row>[^\]]*)\](?:\.(?P<column>\w+))?")
 _RULE = re.compile(r"(\w+|[\d.]+) (<=|>=|<|>) (\w+|[\d.]+)(?: ([+-]) ([\d.]+))?")
 _COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
@@ -39,6 +52,7 @@ class Claim:
 
     id: str
     claim: str
+    short: str  # the claim in a few words
     where: str  # in the paper
     verdict: str  # one of VERDICTS
     ours: str
@@ -62,7 +76,7 @@ def load_claims(path: str | Path) -> list[Claim]:
         except TypeError as error:
             raise ClaimError(f"{path}: claim {name}: {error}") from None
         if claim.verdict not in VERDICTS:
-            raise ClaimError(f"{path}: claim {name}: verdict {claim.verdict!r} is none of {VERDICTS}")
+            raise ClaimError(f"{path}: claim {name}: verdict {claim.verdict!r} is none of {tuple(VERDICTS)}")
         if (claim.verdict == "reproduced only under") != bool(claim.under):
             raise ClaimError(f"{path}: claim {name}: `under` goes with 'reproduced only under'")
         claims.append(claim)
@@ -118,10 +132,10 @@ def read_cell(tables: str | Path, cell: str) -> tuple[float | str, str]:
 def ledger(claims: Iterable[Claim], tables: str | Path, *, partial: bool = False) -> pd.DataFrame:
     """One row a claim, with our numbers filled in from the CSV files in the folder ``tables``.
 
-    Columns: id, claim, where, ours, verdict, holds (do these tables bear the verdict out), evidence (the
-    cells), command. A number that is not there raises MissingNumber; with ``partial``, for a run of fewer
-    splits, seeds or budgets, its claim is open instead. So is one with ``measured_in`` whose table is not
-    there at all. Raises ClaimError for a malformed claim.
+    Columns: id, claim, short, where, ours, verdict, outcome (the verdict in one word, of ``OUTCOMES``), holds
+    (do these tables bear the verdict out), evidence (the cells), command. A number that is not there raises
+    MissingNumber; with ``partial``, for a run of fewer splits, seeds or budgets, its claim is open instead. So
+    is one with ``measured_in`` whose table is not there at all. Raises ClaimError for a malformed claim.
     """
     rows = []
     for claim in claims:
@@ -132,28 +146,30 @@ def ledger(claims: Iterable[Claim], tables: str | Path, *, partial: bool = False
             values = {name: value for name, (value, _) in cells.items()}
             broken = [rule for rule in claim.holds if not _true(rule, values)]
             if broken:
-                verdict = f"open: these numbers do not bear out “{verdict}” ({'; '.join(broken)})"
+                verdict = f"{OPEN}: these numbers do not bear out “{verdict}” ({'; '.join(broken)})"
         except MissingTable as error:
             if not (partial or claim.measured_in):
                 raise MissingNumber(f"claim {claim.id}: {error}") from None
             ours, broken = "", [str(error)]
-            verdict = f"open: not measured here ({str(error).partition(': ')[0]})"
+            verdict = f"{OPEN}: not measured here ({str(error).partition(': ')[0]})"
             if claim.measured_in:
-                verdict = f"open: not yet measured; notebook {claim.measured_in} does"
+                verdict = f"{OPEN}: not yet measured; notebook {claim.measured_in} does"
         except MissingNumber as error:
             if not partial:
                 raise MissingNumber(f"claim {claim.id}: {error}") from None
             ours, broken = "", [str(error)]
-            verdict = f"open: not measured here ({str(error).partition(': ')[0]})"
+            verdict = f"{OPEN}: not measured here ({str(error).partition(': ')[0]})"
         except (ClaimError, KeyError, IndexError) as error:
             raise ClaimError(f"claim {claim.id}: {error}") from None
         rows.append(
             {
                 "id": claim.id,
                 "claim": claim.claim,
+                "short": claim.short,
                 "where": claim.where,
                 "ours": ours,
                 "verdict": verdict,
+                "outcome": OPEN if broken else VERDICTS[claim.verdict],
                 "holds": not broken,
                 "evidence": "; ".join(claim.numbers.values()) or "reading the authors' code",
                 "command": claim.command,
@@ -180,6 +196,13 @@ def _true(rule, values):
 
 
 def layout(table: pd.DataFrame) -> pd.DataFrame:
-    """The display table of a :func:`ledger`: what the paper says and where, what we measured, the verdict."""
+    """The display table of a :func:`ledger`: what the paper says and where, what we measured, the verdict.
+
+    The verdict in one word leads; a condition, or why it is open, follows.
+    """
     claims = table.claim + " (" + table["where"] + ")"
-    return pd.DataFrame({"The paper": claims, "Measured here": table.ours, "Verdict": table.verdict})
+    kinds = "|".join(sorted([*VERDICTS, f"{OPEN}:"], key=len, reverse=True))
+    reasons = table.verdict.str.replace(rf"^({kinds}) ?", "", regex=True)
+    under = table.outcome.map({"conditional": "only under "}).fillna("") + reasons
+    verdicts = "**" + table.outcome + "**" + under.where(under.eq(""), ": " + under)
+    return pd.DataFrame({"The paper": claims, "Measured here": table.ours, "Verdict": verdicts})

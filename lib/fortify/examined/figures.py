@@ -1,6 +1,6 @@
 """Figures of notebooks 06 and 09: the published operations on one image, and the matrix."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from fortify.evaluation import TRAININGS
-from fortify.figures import DOUBLE, image_grid, show_image, styled
+from fortify.figures import DOUBLE, SINGLE, image_grid, show_image, styled
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,37 @@ class Panel:
 
 
 @styled
+def tone_curves(curves: Mapping[str, np.ndarray], images: np.ndarray) -> Figure:
+    """What clamp and tanh make of each grey level, as functions, above the share of each in ``images``.
+
+    ``curves`` is :func:`fortify.examined.protocol.curve_values`; ``images`` are uint8.
+    """
+    fig = Figure(figsize=(SINGLE, 2.9), layout="constrained")
+    ax, below = fig.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    looks = {"unchanged": ("0.5", ":"), "clamp": ("#b35806", "-"), "tanh": ("#542788", "--")}
+    for name, values in curves.items():
+        colour, dashes = looks[name]
+        ax.plot(np.arange(256), values, color=colour, ls=dashes, label=name)
+    ax.set(ylabel="grey level shown\nto the network", xlim=(0, 255), ylim=(0, 255))
+    ticks = (0, 64, 128, 192, 255)
+    ax.set(xticks=ticks, yticks=ticks)
+    ax.grid()
+    ax.legend(loc="upper left")
+    shares = 100 * np.bincount(np.asarray(images).ravel(), minlength=256) / np.asarray(images).size
+    below.bar(np.arange(0, 256, 8) + 3.5, shares.reshape(32, 8).sum(1), 7, color="0.6")
+    below.set(xlabel="grey level of the slice (0 to 255)", ylabel="pixels\n(%)")
+    return fig
+
+
+@styled
 def protocol_strip(panels: Sequence[Panel], *, label: int, class_names: Sequence[str]) -> Figure:
     """One image under several operations, above what each changed, on one scale in grey levels of 255.
 
     ``panels`` are :class:`Panel` objects, the original first. A wrong prediction has a thick frame and a
-    cross; the last line says how many of all test images the model still reads.
+    cross. A change too small to be seen is multiplied by a power of two, which stands in its picture. The
+    last line says how many of all test images the model classifies correctly.
     """
-    fig, axes = image_grid(2, len(panels), DOUBLE, below=0.2, top=0.1)
+    fig, axes = image_grid(2, len(panels), DOUBLE, below=0.28, top=0.1)
     for column, panel in enumerate(panels):
         top, bottom = axes[:, column]
         change = (panel.image - panels[0].image).mean(2) * 255
@@ -39,23 +63,35 @@ def protocol_strip(panels: Sequence[Panel], *, label: int, class_names: Sequence
         top.set_title(panel.title)
         mark = "✗" if wrong else "✓"
         top.set_xlabel(f"{mark} {class_names[panel.prediction]} ({panel.probability:.2f})", labelpad=2)
-        drawn = show_image(bottom, change, vmin=-128, vmax=128, cmap="RdBu_r")
         size = np.abs(panel.image - panels[0].image).max() * 255
-        words = f"at most {size:.1f}/255" if column else "none"
-        share = f"reads {panel.k}/{panel.n} ({panel.k / panel.n:.0%})"
-        bottom.set_xlabel(f"{words}\n{share}", labelpad=2)
+        factor = _magnified(size)
+        drawn = show_image(bottom, factor * change, vmin=-_CHANGE, vmax=_CHANGE, cmap="RdBu_r")
+        if factor > 1:
+            badge = {"boxstyle": "square,pad=0.2", "fc": "white", "ec": "black", "lw": 0.6}
+            place = {"transform": bottom.transAxes, "ha": "left", "va": "top", "bbox": badge}
+            bottom.text(0.04, 0.96, f"×{factor}", **place)
+        words = f"at most {size:.{0 if size >= 10 else 1}f} levels" if column else "none"
+        bottom.set_xlabel(f"{words}\n{panel.k} of {panel.n} correct", labelpad=2)
     axes[0, 0].set_ylabel(f"true class: {class_names[label]}")
     axes[1, 0].set_ylabel("change")
     bar = fig.colorbar(drawn, ax=axes, shrink=0.8, aspect=30)
-    bar.set_label("change of grey (levels of 255)")
+    bar.set_label("change (grey levels of 255)")
     return fig
+
+
+_CHANGE, _SMALL = 128, 16  # grey levels: the end of the scale, and what cannot be seen on it
+
+
+def _magnified(size):
+    """The power of two that makes a change of up to ``size`` grey levels visible; 1 where it is already."""
+    return int(2 ** np.floor(np.log2(_CHANGE / size))) if 1e-3 < size < _SMALL else 1
 
 
 @styled
 def matrix_dots(table: pd.DataFrame) -> Figure:
     """Accuracy in % of each training under each evaluation, with 95 % intervals; a panel per split.
 
-    ``table`` is :func:`fortify.examined.matrix.matrix`.
+    ``table`` is :func:`fortify.examined.matrix.matrix`; titles count the predictions of one evaluation.
     """
     splits = list(table.split.unique())
     names = table.sort_values("order").evaluation.unique()
@@ -81,10 +117,18 @@ def matrix_dots(table: pd.DataFrame) -> Figure:
             )
         for edge in np.arange(len(names) - 1) + 0.5:
             ax.axhline(edge, color="0.9", lw=0.6)
-        ax.set(xlim=(0, 100), ylim=(len(names) - 0.4, -0.6), xlabel="accuracy (%)", title=f"{split} split")
+        ax.set(xlim=(0, 100), ylim=(len(names) - 0.4, -0.6), xlabel="accuracy (%)")
+        clean = table[table.split.eq(split) & table.evaluation.eq(names[0])].iloc[0]
+        seeds = f"{clean.seeds} seed" + ("s" if clean.seeds > 1 else "")
+        ax.set_title(f"{split} split: {clean.n} predictions, {seeds}")
         ax.set_yticks(range(len(names)), names)
         ax.tick_params(axis="y", length=0)
         ax.grid(axis="x")
     handles = axes[0].get_legend_handles_labels()
-    fig.legend(*handles, loc="outside lower center", ncols=len(models), title="training")
+    fig.legend(
+        *handles,
+        loc="outside lower center",
+        ncols=len(models),
+        title="training (bars: 95 % Wilson intervals)",
+    )
     return fig

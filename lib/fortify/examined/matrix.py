@@ -1,4 +1,4 @@
-"""Each training under each evaluation, published and correct: the matrix, and what it says in sentences."""
+"""Each training under each evaluation, published and correct; and how much of the attacks is none."""
 
 from collections.abc import Sequence
 
@@ -48,39 +48,17 @@ def matrix(
     return table[[*columns, "images", "seeds", "sd"]].assign(order=table.evaluation.map(order))
 
 
-def findings(
-    protocol: pd.DataFrame, table: pd.DataFrame, *, eps_255: float, class_names: Sequence[str]
-) -> list[str]:
-    """What one split's :func:`matrix` says, in sentences with their counts; ``eps_255`` is a budget of it.
+def main_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """The at most eight evaluations of a :func:`matrix` that a reader needs first.
 
-    ``protocol`` are the rows of :func:`score_published` behind it.
+    Clean, the two tone curves, the published attacks pooled, FGSM at the largest budget, PGD at the smallest
+    and the largest, CW within the middle norm.
     """
-    clamped = protocol[protocol.attack.eq("clamp") & protocol.model.eq("normal")].prediction.value_counts()
-    called = f"{clamped.iloc[0]} of {clamped.sum()} clamped slices “{class_names[clamped.index[0]]}”"
-    cells = table.set_index(["model", "evaluation"])
-
-    def said(model, evaluation):
-        cell = cells.loc[(model, evaluation)]
-        return f"{cell.accuracy:.1%} ({cell.k}/{cell.n})"
-
-    found = attack_measures(protocol).set_index(["measure", "model"])
-    stuck, every = (found.loc[("CW equal to tanh", model)] for model in ("normal", "all"))
-    largest = found.loc[("largest change by the clamp", "normal")].grey_levels
-    pooled, correct = "published combined", f"PGD {eps_255:g}/255"
-    return [
-        f"The clamp alone changes a slice by up to {largest:.0f} grey levels (mean over the slices). The "
-        f"normally trained model reads {said('normal', 'clamp alone')} after it and "
-        f"{said('normal', 'published PGD')} after the published PGD; it calls {called}.",
-        f"The published CW is tanh and nothing else, to the last bit of its norm, on {stuck.percent:.1f} % "
-        f"({stuck.k:.0f}/{stuck.n:.0f}) of the normal model's images, and on {every.percent:.1f} % "
-        f"({every.k:.0f}/{every.n:.0f}) of those of all four.",
-        f"Trained as published, the network reads {said('published', pooled)} of the published attacks; "
-        f"trained on the two tone curves, without a gradient, {said('tone curves', pooled)}; normally, "
-        f"{said('normal', pooled)}; with correct adversarial training, {said('adversarial', pooled)}.",
-        f"Under correct PGD at {eps_255:g}/255: published {said('published', correct)}, tone curves "
-        f"{said('tone curves', correct)}, normal {said('normal', correct)}, correct adversarial training "
-        f"{said('adversarial', correct)}.",
-    ]
+    names = list(table.sort_values("order", kind="stable").evaluation.unique())
+    fgsm, pgd, cw = ([n for n in names if n.startswith(f"{kind} ")] for kind in ("FGSM", "PGD", "CW"))
+    wanted = {"clean", "clamp alone", "tanh alone", "published combined"}
+    wanted |= {*fgsm[-1:], *pgd[:1], *pgd[-1:], *cw[len(cw) // 2 :][:1]}
+    return table[table.evaluation.isin(wanted)]
 
 
 def attack_measures(protocol: pd.DataFrame) -> pd.DataFrame:

@@ -47,6 +47,16 @@ def printed_arithmetic(sizes: Sequence[int] = (TEST_SIZE, VALIDATION_SIZE)) -> p
     return pd.DataFrame(rows).fillna("")
 
 
+def printed_layout(arithmetic: pd.DataFrame) -> pd.DataFrame:
+    """The display table of :func:`printed_arithmetic`: a line a column of Table 1, and fitting counts."""
+    shown = {"Table 1": list(dict.fromkeys(arithmetic.attack))}
+    for model, own in arithmetic.groupby("model", sort=False):
+        cells = own.set_index("attack").loc[shown["Table 1"]]
+        shown[f"{model} (%)"] = cells.printed.tolist()
+        shown[f"{model}, count"] = cells[f"k_of_{TEST_SIZE}"].tolist()
+    return pd.DataFrame(shown)
+
+
 def fitting_sizes(model: str, *, largest: int = 1097) -> list[int]:
     """Test set sizes n, up to ``largest``, on which all four single columns of a printed row can be k/n."""
     cells = [str(PRINTED.loc[model, attack]) for attack in ("clean", "pgd", "fgsm", "cw")]

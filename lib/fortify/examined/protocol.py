@@ -153,6 +153,21 @@ def to_intensities(model: nn.Sequential, z: Tensor) -> Tensor:
     return z * model[0].std + model[0].mean
 
 
+def curve_values(model: nn.Sequential) -> dict[str, np.ndarray]:
+    """What clamp and tanh make of each grey level 0..255, {name: (256,)} in grey levels, "unchanged" first.
+
+    Of the network's three channels, which differ a little, the mean.
+    """
+    greys = torch.arange(256, device=device_of(model)).view(1, 1, 1, 256) / 255
+    with torch.no_grad():
+        z = model[0](greys)
+        made = {"unchanged": z, "clamp": clamp(z), "tanh": tanh(z)}
+        made = {
+            name: 255 * to_intensities(model, changed).mean(1).flatten() for name, changed in made.items()
+        }
+    return {name: values.cpu().numpy() for name, values in made.items()}
+
+
 @dataclass(frozen=True)
 class PublishedRecipe:
     """The published training: Adam, batches of 16, plain cross-entropy, no augmentation, last epoch kept.
@@ -325,8 +340,3 @@ def panels(
         intensities = to_intensities(model, changed)[0].permute(1, 2, 0).cpu().numpy()
         shown[name] = intensities, prediction.item(), probability.item()
     return shown
-
-
-def nominal_eps_255(model: nn.Sequential, eps: float = 0.03) -> float:
-    """The published ``eps`` in grey levels of 255: normalised units times the mean of the channels' sd."""
-    return round(float(eps * model[0].std.mean() * 255), 2)
