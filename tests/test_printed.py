@@ -71,3 +71,12 @@ def test_mcnemar_table_has_the_bounds_of_the_printed_counts():
         "printed largest": {"b": 8, "c": 11},
     }
     assert table.p.tolist() == pytest.approx([0.25, binomtest(8, 19).pvalue])
+
+
+def test_the_table_of_counts_is_a_line_for_each_column():
+    arithmetic = printed.printed_arithmetic()
+    shown = printed.as_counts(arithmetic)
+    assert shown["Table 1"].tolist() == ["clean", "pgd", "fgsm", "cw", "combined"] and shown.shape == (5, 5)
+    for row in arithmetic.itertuples():
+        line = shown[shown["Table 1"].eq(row.attack)].iloc[0]
+        assert [line[f"{row.model} (%)"], line[f"{row.model}, count"]] == [row.printed, row.k_of_160]

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from fortify.data import Slices
 
 _THUMBNAIL = 56  # px, as the groups of fortify.splits
-_THREE_QUARTERS = 0.75 * DOUBLE
 _BLOCK = 512
 
 
@@ -75,8 +74,8 @@ def leak_examples(
 @styled
 def neighbour_panels(slices: "Slices", examples: list[Neighbours]) -> Figure:
     """Each of :func:`leak_examples` above its nearest training slice on each kind of split, with r."""
-    kinds = list(examples[0].found)
-    fig, axes = image_grid(1 + len(kinds), len(examples), _THREE_QUARTERS, below=0.3, top=0.1)
+    kinds, width = list(examples[0].found), min(DOUBLE, DOUBLE / 4 * len(examples))
+    fig, axes = image_grid(1 + len(kinds), len(examples), width, below=0.3, top=0.1)
     for column, example in zip(axes.T, examples, strict=True):
         column[0].set_title(slices.class_names[slices.labels[example.index]])
         shown = [(example.index, "")]

@@ -47,7 +47,7 @@ def printed_arithmetic(sizes: Sequence[int] = (TEST_SIZE, VALIDATION_SIZE)) -> p
     return pd.DataFrame(rows).fillna("")
 
 
-def printed_layout(arithmetic: pd.DataFrame) -> pd.DataFrame:
+def as_counts(arithmetic: pd.DataFrame) -> pd.DataFrame:
     """The display table of :func:`printed_arithmetic`: a line a column of Table 1, and fitting counts."""
     shown = {"Table 1": list(dict.fromkeys(arithmetic.attack))}
     for model, own in arithmetic.groupby("model", sort=False):
