@@ -97,7 +97,7 @@ def test_no_two_tables_of_the_committed_notebooks_share_an_id():
             names = re.findall(r'<table id="(T_.*?)"', "".join(own))
             assert names == [f"T_{cell.id}-{i}" for i in range(1, len(names) + 1)]
             found += names
-    assert len(found) > 10 and len(set(found)) == len(found)
+    assert found and len(set(found)) == len(found)
 
 
 def test_a_changed_cell_is_not_published():

@@ -555,6 +555,9 @@ def test_style_makes_no_costly_step_again_and_the_claims_know_their_figures():
     assert not style & costly.keys()
     cheap = code_of(ROOT / "notebooks/09_claims.ipynb")
     assert cheap.keys() >= {"fortify.examined.figures", "fortify.figures", "fortify.examined.claims"}
+    for stem in ("06_published_protocol", "07_leakage", "08_robustness_audit", "11_transfer"):
+        costly = code_of(ROOT / f"notebooks/{stem}.ipynb", without=STYLE)
+        assert not [name for name in costly if name.endswith((".answer", ".figures"))], stem
 
 
 def test_a_notebooks_prose_trains_nothing_again_and_its_code_does(finished, tmp_path):

@@ -12,7 +12,7 @@ from fortify.runs import run_order
 from fortify.workflow.notebooks import cells_digest, code_of, inherited_parameters
 
 # What the costly steps, those that train or attack, are not redone for: how results are written and drawn.
-STYLE = ("fortify.files", "fortify.runs", "fortify.tables", "fortify.answers", "*.figures")
+STYLE = ("fortify.files", "fortify.runs", "fortify.tables", "fortify.answers", "*.figures", "*.answer")
 STYLE += ("fortify.runtime.progress_bar", "fortify.runtime.describe_device")
 _OF_RUN = ("run", "split", "seed")  # parameters that the workflow sets itself
 
