@@ -60,7 +60,7 @@ def protocol_answer(
     if falls:
         lines.append("- **Withstanding the published evaluation says nothing about correct attacks.**")
     shown = [(words, said(model, pooled), said(model, correct)) for model, words in _TRAINED.items()]
-    columns = ["training", "correct under the three published attacks", f"correct PGD, {eps_255:g}/255"]
+    columns = ["training", "still right: published attacks", f"still right: correct PGD, {eps_255:g}/255"]
     return "\n".join([*lines, "", to_markdown(pd.DataFrame(shown, columns=columns), left=1)])
 
 
