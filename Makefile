@@ -29,9 +29,9 @@ help:
 	@echo "              weights of seed 0 with their cards, where they fit into 4 MB;"
 	@echo "              of a companion profile (beside: true) figures and tables, to stand beside those"
 	@echo "make pdf      paper/paper.pdf from the published tables"
-	@echo "make html     build/site: the committed notebooks as pages, Table 1 first"
+	@echo "make html     build/site: docs/ and the committed notebooks as pages"
 	@echo "make lab      JupyterLab with the notebooks"
-	@echo "make bundle   one archive with all that a machine without a network lacks: see README (HAVE, PYTHON_VERSION, PLATFORM)"
+	@echo "make bundle   one archive with all that a machine without a network lacks: see docs/reproducing.md (HAVE, PYTHON_VERSION, PLATFORM)"
 	@echo "make unbundle FILE=results-x.tar.gz: results from there into build/ (FORCE=1 replaces runs that differ)"
 	@echo "make clean    remove build/ (results), not the environment"
 

@@ -7,8 +7,8 @@
 Trains on the real slices as notebook 4 does, with the profile's parameters but for those of the variant, and
 attacks the test set with PGD. Variants are compared by their validation accuracy under attack, which is what
 a recipe may be chosen by; the test columns say what that choice was worth. Writes
-benchmarks/ablation_<profile>.csv, one row a variant, split and seed, as each is done, then README's section
-and benchmarks/chosen_<profile>.csv, the rows that each fold would have chosen by itself.
+benchmarks/ablation_<profile>.csv, one row a variant, split and seed, as each is done, then its section of
+docs/recipe.md and benchmarks/chosen_<profile>.csv, the rows that each fold would have chosen by itself.
 A variant's earlier rows of the same splits and seeds are replaced, all others kept; ``recipe`` is a digest of
 what a row was trained with, so that a row of another recipe than today's is found out.
 """
@@ -241,7 +241,7 @@ def chosen_fold_by_fold(table):
 
 
 def sections(root):
-    """README's section: of every profile that has been measured."""
+    """The page's section: of every profile that has been measured."""
     parts = []
     for path in sorted((root / "benchmarks").glob("ablation_*.csv")):
         profile = path.stem.removeprefix("ablation_")
@@ -251,7 +251,7 @@ def sections(root):
 
 
 def section(table, profile, shipped):
-    """README's text on a profile; ``shipped`` is the :func:`digest` of its recipe."""
+    """The page's text on a profile; ``shipped`` is the :func:`digest` of its recipe."""
     names = {"val_clean": "val. clean", "val_pgd": "val. PGD", "balanced_clean": "balanced"}
     names |= {f"pgd_{e}": f"PGD {e}/255" for e in BUDGETS_255}
     first, long = table.iloc[0], table.variant.str.extract("(longer|longest)", expand=False)
@@ -279,7 +279,7 @@ def section(table, profile, shipped):
 
 
 def _fold_by_fold(table):
-    """README's paragraph on :func:`chosen_fold_by_fold`; none where that has no rows."""
+    """The page's paragraph on :func:`chosen_fold_by_fold`; none where that has no rows."""
     rows = chosen_fold_by_fold(table)
     if rows.empty:
         return ""
@@ -326,7 +326,7 @@ def main():
                 write_csv(path, merged(path, [row]))
     table = pd.read_csv(path)
     write_csv(path.with_name(f"chosen_{arguments.profile}.csv"), chosen_fold_by_fold(table))
-    replace_section(root / "README.md", "ablation", sections(root))
+    replace_section(root / "docs/recipe.md", "ablation", sections(root))
     print(summary(table).to_string(index=False))
     print(path.relative_to(root))
 

@@ -6,7 +6,7 @@
 Compares the profile that the committed notebooks are of, or the one that is named, with the one on crops that
 stands beside it; both test the same slices of the same splits (see `make lungs`). Writes
 benchmarks/cropped.csv, a row a split, training and budget, with the interval of a bootstrap that draws whole
-groups of near-duplicates, and README's section.
+groups of near-duplicates, and the section of docs/crop.md.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def measured(root, profile):
 
 
 def section(table):
-    """README's text."""
+    """The page's text."""
     names = [
         "split",
         "training",
@@ -110,7 +110,7 @@ def main():
         )
     table = measured(root, profile)
     write_csv(root / "benchmarks/cropped.csv", table)
-    replace_section(root / "README.md", "cropped", section(table))
+    replace_section(root / "docs/crop.md", "cropped", section(table))
     print(table.to_string(index=False))
 
 

@@ -10,8 +10,8 @@ a count. Steps and step sizes are the same. torchattacks' CW, which searches for
 many constants as the others' search tries. Float32, every library once a round, the order turning. Read the
 ratio. Rows are kept as they are measured, so a run that was cut off goes on; --again measures all anew.
 
-Writes benchmarks/evaluation_cpu.csv and README's section. The other libraries come as benchmarks/speed.py
-says.
+Writes benchmarks/evaluation_cpu.csv and its section of docs/speed.md. The other libraries come as
+benchmarks/speed.py says.
 """
 
 import contextlib
@@ -142,7 +142,7 @@ def measure(root, profile, rounds, images, path, libraries=(OURS, BEFORE, *OTHER
 
 
 def section(table, device):
-    """README's text: seconds of both models together and the ratio within a round, by split and library."""
+    """The page's text: seconds of both models together and the ratio within a round, by split and library."""
     both = table.groupby(["split", "round", "library"], sort=False).seconds
     whole = both.sum().where(both.size().eq(len(MODELS))).unstack()
     names = [name for name in (OURS, BEFORE, *OTHERS) if name in whole and whole[name].notna().any()]

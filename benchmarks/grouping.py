@@ -5,7 +5,7 @@
 
 Groups the real slices by several pairs of thresholds of ``fortify.splits.near_duplicate_groups``, the shipped
 one among them, and trains and attacks on the five folds of each. Writes benchmarks/grouping_<device>.csv, a
-row a fold as it is done, and README's section. Rows of today's recipe that are there are kept.
+row a fold as it is done, and the section of docs/groups.md. Rows of today's recipe that are there are kept.
 """
 
 from dataclasses import replace
@@ -42,7 +42,7 @@ def row(parameters, slices, device, threshold, neighbour_threshold, fold):
 
 
 def section(table, device):
-    """README's text on one device, a list of paragraphs."""
+    """The page's text on one device, a list of paragraphs."""
     names = ["linked above", "consecutive numbers above", "groups", "largest", "clean"]
     names += [f"PGD {eps}/255" for eps in BUDGETS_255]
     lines = ["| " + " | ".join(names) + " |", "|" + " ---: |" * len(names)]

@@ -7,8 +7,9 @@ Each fold of the grouped split gives a fifth of all slices to validation (20 to 
 in place of Table 1's tenth: too few groups of the benign class lie in a tenth to choose by. **No test slice
 is looked at.** Trains as notebook 4 does, with a profile's parameters but for those of the variant. The epoch
 is chosen, as there, on validation slices under attack, so the figures are a little optimistic, all recipes'
-alike. Writes benchmarks/recipes.csv, one row a variant and fold, as each is done, then README's
-section. Pretraining on LIDC nodules takes their folder (see the README of that data) in FORTIFY_LIDC.
+alike. Writes benchmarks/recipes.csv, one row a variant and fold, as each is done, then the
+section of docs/recipe.md. Pretraining on LIDC nodules takes their folder (see the README of that data) in
+FORTIFY_LIDC.
 """
 
 import argparse
@@ -159,7 +160,7 @@ def measure(variant, fold, root, device, precision):
 
 
 def section(table):
-    """README's text."""
+    """The page's text."""
     lines = ["| recipe | folds | clean | PGD 4/255 | balanced, clean | benign, clean |"]
     lines.append("|---|---:|---|---|---|---|")
     for variant in (name for name in VARIANTS if name in set(table.variant)):
@@ -201,7 +202,7 @@ def main():
                     table = pd.concat([pd.read_csv(path), table])
                 table = table.drop_duplicates(["variant", "fold"], keep="last")
                 write_csv(path, table.sort_values(["variant", "fold"], ignore_index=True))
-    replace_section(root / "README.md", "recipes", section(pd.read_csv(path)))
+    replace_section(root / "docs/recipe.md", "recipes", section(pd.read_csv(path)))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 A linear classifier on the frozen features of EfficientNet-Lite0 (ImageNet, 224 px), on the grouped split's
 five folds with the wide validation of recipes.py. The slices are first reduced to fewer pixels and enlarged
 again, or given noise, in training and validation alike: what is lost is what the removed detail told.
-No test slice is looked at. Writes benchmarks/resolution.csv and README's section.
+No test slice is looked at. Writes benchmarks/resolution.csv and its section of docs/recipe.md.
 """
 
 from dataclasses import replace
@@ -58,7 +58,7 @@ def validated(features, slices):
 
 
 def section(table):
-    """README's text."""
+    """The page's text."""
     lines = ["| slices | accuracy (95 %, by groups) | balanced | benign | malignant | normal |"]
     lines.append("|---|---:|---:|---:|---:|---:|")
     for r in table.itertuples():
@@ -92,7 +92,7 @@ def main():
         rows.append(row)
     table = pd.DataFrame(rows)
     write_csv(root / "benchmarks" / "resolution.csv", table)
-    replace_section(root / "README.md", "resolution", section(table))
+    replace_section(root / "docs/recipe.md", "resolution", section(table))
 
 
 if __name__ == "__main__":

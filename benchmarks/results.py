@@ -1,4 +1,4 @@
-"""What benchmarks share: options, peak memory, a CSV file a device, and README's section of all devices."""
+"""What benchmarks share: options, peak memory, a CSV file a device, and its section in a page of docs/."""
 
 import argparse
 import importlib
@@ -12,13 +12,13 @@ import pandas as pd
 
 from fortify.files import write_csv
 
-# Benchmark: README's section.
+# Benchmark: page of docs/, and the section there.
 SECTIONS = {
-    "speed": "speed",
-    "evaluation": "evaluation",
-    "scaling": "cost",
-    "spread": "spread",
-    "grouping": "grouping",
+    "speed": ("speed", "speed"),
+    "evaluation": ("speed", "evaluation"),
+    "scaling": ("speed", "cost"),
+    "spread": ("guarantees", "spread"),
+    "grouping": ("groups", "grouping"),
 }
 
 
@@ -60,21 +60,20 @@ def path(root, name, device):
 
 
 def publish(root, name, device, table):
-    """Write the CSV file, then README's section from the files of every device."""
+    """Write the CSV file, then the page's section from the files of every device."""
     from fortify.workflow.publish import replace_section  # here: every fresh process would wait for it
 
     write_csv(path(root, name, device), table)
-    replace_section(root / "README.md", SECTIONS[name], section(root, name))
+    page, where = SECTIONS[name]
+    replace_section(root / "docs" / f"{page}.md", where, section(root, name))
     print(path(root, name, device).relative_to(root))
 
 
 def section(root, name):
-    """README's section of a benchmark: its text on each device, or the command that has yet to run there."""
+    """A benchmark's section: its text on each device that it has run on."""
     benchmark, parts = importlib.import_module(name), []
     for device in benchmark.SHAPES:
         file = path(root, name, device)
         if file.exists():
             parts += benchmark.section(pd.read_csv(file), device)
-        else:
-            parts.append(f"`python benchmarks/{name}.py --device {device}` has not been run yet.\n")
     return "\n".join(parts)

@@ -12,7 +12,8 @@ process grows by; one run each.
 `nodes`: how long seeds x splits would take on several nodes. Computed, not run: from the seconds that each
 rule took in build/<profile>, and the workflow's own graph of jobs.
 
-Writes benchmarks/scaling_<device>.csv and README's section; with --parts, only those parts' rows are new.
+Writes benchmarks/scaling_<device>.csv and the section of docs/speed.md; with --parts, only those parts'
+rows are new.
 """
 
 import json
@@ -262,7 +263,7 @@ def cost(table):
 
 
 def section(table, device):
-    """README's text on one device, from the table that :func:`main` writes; a list of paragraphs."""
+    """The page's text on one device, from the table that :func:`main` writes; a list of paragraphs."""
     own, shown = dict(list(table.groupby(parts_of(table)))), []
     texts = {"sizes": size_text, "growth": growth_text, "nodes": node_text}
     for part in PARTS[device]:

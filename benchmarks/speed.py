@@ -14,7 +14,7 @@ bfloat16" is the crafting inside a training of that precision, and that training
 compiled" is the same with the attacks on compiled code, on a GPU alone. Memory is the
 peak of the first call: the device's; on a CPU what a fresh process grows by.
 
-Writes benchmarks/speed_<device>.csv and .png (with --tasks, only those tasks' rows are new), and README's
+Writes benchmarks/speed_<device>.csv and .png (with --tasks, only those tasks' rows are new), and the
 section from what has been measured. torchattacks and ART are not of this environment; what is missing is left
 out and named. They come without their pinned dependencies, into a folder of their own:
 
@@ -407,7 +407,7 @@ def figure(table):
 
 
 def section(table, device):
-    """README's text on one device, from the table that :func:`measure` makes; a list of paragraphs."""
+    """The page's text on one device, from the table that :func:`measure` makes; a list of paragraphs."""
     libraries, about = table.library.unique(), table.iloc[0]
     lines = ["| task | " + " | ".join(libraries) + " |", "| --- |" + " ---: |" * len(libraries)]
     for task, part in table.groupby("task", sort=False):
@@ -436,7 +436,7 @@ def section(table, device):
             faster = part.get(FASTER[base], pd.Series(dtype=float)).dropna()
             ratios = [f"{faster[i]:.2f}× as fast as {part.library[i]}" for i in faster.index]
             text += f" {how} {task} is {', '.join(ratios)}." if ratios else ""
-    picture = f"![Images per second by task and library](benchmarks/speed_{device}.png)\n"
+    picture = f"![Images per second by task and library](../benchmarks/speed_{device}.png)\n"
     missing = [task for task in TASKS if task not in set(table.task)]
     gaps = [f"`--tasks {task}` has not been run to its end on `{device}` yet.\n" for task in missing]
     return [*gaps, "\n".join(lines) + "\n", text + "\n", picture]

@@ -5,7 +5,7 @@ r"""How far apart are two runs that differ in nothing, or only in how the machin
 
 Trains the adversarial network of the random split and seed 0 several times, on the real slices, and attacks
 each on its test set with PGD; then attacks the first one again. Every line is compared with the first.
-Writes benchmarks/spread_<device>.csv and README's section.
+Writes benchmarks/spread_<device>.csv and the section of docs/guarantees.md.
 """
 
 import contextlib
@@ -76,7 +76,7 @@ def one_thread():
 
 
 def section(table, device):
-    """README's text on one device, from the table that :func:`measure` makes; a list of paragraphs."""
+    """The page's text on one device, from the table that :func:`measure` makes; a list of paragraphs."""
     first = table.iloc[0]
     lines = ["| done again | what differs | weights apart | clean | changed | PGD | changed |"]
     lines.append("| --- | --- |" + " ---: |" * 5)

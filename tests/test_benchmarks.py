@@ -23,7 +23,12 @@ from fortify.workflow.publish import published_folders
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = "16/255, a quarter clean, longest, faster"  # of benchmarks/ablation.py
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def shown_in(page, section):
+    """What a page of docs/ shows between the markers of a section."""
+    text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
+    return text.split(f"<!-- generated: {section} -->\n")[1].split(f"<!-- /generated: {section} -->")[0]
 
 
 @pytest.fixture(autouse=True)
@@ -238,7 +243,8 @@ def test_the_jobs_of_the_workflow_are_put_on_nodes(scaling, timed, monkeypatch):
     """
     (timed / "benchmarks").mkdir()
     shutil.copy(ROOT / "benchmarks/scaling_cpu.csv", timed / "benchmarks")
-    (timed / "README.md").write_text("<!-- generated: cost --><!-- /generated: cost -->")
+    (timed / "docs").mkdir()
+    (timed / "docs/speed.md").write_text("<!-- generated: cost --><!-- /generated: cost -->")
     monkeypatch.setattr(scaling, "find_root", lambda: timed)
     monkeypatch.setattr(scaling, "SEEDS", (2,))
     monkeypatch.setattr("sys.argv", ["scaling.py", "--parts", "nodes", "--profile", "test"])
@@ -255,7 +261,7 @@ def test_the_jobs_of_the_workflow_are_put_on_nodes(scaling, timed, monkeypatch):
     assert (table.jobs == jobs).all() and table.value.tolist() == [1, 2, 4]
     assert table.seconds.tolist()[::2] == [jobs, 1 + 3 + 3 + 1] and (table.chain_s == 6).all()
     assert jobs / 2 <= table.seconds.tolist()[1] < jobs
-    shown = (timed / "README.md").read_text()
+    shown = (timed / "docs/speed.md").read_text()
     assert f"| 2 × 2 | {jobs} | {jobs / 60:.1f} min | 0.2 min | 0.1 min | 0.1 min |\n" in shown
     assert f"4 nodes finish 2 seeds {jobs / 8:.1f} times faster than 1." in shown
     assert "`build/test` (a computer)" in shown
@@ -278,13 +284,19 @@ def test_a_workflow_without_times_is_refused(scaling, timed):
         scaling.workflow_jobs(timed, "nobodys", 1)
 
 
-@pytest.mark.parametrize(
-    ("name", "section"),
-    [("speed", "speed"), ("scaling", "cost"), ("spread", "spread"), ("evaluation", "evaluation")],
-)
-def test_the_readme_shows_what_was_measured(name, section):
-    shown = README.split(f"<!-- generated: {section} -->\n")[1].split(f"<!-- /generated: {section} -->")[0]
-    assert shown == importlib.import_module("results").section(ROOT, name)
+@pytest.mark.parametrize("name", ["speed", "scaling", "spread", "evaluation", "grouping"])
+def test_the_pages_show_what_was_measured(name):
+    results = importlib.import_module("results")
+    assert shown_in(*results.SECTIONS[name]) == results.section(ROOT, name) != ""
+
+
+@pytest.mark.parametrize("name", ["recipes", "resolution"])
+def test_the_page_of_recipes_shows_them(name):
+    path, shown = ROOT / f"benchmarks/{name}.csv", shown_in("recipe", name)
+    if path.is_file():
+        assert shown == importlib.import_module(name).section(pd.read_csv(path))
+    else:
+        assert shown == "It has not been run yet.\n"
 
 
 @pytest.fixture
@@ -341,7 +353,7 @@ def test_a_run_is_compared_by_hand():
     assert found == {"n": 4, "clean": 3, "clean_changed": 1, "pgd": 2, "pgd_changed": 2}
 
 
-def test_the_shipped_recipe_is_the_one_that_the_readme_says_was_chosen(ablation):
+def test_the_shipped_recipe_is_the_one_that_the_page_says_was_chosen(ablation):
     """The best on attacked validation slices, of the folds and of the random split."""
     table = pd.read_csv(ROOT / "benchmarks/ablation_laptop.csv")
     table = table[table.arch.eq("resnet_small")]
@@ -353,7 +365,7 @@ def test_the_shipped_recipe_is_the_one_that_the_readme_says_was_chosen(ablation)
     assert own.notna().all(axis=None) and (own.idxmax() == SHIPPED).all()
 
 
-def test_a_larger_training_budget_reads_more_slices_of_unseen_groups_as_the_readme_says():
+def test_a_larger_training_budget_reads_more_slices_of_unseen_groups_as_the_page_says():
     table = pd.read_csv(ROOT / "benchmarks/ablation_laptop.csv")
     own = table[table.split.eq("grouped")].groupby("variant")[["clean", "pgd_4", "pgd_8", "n"]].sum()
     own = own.loc[[f"{budget}/255, a quarter clean" for budget in (4, 8, 12, 16)]]
@@ -379,7 +391,7 @@ def test_a_larger_training_budget_reads_more_slices_of_unseen_groups_as_the_read
     assert own.clean.iloc[-1] > plain.clean.sum()
 
 
-def test_on_unseen_groups_an_early_epoch_is_kept_as_the_readme_says():
+def test_on_unseen_groups_an_early_epoch_is_kept_as_the_page_says():
     """And the budget that it had reached, as notebook 5 says, is the one that training attacked it with."""
     kept = pd.read_csv(ROOT / "paper/tables/laptop/kept_epochs.csv")
     assert len(kept) == 20 and kept.train_eps_255[kept.model.eq("normal")].eq(0).all()
@@ -394,21 +406,21 @@ def test_on_unseen_groups_an_early_epoch_is_kept_as_the_readme_says():
         assert row.train_eps_255 == pytest.approx(attack.eps_255)
 
 
-def test_the_papers_network_takes_to_the_recipe_as_the_readme_says():
+def test_the_papers_network_takes_to_the_recipe_as_the_page_says():
     table = pd.read_csv(ROOT / "benchmarks/ablation_laptop.csv")
     own = table[table.arch.eq("resnet50")]
     assert set(own.split) == {"random"} and set(own.side) == {112}
     assert (own.clean > 0.9 * own.n).all() and (own.pgd_4 > 0.9 * own.n).all()
 
 
-def test_the_rare_class_pays_as_the_readme_says():
+def test_the_rare_class_pays_as_the_page_says():
     accuracy = pd.read_csv(ROOT / "paper/tables/laptop/accuracy.csv").set_index(["split", "model", "attack"])
     assert accuracy.loc[("grouped", "adversarial", "clean"), "recall_benign"].eq(0).all()
     stands = pd.read_csv(ROOT / "benchmarks/ablation_laptop.csv").groupby(["split", "variant"]).pgd_4.sum()
     assert stands["grouped", "4/255, all clean, class weights"] < stands["grouped", "4/255, a quarter clean"]
 
 
-def test_no_recipe_is_ahead_of_a_histogram_as_the_readme_says():
+def test_no_recipe_is_ahead_of_a_histogram_as_the_page_says():
     leak = pd.read_csv(ROOT / "paper/tables/laptop/leak_summary.csv").set_index(["classifier", "split"])
     table = pd.read_csv(ROOT / "benchmarks/ablation_laptop.csv").query("split == 'grouped'")
     read = table.groupby("variant")[["clean", "n"]].sum()
@@ -436,8 +448,8 @@ def test_each_fold_takes_the_variant_that_its_own_validation_slices_choose(ablat
     assert ablation._fold_by_fold(every[every.variant.eq("a")]) == ""
 
 
-def test_the_readme_shows_the_ablation(ablation):
-    shown = README.split("<!-- generated: ablation -->\n")[1].split("<!-- /generated: ablation -->")[0]
+def test_the_page_of_the_recipe_shows_the_ablation(ablation):
+    shown = shown_in("recipe", "ablation")
     assert shown == ablation.sections(ROOT) and "The `laptop` profile's recipe" in shown
 
 
@@ -492,11 +504,11 @@ def test_cropped_and_whole_slices_are_compared_pair_by_pair():
         cropped.compared(whole, other[:-1], {})
 
 
-def test_the_readme_compares_what_is_published():
+def test_the_page_compares_what_is_published():
     """And the file is what the published predictions say."""
     cropped = importlib.import_module("cropped")
     table = pd.read_csv(ROOT / "benchmarks/cropped.csv")
-    shown = README.split("<!-- generated: cropped -->\n")[1].split("<!-- /generated: cropped -->")[0]
+    shown = shown_in("crop", "cropped")
     assert shown == cropped.section(table)
     again = cropped.measured(ROOT, table.profile[0])
     pd.testing.assert_frame_equal(again, table, check_dtype=False, rtol=1e-6)
@@ -517,7 +529,8 @@ def test_folds_of_a_grouping_are_trained_once_and_shown(grouping, declared, phan
     small = declared | {"arch": "resnet_small", "epochs": 1, "batch_size": 16, "train_pgd_steps": 1}
     slices = replace(phantoms, groups=near_duplicate_groups(phantoms))
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "README.md").write_text("<!-- generated: grouping --><!-- /generated: grouping -->")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/groups.md").write_text("<!-- generated: grouping --><!-- /generated: grouping -->")
     monkeypatch.setattr(grouping, "find_root", lambda: tmp_path)
     monkeypatch.setattr(grouping, "profiled", lambda name: (small, slices))
     monkeypatch.setattr(grouping, "GROUPINGS", ((0.93, 0.80), (1.1, 1.1)))
@@ -527,7 +540,7 @@ def test_folds_of_a_grouping_are_trained_once_and_shown(grouping, declared, phan
     path = tmp_path / "benchmarks/grouping_cpu.csv"
     table = pd.read_csv(path)
     assert table.groups.tolist() == [len(np.unique(slices.groups)), len(slices)]  # no two are identical
-    shown = (tmp_path / "README.md").read_text()
+    shown = (tmp_path / "docs/groups.md").read_text()
     assert f"| 0.93 | 0.80 | {table.groups[0]} (ours) |" in shown and f"| – | – | {len(slices)} |" in shown
     marked = table.assign(clean=[0, 1])
     marked.iloc[:1].to_csv(path, index=False)
@@ -536,7 +549,7 @@ def test_folds_of_a_grouping_are_trained_once_and_shown(grouping, declared, phan
     assert again.clean.tolist() == [0, table.clean[1]]  # the first row was kept, the second measured
 
 
-def test_the_levels_of_the_groupings_are_as_the_readme_says(grouping):
+def test_the_levels_of_the_groupings_are_as_the_page_says(grouping):
     """And the paper: from the exact copies to about as many groups as cases it falls, in no order there."""
     own = declared_parameters(ROOT / "notebooks/01_data.ipynb")
     assert grouping.OURS == (own["group_threshold"], own["neighbour_threshold"])
@@ -556,8 +569,6 @@ def test_the_levels_of_the_groupings_are_as_the_readme_says(grouping):
     accuracy = pd.read_csv(ROOT / "paper/tables/laptop/accuracy.csv").set_index(["split", "model", "attack"])
     random = accuracy.loc[("random", "adversarial", "clean"), "accuracy"]
     assert (abs(apart.clean / apart.n - random) < 0.01).all()
-    shown = README.split("<!-- generated: grouping -->\n")[1].split("<!-- /generated: grouping -->")[0]
-    assert shown == importlib.import_module("results").section(ROOT, "grouping")
 
 
 def test_what_is_missing_of_groupings_is_of_todays_recipe(grouping):

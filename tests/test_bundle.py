@@ -356,8 +356,8 @@ def test_another_seed_than_the_first_is_not_audited():
         planned(["seed", "test", "0", "esp_255=4"], ROOT)
 
 
-def test_make_says_it_as_the_readme_does():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_make_says_it_as_the_page_does():
+    readme = (ROOT / "docs/reproducing.md").read_text(encoding="utf-8")
     command = ("make", "--no-print-directory", "-o", ".venv/.installed", "--dry-run")
 
     def made(*words):

@@ -146,6 +146,13 @@ def planned(build, **parameters):
     (build / "data/01_data.json").write_text(json.dumps({"parameters": parameters}))
 
 
+PAGES = {  # and what is generated there
+    "README.md": ("finding", "hero", "summary", "findings", "awaiting"),
+    "docs/results.md": ("results",),
+    "docs/claims.md": ("claims",),
+}
+
+
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     (tmp_path / "lib/fortify").mkdir(parents=True)
@@ -169,9 +176,10 @@ def checkout(tmp_path, monkeypatch):
     (tmp_path / "notebooks/profiles").mkdir()
     for name, more in TITLES.items():
         (tmp_path / f"notebooks/profiles/{name}.yaml").write_text(f"title: {more}\n")
-    names = ("results", "claims", "awaiting")
-    sections = (f"<!-- generated: {s} -->old<!-- /generated: {s} -->" for s in names)
-    (tmp_path / "README.md").write_text("\n".join(["top", *sections, "end\n"]))
+    (tmp_path / "docs").mkdir()
+    for page, names in PAGES.items():
+        sections = (f"<!-- generated: {s} -->old<!-- /generated: {s} -->" for s in names)
+        (tmp_path / page).write_text("\n".join(["top", *sections, "end\n"]))
     return tmp_path
 
 
@@ -184,23 +192,25 @@ def test_commit_writes_notebooks_figures_tables_and_readme(checkout):
     runs = checkout / "paper/tables/laptop/runs/random-s0"
     assert sorted(p.name for p in runs.iterdir()) == ["02_baseline.json", "normal_predictions.csv.gz"]
     assert gzip.decompress((runs / "normal_predictions.csv.gz").read_bytes()) == b"index,label\n1,2\n"
-    readme = (checkout / "README.md").read_text()
-    assert "**Classes" not in readme
+    results = checkout / "docs/results.md"
+    assert "**Classes" not in results.read_text()
     (checkout / "build/laptop/tables/table1_random_classes.md").write_text("| recall |\n")
     assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
-    readme = (checkout / "README.md").read_text()
     below = (
         "**Table 1, random split**\n\n| a |\n\n**Classes, scans and baselines, random split**\n\n| recall |\n"
     )
-    assert below in readme
-    assert (
-        readme.startswith("top\n")
-        and readme.endswith("\nend\n")
-        and "| a |" in readme
-        and "| claim |" in readme
-        and "(figures/laptop/published_protocol_random-s0.png)" in readme
-        and ">old<" not in readme
-    )
+    assert below in results.read_text()
+    assert "| claim |" in (checkout / "docs/claims.md").read_text()
+    strip = "(figures/laptop/published_protocol_random-s0.png)"
+    assert f"(../{strip[1:]}" in (checkout / "docs/claims.md").read_text()
+    assert strip in (checkout / "README.md").read_text(), "until there is a figure of its own"
+    for page in PAGES:
+        text = (checkout / page).read_text()
+        assert text.startswith("top\n") and text.endswith("\nend\n") and ">old<" not in text
+    (checkout / "build/laptop/figures/hero.png").write_bytes(b"hero")
+    assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
+    readme = (checkout / "README.md").read_text()
+    assert "(figures/laptop/hero.png)" in readme and strip not in readme
 
 
 def test_what_the_notebooks_took_is_published(checkout):
@@ -229,12 +239,14 @@ def test_the_attack_explorer_is_shown_what_was_run_and_nothing_older(checkout):
     assert not shown.exists(), "it would be of other networks than the tables"
 
 
-@pytest.mark.parametrize("section", ["results", "claims"])
-def test_a_readme_without_its_markers_is_refused(checkout, capsys, section):
-    readme = checkout / "README.md"
-    readme.write_text(readme.read_text().replace(f"<!-- /generated: {section} -->", ""))
+@pytest.mark.parametrize(("page", "section"), [(p, s) for p, own in PAGES.items() for s in own])
+def test_a_page_without_its_markers_is_refused_before_any_is_written(checkout, capsys, page, section):
+    path = checkout / page
+    path.write_text(path.read_text().replace(f"<!-- /generated: {section} -->", ""))
+    before = {name: (checkout / name).read_text() for name in PAGES}
     assert publish.main(["commit", str(checkout / "build/laptop")]) == 1
-    assert f"<!-- generated: {section} -->" in capsys.readouterr().err
+    assert f"{path.name} must hold <!-- generated: {section} -->" in capsys.readouterr().err
+    assert {name: (checkout / name).read_text() for name in PAGES} == before
 
 
 def test_a_profile_without_its_ledger_is_not_published(checkout, capsys):
@@ -252,7 +264,7 @@ def test_the_paper_profile_writes_the_figures_themselves(checkout):
 
 
 def test_another_network_stands_beside_what_is_shown(checkout, capsys):
-    """Its figures and tables have their own place; notebooks and README's first table stay.
+    """Its figures and tables have their own place; notebooks and the first table of the results stay.
 
     It has no ledger of claims, nor what else is of the paper and of whole slices.
     """
@@ -280,18 +292,18 @@ def test_another_network_stands_beside_what_is_shown(checkout, capsys):
             "the same picture is published once"
         )
         assert (checkout / "paper/tables" / profile / "runs/random-s0/normal_predictions.csv.gz").is_file()
-    readme = (checkout / "README.md").read_text()
-    assert "(figures/laptop/robustness_curves.png)" in readme and "figures/resnet18" not in readme
-    assert readme.index("| a |") < readme.index("**Table 1, random split, ResNet-18 in place of ResNet-50")
-    assert readme.index("ResNet-18 in place of") < readme.index("| b |")
-    assert "\nNotebook 08, the audit, has not been run.\n" in readme  # of the first
-    assert readme.count("(notebook 08, random split alone) that fail: ") == 1
-    assert readme.count("is an upper bound.\n") == 1
+    results = (checkout / "docs/results.md").read_text()
+    assert "(../figures/laptop/robustness_curves.png)" in results and "figures/resnet18" not in results
+    assert results.index("| a |") < results.index("**Table 1, random split, ResNet-18 in place of ResNet-50")
+    assert results.index("ResNet-18 in place of") < results.index("| b |")
+    assert "\nNotebook 08, the audit, has not been run.\n" in results  # of the first
+    assert results.count("(notebook 08, random split alone) that fail: ") == 1
+    assert results.count("is an upper bound.\n") == 1
     where = "(random split, seed 0, normal model:"
     failed = f"*gradients* {where} 1 of 2); *Square* {where} the note)"
-    assert readme.index("| b |") < readme.index(failed)
+    assert results.index("| b |") < results.index(failed)
     assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
-    assert (checkout / "README.md").read_text() == readme, "the next publish of the other keeps it"
+    assert (checkout / "docs/results.md").read_text() == results, "the next publish of the other keeps it"
 
 
 def test_the_papers_network_leads_once_three_seeds_of_each_split_are_there(checkout):
@@ -303,8 +315,8 @@ def test_the_papers_network_leads_once_three_seeds_of_each_split_are_there(check
             (tables / f"table1_{split}.csv").write_text(f"model,seeds\nnormal,{n}\n")
             (tables / f"table1_{split}.md").write_text("| b |\n")
         assert publish.main(["commit", str(checkout / "build/resnet50")]) == 0
-        readme = (checkout / "README.md").read_text()
-        assert (readme.index("| b |") < readme.index("| a |")) == leads
+        results = (checkout / "docs/results.md").read_text()
+        assert (results.index("| b |") < results.index("| a |")) == leads
 
 
 def test_a_companion_profile_without_its_table_1_is_not_published(checkout, capsys):
@@ -364,17 +376,17 @@ def test_a_run_that_is_no_longer_there_is_not_counted(checkout, profile):
 
 
 def test_that_the_reference_run_has_yet_to_be_published_is_said_until_it_is(checkout):
-    readme = checkout / "README.md"
+    results = checkout / "docs/results.md"
     assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
     assert (
-        "(a small net). **Not** the reference run (`make paper`), which has yet to be" in readme.read_text()
+        "(a small net). **Not** the reference run (`make paper`), which has yet to be" in results.read_text()
     )
     shutil.copytree(checkout / "build/laptop", checkout / "build/paper")
     assert publish.main(["commit", str(checkout / "build/paper")]) == 0
-    assert "From the `paper` profile (the reference run). Intervals" in readme.read_text()
+    assert "From the `paper` profile (the reference run). Intervals" in results.read_text()
     assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
-    assert "which is in [paper/tables](paper/tables)." in readme.read_text()
-    assert "has yet to be" not in readme.read_text()
+    assert "which is in [paper/tables](../paper/tables)." in results.read_text()
+    assert "has yet to be" not in results.read_text()
 
 
 def test_who_awaits_a_run_is_named_until_it_is_published(checkout):
@@ -466,7 +478,7 @@ def test_the_published_table_1_is_what_the_published_rows_say():
     pd.testing.assert_frame_equal(gain.round(1), pd.read_csv(tables / "gain.csv"), check_dtype=False)
 
 
-def test_what_the_readme_says_of_cropped_slices():
+def test_what_the_page_says_of_cropped_slices():
     """More of unseen groups, the more so under attack, fewer of the random split; on the same splits."""
     apart = pd.read_csv(ROOT / "benchmarks/cropped.csv").query("model == 'adversarial'").set_index("split")
     assert (apart.high_percent["random"] < 0).all() and (apart.low_percent["grouped"] < 0).all()

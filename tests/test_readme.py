@@ -1,4 +1,4 @@
-"""The README: its example runs, its results are the published tables, its links lead somewhere."""
+"""README and the pages of docs/: examples run, what is generated is the published tables, links lead somewhere."""
 
 import json
 import re
@@ -9,11 +9,22 @@ import pytest
 from PIL import Image
 
 from fortify.workflow.profiles import companion_profiles
-from fortify.workflow.publish import published_folders
+from fortify.workflow.publish import published_folders, shown_profile, update_pages
 
 ROOT = Path(__file__).parents[1]
 COMPANIONS = companion_profiles(ROOT / "notebooks" / "profiles")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RESULTS = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+
+
+def generated(text, section):
+    """What stands between the markers of a section."""
+    return text.split(f"<!-- generated: {section} -->\n")[1].split(f"<!-- /generated: {section} -->")[0]
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
 
 
 def test_the_examples_run_as_printed(phantoms, tmp_path, monkeypatch, capsys):
@@ -22,7 +33,9 @@ def test_the_examples_run_as_printed(phantoms, tmp_path, monkeypatch, capsys):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path.with_suffix(".png"))
     monkeypatch.chdir(tmp_path)
-    examples = re.findall(r"<!-- example.*?-->\n```python\n(.*?)```", README, re.DOTALL)
+    library = (ROOT / "docs/library.md").read_text(encoding="utf-8")
+    examples = re.findall(r"<!-- example.*?-->\n```python\n(.*?)```", README + library, re.DOTALL)
+    assert len(examples) == 2
     exec(compile("\n".join(examples), "README.md", "exec"), {})
     first, *table = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"robust accuracy \d+\.\d%", first)
@@ -30,18 +43,24 @@ def test_the_examples_run_as_printed(phantoms, tmp_path, monkeypatch, capsys):
     assert ids >= {"T0", "T0b", "T7", "T15"}
 
 
-def test_links_lead_somewhere():
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    assert len(links) > 8
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-def test_the_slices_that_the_readme_names_are_those_of_the_published_runs():
+def test_the_readme_leads_to_every_page():
+    """Those on the site's menu alone: the first page, which is README itself, and the bibliography."""
+    linked = set(re.findall(r"\]\(docs/(\w+)\.md", README))
+    assert linked | {"index", "references"} == {path.stem for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_the_slices_that_the_results_name_are_those_of_the_published_runs():
     """And they are the copy, whose files are all of one size."""
-    profile = re.search(r"From the `(\w+)` profile", README).group(1)
+    profile = re.search(r"From the `(\w+)` profile", RESULTS).group(1)
     folders = [published_folders(ROOT, name)[1] for name in (profile, *COMPANIONS)]
     manifests = [path for folder in folders for path in folder.glob("runs/*-s*/[0-9]*.json")]
-    named = re.search(r"`data_sha256` ([0-9a-f]{8})…", README).group(1)
+    named = re.search(r"`data_sha256`; here it is ([0-9a-f]{8})…", RESULTS).group(1)
     assert {json.loads(path.read_text())["data_sha256"][:8] for path in manifests} == {named}
     sizes = pd.read_csv(folders[0] / "dataset.csv").set_index("class")
     assert sizes.sizes.dropna().str.startswith("224 x 224 (").all() and sizes.duplicates["all"] == 43
@@ -49,17 +68,17 @@ def test_the_slices_that_the_readme_names_are_those_of_the_published_runs():
 
 @pytest.mark.parametrize("split", ["random", "grouped"])
 def test_the_results_are_the_published_tables(split):
-    generated = README.split("<!-- generated: results -->")[1].split("<!-- /generated: results -->")[0]
-    profile = re.search(r"From the `(\w+)` profile", generated).group(1)
+    shown = generated(RESULTS, "results")
+    profile = re.search(r"From the `(\w+)` profile", shown).group(1)
     tables = ROOT / "paper" / "tables" / ("" if profile == "paper" else profile)
-    assert (tables / f"table1_{split}.md").read_text(encoding="utf-8") in generated
+    assert (tables / f"table1_{split}.md").read_text(encoding="utf-8") in shown
 
 
 def test_the_failed_checks_of_the_audit_stand_under_the_results():
-    generated = README.split("<!-- generated: results -->")[1].split("<!-- /generated: results -->")[0]
-    profile = re.search(r"From the `(\w+)` profile", generated).group(1)
+    shown = generated(RESULTS, "results")
+    profile = re.search(r"From the `(\w+)` profile", shown).group(1)
     folders = [published_folders(ROOT, name)[1] for name in (profile, *COMPANIONS)]
-    lines = [line for line in generated.splitlines() if line.startswith("Checks of the audit")]
+    lines = [line for line in shown.splitlines() if line.startswith("Checks of the audit")]
     said = [set(re.findall(r"\*([^*]+)\* \((\w+) split, seed \d+, (\w+) model: ", line)) for line in lines]
     found = []
     for tables in filter(Path.is_dir, folders):
@@ -74,9 +93,24 @@ def test_the_failed_checks_of_the_audit_stand_under_the_results():
 
 
 def test_the_claims_are_the_published_ledger():
-    generated = README.split("<!-- generated: claims -->")[1].split("<!-- /generated: claims -->")[0]
-    profile = re.search(r"From the `(\w+)` profile", README).group(1)
+    shown = generated((ROOT / "docs/claims.md").read_text(encoding="utf-8"), "claims")
+    profile = re.search(r"From the `(\w+)` profile", RESULTS).group(1)
     tables = ROOT / "paper" / "tables" / ("" if profile == "paper" else profile)
-    assert (tables / "claims.md").read_text(encoding="utf-8") in generated
-    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", generated)
-    assert len(pictures) == 1 and (ROOT / pictures[0]).exists()
+    assert (tables / "claims.md").read_text(encoding="utf-8") in shown
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", shown)
+    assert len(pictures) == 1 and (ROOT / "docs" / pictures[0]).exists()
+
+
+def test_all_that_is_generated_is_of_the_published_tables(tmp_path, monkeypatch):
+    """`make publish` would write the same again."""
+    for page in ("README.md", "docs/results.md", "docs/claims.md"):
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        text = re.sub(
+            r"(<!-- generated: \w+ -->\n).*?(<!-- /)", r"\1\2", (ROOT / page).read_text(), flags=re.DOTALL
+        )
+        (tmp_path / page).write_text(text)
+    for folder in ("notebooks", "figures", "paper", "benchmarks"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    update_pages(tmp_path, shown_profile(ROOT))
+    for page in ("README.md", "docs/results.md", "docs/claims.md"):
+        assert (tmp_path / page).read_text() == (ROOT / page).read_text(), page

@@ -420,10 +420,10 @@ def test_make_tables_of_nothing_is_one_clear_error(cut):
     assert "snakemake  tables --allowed-rules results claims html tables " in made
 
 
-def test_ones_own_images_as_the_readme_says(cut):
+def test_ones_own_images_as_the_page_says(cut):
     """Its command has the options of `make` without naming them, and is a Table 1 with its audit."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    printed = re.search(r"^\.venv/bin/(snakemake .*profile=mine)$", readme, re.MULTILINE)[1]
+    page = (ROOT / "docs/reproducing.md").read_text(encoding="utf-8")
+    printed = re.search(r"^\.venv/bin/(snakemake .*profile=mine)$", page, re.MULTILINE)[1]
     (cut / "notebooks/profiles/mine.yaml").write_text(
         "title: my own\nbeside: true\ndataset: folder\ndata_dir: /nowhere\nct: false\nseeds: [0]\n"
     )
@@ -452,7 +452,7 @@ def test_ones_own_images_as_the_readme_says(cut):
     }
     assert f"{ROOT}/profiles/default" in OPTIONS
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert not re.search(r"--nolock|--rerun-incomplete|--max-checksum", makefile + readme)
+    assert not re.search(r"--nolock|--rerun-incomplete|--max-checksum", makefile + page)
 
 
 def test_another_notebook_costs_a_file_and_a_row(cut):

@@ -103,9 +103,10 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def alignment(model: nn.Module, images: Any, *, batch_size: int = 64) -> np.ndarray:
-    """|<image, gradient>| / |gradient| of the two highest logits' difference, (N,) (Etmann et al. 2019).
+    """``|<image, gradient>| / |gradient|``, (N,), of the two highest logits' difference.
 
-    It grows with robustness, and is the distance to the boundary exactly for a linear model without offset.
+    It grows with robustness (Etmann et al. 2019), and is the distance to the boundary exactly for a linear
+    model without offset.
     ``images`` (N, C, H, W) float in [0, 1].
     """
     images, _ = checked(images, torch.zeros(len(images), dtype=torch.int64))

@@ -1,7 +1,7 @@
 """From a finished profile to what is committed: executed notebooks, figures, tables and the paper.
 
 python -m fortify.workflow.publish commit build/laptop
-    notebooks/, figures/, paper/tables, README.md and what the attack explorer shows, docs/explorer/data.js
+    notebooks/, figures/, paper/tables, README.md, docs/ and what the attack explorer shows there
 python -m fortify.workflow.publish weights build/laptop
     paper/models: the weights of seed 0 of each split with their cards; what is left out is printed
 python -m fortify.workflow.publish pdf [laptop]
@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 from collections.abc import Collection, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import pandas as pd
 
 from fortify.files import atomic_path, find_root, write_csv, write_text
 from fortify.runs import literals, run_order
+from fortify.workflow import front
 from fortify.workflow.profiles import (
     ProfileError,
     companion_profiles,
@@ -183,8 +185,8 @@ def commit(build: str | Path) -> list[Path]:
 
     Only the ``paper`` profile writes ``figures/`` and ``paper/tables/`` themselves; any other writes to
     their subfolder of its name, so that nothing smaller passes for the reference run. What an earlier publish
-    left there goes. A companion profile leaves the notebooks as they are, and README shows its Table 1 below
-    that of their profile.
+    left there goes. A companion profile leaves the notebooks as they are, and docs/results.md shows its Table 1
+    below that of their profile.
     """
     build, root = Path(build).resolve(), find_root()
     profile = build.name
@@ -242,7 +244,7 @@ def commit(build: str | Path) -> list[Path]:
         written.append(tables / "run_times.csv")
     if not companion:
         written += _publish_explorer(build, root)
-    update_readme(root, shown)
+    update_pages(root, shown)
     return written
 
 
@@ -392,45 +394,72 @@ def _publish_one(build, root, run, training, manifests):
     return f"{megabytes:.1f} MB, {stored}; [card]({build.name}/{run}/{training}.md)"
 
 
-def update_readme(root: Path, profile: str) -> None:
-    """Rewrite README.md's ``generated`` sections of results, claims and notebooks that await a run.
+def update_pages(root: Path, profile: str) -> None:
+    """Rewrite what is ``generated`` in README.md, docs/results.md and docs/claims.md.
 
-    They are made of the tables of ``profile``.
+    They are made of the published tables of ``profile``, and of its companions'.
     """
-    readme = root / "README.md"
     figures, tables = published_folders(root, profile)
-    relative = figures.relative_to(root)
-
+    relative = Path("..") / figures.relative_to(root)
     profiles = root / "notebooks" / "profiles"
+    before, after = companions_beside(root)
     parts = _tables1(tables)
     sentence = f"From the `{profile}` profile ({read_profile(profiles / f'{profile}.yaml')[1]['title']})."
     if profile != "paper":
         sentence += " **Not** the reference run (`make paper`), which has yet to be published here."
         if (published_folders(root, "paper")[1] / "table1_random.md").is_file():
-            sentence = sentence.replace("has yet to be published here", "is in [paper/tables](paper/tables)")
+            there = "is in [paper/tables](../paper/tables)"
+            sentence = sentence.replace("has yet to be published here", there)
     sentence += (
         " Intervals are of the networks trained here. The sd over seeds says how far apart runs are: each "
         "seed is another training on another split (grouped: another fold)."
     )
-    parts.append(sentence + "\n")
-    parts.append(_audited(tables))
+    parts += [sentence + "\n", _audited(tables)]
     parts.append(
         f"![Accuracy against the attack budget, both splits]({relative / 'robustness_curves.png'})\n"
     )
-    before = []
-    for name, title in companion_profiles(profiles).items():
-        of_name = published_folders(root, name)[1]
-        if beside := _tables1(of_name, f", {title} (`{name}` profile)"):
-            leads = read_profile(profiles / f"{name}.yaml")[1]["first"] and _fewest_seeds(of_name) >= _ENOUGH
-            (before if leads else parts).extend([*beside, _audited(of_name)])
-    text = _replaced(readme.read_text(encoding="utf-8"), "results", "\n".join(before + parts))
-    claims = (tables / "claims.md").read_text(encoding="utf-8")
-    strip = sorted(figures.glob("published_protocol_*.png"), key=lambda p: "random" not in p.name)
+    beside = {
+        name: [*_tables1(published_folders(root, name)[1], f", {title} (`{name}` profile)")]
+        + [_audited(published_folders(root, name)[1])]
+        for name, title in (before | after).items()
+    }
+    parts = [*chain(*(beside[name] for name in before)), *parts, *chain(*(beside[name] for name in after))]
+    results, claims, readme = root / "docs/results.md", root / "docs/claims.md", root / "README.md"
+    sections = {results: {"results": "\n".join(parts)}}
     words = "One slice: original, clamped, tanh, published PGD and correct PGD, with predictions and changes"
-    pictures = [f"![{words}]({relative / path.name})\n" for path in strip[:1]]
-    text = _replaced(text, "claims", "\n".join([*pictures, claims]))
-    text = _replaced(text, "awaiting", awaiting_line(root))
-    write_text(readme, text)
+    pictures = [f"![{words}]({relative / path.name})\n" for path in protocol_strips(figures)[:1]]
+    ledger = (tables / "claims.md").read_text(encoding="utf-8")
+    sections[claims] = {"claims": "\n".join([*pictures, ledger])}
+    shown = [
+        front.Network.of_profile(read_profile(profiles / f"{name}.yaml")[0], published_folders(root, name)[1])
+        for name in (*before, profile)
+    ]
+    pictures = [*figures.glob("hero.png"), *protocol_strips(figures)]
+    sections[readme] = front.sections(shown, figures.relative_to(root), pictures, root / "benchmarks")
+    sections[readme]["awaiting"] = awaiting_line(root)
+    texts = {path: path.read_text(encoding="utf-8") for path in sections}
+    for path, own in sections.items():
+        for name, content in own.items():
+            texts[path] = _replaced(texts[path], name, content, path.name)
+    for path, text in texts.items():  # only once all of them have passed
+        write_text(path, text)
+
+
+def companions_beside(root: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Published companion profiles, {name: title}: those whose Table 1 goes first, and the others."""
+    profiles = root / "notebooks" / "profiles"
+    before, after = {}, {}
+    for name, title in companion_profiles(profiles).items():
+        tables = published_folders(root, name)[1]
+        if _tables1(tables):
+            first = read_profile(profiles / f"{name}.yaml")[1]["first"]
+            (before if first and _fewest_seeds(tables) >= _ENOUGH else after)[name] = title
+    return before, after
+
+
+def protocol_strips(figures: Path) -> list[Path]:
+    """Published pictures of the published protocol, the random split's first."""
+    return sorted(figures.glob("published_protocol_*.png"), key=lambda p: "random" not in p.name)
 
 
 def _fewest_seeds(tables):
@@ -474,14 +503,14 @@ def _tables1(folder, suffix=""):
 
 def replace_section(path: Path, section: str, content: str) -> None:
     """Replace what lies between the two ``generated`` markers of ``section`` in a text file, atomically."""
-    write_text(path, _replaced(path.read_text(encoding="utf-8"), section, content))
+    write_text(path, _replaced(path.read_text(encoding="utf-8"), section, content, path.name))
 
 
-def _replaced(text, section, content):
+def _replaced(text, section, content, name):
     """``text`` with what lies between the two markers of ``section`` replaced."""
     start, end = f"<!-- generated: {section} -->", f"<!-- /generated: {section} -->"
     if text.count(start) != 1 or text.count(end) != 1:
-        raise PublishError(f"README.md must hold {start} and {end} once each")
+        raise PublishError(f"{name} must hold {start} and {end} once each")
     before, rest = text.split(start)
     return f"{before}{start}\n{content}{end}{rest.split(end)[1]}"
 

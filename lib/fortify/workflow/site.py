@@ -1,6 +1,6 @@
-"""The notebooks as a small static site: an index with Table 1 first, each figure linked to its cell.
+"""The site, and the pages of one run.
 
-python -m fortify.workflow.site                the committed notebooks, tables and paper: build/site
+python -m fortify.workflow.site                docs/ and the committed notebooks, by Sphinx: build/site
 python -m fortify.workflow.site build/demo     a finished profile, every run of it: build/demo/html
 
 The pages need no server and fetch nothing: they open from the file system, and GitHub Pages serves them.
@@ -11,14 +11,15 @@ import html
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import nbformat
 
 from fortify.files import find_root, write_text
 from fortify.runs import run_order
-from fortify.workflow.publish import PARTS1, PublishError, published_folders, shown_profile
+from fortify.workflow.publish import PARTS1, PublishError, shown_profile
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#1f2328}
@@ -37,12 +38,26 @@ PAGE = """
 {%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
 {%- block body_header -%}{{ super() }}
-<p style="margin:1em 4em"><a href="index.html"><u>Table 1 and all notebooks</u></a>
-{%- if (nb.metadata.fortify or {}).awaiting %} · This notebook awaits
-{{ nb.metadata.fortify.awaiting | escape }}.{% endif -%}
-</p>
+<p style="margin:1em 4em"><a href="index.html"><u>Table 1 and all notebooks</u></a></p>
 {%- endblock -%}
 """
+
+
+def published_site(target: str | Path | None = None) -> Path:
+    """The site of docs/ and the committed notebooks; returns its first page. Any warning is an error."""
+    from sphinx.cmd.build import main as sphinx  # here: a run's own pages do without it
+
+    root = find_root()
+    shown_profile(root)  # or the error that says what to do
+    target = Path(target or root / "build" / "site")
+    shutil.rmtree(target, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as read:
+        options = ["-q", "-E", "-W", "--keep-going", "-b", "html", "-d", read, "-c", str(root / "docs")]
+        if sphinx([*options, str(root), str(target)]):
+            raise PublishError("the site is not built: see the warnings above")
+    index = target / "index.html"
+    write_text(index, '<!doctype html><meta http-equiv="refresh" content="0; url=docs/index.html">\n')
+    return index
 
 
 def build_site(build: str | Path) -> Path:
@@ -55,31 +70,16 @@ def build_site(build: str | Path) -> Path:
         notebooks["_".join(filter(None, (run, path.stem)))] = (path, run)
     if not notebooks or not (build / "tables").is_dir():
         raise PublishError(f"{build} holds no executed notebooks and tables; run that profile first")
-    return _site(build / "html", notebooks, build / "tables", build / "figures", build.name)
-
-
-def published_site(target: str | Path | None = None) -> Path:
-    """The pages of the committed notebooks, for GitHub Pages; returns the index's path."""
-    root = find_root()
-    paths, profile = sorted((root / "notebooks").glob("[0-9]*.ipynb")), shown_profile(root)
-    notebooks = {path.stem: (path, "") for path in paths}
-    figures, tables = published_folders(root, profile)
-    target = Path(target or root / "build" / "site")
-    return _site(target, notebooks, tables, figures, profile, pdf=root / "paper" / "paper.pdf")
-
-
-def _site(target, notebooks, tables, figures, profile, pdf=None):
+    target, tables, figures = build / "html", build / "tables", build / "figures"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     exporter, listed, shown = _exporter(), [], {}
     for name, (path, run) in notebooks.items():
         notebook = nbformat.read(path, as_version=4)
-        if pdf is None:  # a finished profile's: what the committed copy awaits has just been run
-            notebook.metadata.get("fortify", {}).pop("awaiting", None)
         page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": _title(notebook)}})
         write_text(target / f"{name}.html", re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', page))
         listed.append((name, run, notebook))
-        for png, cell, alt in _pictures(notebook):
+        for png, cell, alt in pictures(notebook):
             shown.setdefault(png, (f"{name}.html#cell-id={cell}", alt))
     (target / "figures").mkdir()
     files = {path.read_bytes(): path for path in sorted(figures.glob("[!.]*.png"))}
@@ -90,10 +90,8 @@ def _site(target, notebooks, tables, figures, profile, pdf=None):
     (target / "tables").mkdir()
     for path in sorted(tables.glob("[!.]*.csv")):
         shutil.copy(path, target / "tables")
-    if pdf is not None:
-        shutil.copy(pdf, target)
     index = target / "index.html"
-    write_text(index, _index(tables, profile, listed, cards, pdf))  # last: where it is, the pages are
+    write_text(index, _index(tables, build.name, listed, cards))  # last: where it is, the pages are
     return index
 
 
@@ -104,8 +102,8 @@ def _exporter():
     return HTMLExporter(extra_loaders=[DictLoader({"page.html.j2": PAGE})], template_file="page.html.j2")
 
 
-def _pictures(notebook):
-    """(PNG bytes, cell id, alternative text) of each picture that the notebook shows."""
+def pictures(notebook: nbformat.NotebookNode) -> Iterator[tuple[bytes, str, str]]:
+    """(PNG bytes, cell id, alternative text) of each picture that a notebook shows."""
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             png = output.get("data", {}).get("image/png")
@@ -129,7 +127,7 @@ def _card(name, link, alt):
     return f'<figure><a href="{link}">{image}</a><figcaption>{html.escape(alt)}</figcaption></figure>'
 
 
-def _index(tables, profile, listed, cards, pdf):
+def _index(tables, profile, listed, cards):
     parts = []
     splits = {path.stem.split("_")[1] for path in tables.glob("table1_*.md")}
     for split in sorted(splits, reverse=True):  # random, as in the paper, before grouped
@@ -140,20 +138,15 @@ def _index(tables, profile, listed, cards, pdf):
     items = []
     for name, run, notebook in listed:
         words = html.escape(f"{_title(notebook)} ({run})" if run else _title(notebook))
-        why = notebook.metadata.get("fortify", {}).get("awaiting")
-        note = f'<br><span class="note">Awaits {html.escape(why)}.</span>' if why else ""
-        items.append(
-            f'<li><a href="{name}.html">{words}</a><br>{html.escape(_question(notebook))}{note}</li>'
-        )
+        items.append(f'<li><a href="{name}.html">{words}</a><br>{html.escape(_question(notebook))}</li>')
     files = ", ".join(f'<a href="tables/{p.name}">{p.stem}</a>' for p in sorted(tables.glob("[!.]*.csv")))
-    paper = f'<p><a href="{pdf.name}">The paper (PDF)</a></p>' if pdf is not None else ""
     warning = "" if profile == "paper" else " It is not the reference run (profile <b>paper</b>)."
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Adversarial training on lung-CT slices</title><style>{STYLE}</style>"
         "<h1>Adversarial training on lung-CT slices, reproducibly</h1>"
-        f"<p>What the <b>{html.escape(profile)}</b> profile gave.{warning}</p>{paper}{''.join(parts)}"
+        f"<p>What the <b>{html.escape(profile)}</b> profile gave.{warning}</p>{''.join(parts)}"
         f"<h2>Notebooks</h2><ul>{''.join(items)}</ul>"
         f"<h2>Figures</h2><p>Each leads to the cell that made it.</p>"
         f'<div class="figures">{"".join(cards)}</div>'

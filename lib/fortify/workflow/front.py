@@ -1,0 +1,286 @@
+"""README's generated part: the finding, one figure, one table and five findings, all of the published tables.
+
+A file that is not published yet leaves out its sentence or its cells, and the next publish fills them.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from fortify.evaluation import BLACK_BOX
+from fortify.tables import to_markdown
+
+_ARCHS = {"resnet_small": "small ResNet", "resnet18": "ResNet-18", "resnet50": "ResNet-50"}
+_SPLITS = {"random": "random", "grouped": "unseen groups"}
+# A line of the table: the baseline, and what notebook 7 measures where baselines are not published yet.
+_SIMPLE = {
+    "nearest thumbnail": ("look-up: nearest thumbnail", "nearest neighbour"),
+    "histogram forest": ("random forest on a grey-level histogram", "histogram"),
+    "largest class": ("largest class", "majority class"),
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A profile whose Table 1 README shows: what it is called there, and its published tables."""
+
+    name: str
+    tables: Path
+
+    @classmethod
+    def of_profile(cls, parameters: dict, tables: Path) -> "Network":
+        """Named by ``arch`` and ``size`` of the profile's ``parameters``; else they are the notebooks' own."""
+        arch = parameters.get("arch", "resnet50")
+        return cls(f"{_ARCHS.get(arch, arch)}, {parameters.get('size', 224)} px", tables)
+
+
+def sections(
+    networks: Sequence[Network], figures: Path, strips: Sequence[Path], benchmarks: Path
+) -> dict[str, str]:
+    """{section of README: Markdown}.
+
+    ``networks`` come in the order of the table's rows; the last is the main profile's, whose ``figures`` (a
+    folder relative to README) and ``strips`` (pictures of the published protocol) there are, and the first is
+    whose figures the sentences quote.
+    """
+    main = networks[-1].tables
+    return {
+        "finding": " ".join(finding(networks[0].tables, main)) + "\n",
+        "hero": hero(figures, strips),
+        "summary": summary(networks),
+        "findings": "".join(f"- {line}\n" for line in findings(networks[0].tables, main, benchmarks)),
+    }
+
+
+def finding(lead: Path, main: Path) -> Iterator[str]:
+    """Three sentences: under attack on a random split, on unseen groups, and what the printed table shows."""
+    random, grouped = (_accuracy(lead, split) for split in _SPLITS)
+    if random is None or grouped is None:
+        return
+    eps = _budget(lead)
+    yield (
+        "On a random split, which puts near-duplicates of test slices into training, adversarial training "
+        f"keeps {_percent(random, 'adversarial', 'pgd')} of the slices correct under attack (PGD at {eps})."
+    )
+    benign = 100 * grouped.loc[("adversarial", "clean"), "recall_benign"]
+    seen = "no benign slice is" if benign == 0 else f"{benign:.0f} % of the benign slices are"
+    held = (
+        f"On unseen patients (groups) it keeps {_percent(grouped, 'adversarial', 'pgd')}, {seen} recognised"
+    )
+    yield f"{held}{_against_histogram(lead, main, grouped)}."
+    matrix = _matrix(main, "random")
+    if matrix is not None:
+        clamp, attack = (
+            matrix.loc[("normal", name), "accuracy"] for name in ("clamp alone", "published PGD")
+        )
+        same = abs(clamp - attack) <= 0.05
+        yield (
+            "In the authors' public code a fixed clamp of the image, without any attack, lowers the accuracy of "
+            f"normal training to {100 * clamp:.0f} %"
+            + (", as far as their PGD does." if same else f"; their PGD lowers it to {100 * attack:.0f} %.")
+        )
+
+
+def _against_histogram(lead, main, grouped):
+    """Whether a grey-level histogram classifies as many clean slices of unseen groups correctly."""
+    rows = _simple(lead, main, "grouped")
+    if "histogram forest" not in rows:
+        return ""
+    forest, row = rows["histogram forest"]["clean"][0], grouped.loc[("adversarial", "clean")]
+    if forest < 100 * row.group_low:
+        return ""
+    more = "more" if forest > 100 * row.group_high else "about as many"
+    return f", and a random forest on grey-level histograms classifies {more} clean slices correctly"
+
+
+def hero(figures: Path, strips: Sequence[Path]) -> str:
+    """README's figure; until it is published, the published protocol on one slice."""
+    root_of = {path.name: path for path in strips}
+    if "hero.png" in root_of:
+        words = "A test slice, its near-duplicate in training, accuracy by split, the clamp and a real attack"
+        return f"![{words}]({(figures / 'hero.png').as_posix()})\n"
+    if not strips:
+        return ""
+    words = "One slice: original, clamped, tanh, published PGD and correct PGD, with predictions and changes"
+    return f"![{words}]({(figures / strips[0].name).as_posix()})\n"
+
+
+def summary(networks: Sequence[Network]) -> str:
+    """The table: split by network and training, then simple classifiers; Markdown with its caption."""
+    main, lines, tested = networks[-1].tables, [], {}
+    for split, shown in _SPLITS.items():
+        for network in networks:
+            table = _accuracy(network.tables, split)
+            if table is None:
+                continue
+            tested.setdefault(split, []).append((network.name, table.n.iloc[0], table.seeds.iloc[0]))
+            for training in ("normal", "adversarial"):
+                clean, pgd = (table.loc[(training, attack)] for attack in ("clean", "pgd"))
+                cells = (_interval(clean), _interval(pgd), clean.balanced_accuracy, clean.recall_benign)
+                lines.append((shown, f"{network.name}, {training} training", *cells))
+        for name, row in _simple(networks[0].tables, main, split).items():
+            cells = [_points(row["clean"]), _points(row["attacked"]), row["balanced"], row["benign"]]
+            lines.append((shown, _SIMPLE[name][0], *cells))
+    if not tested:
+        return ""
+    eps = _budget(networks[0].tables)
+    columns = ["Split", "Classifier", "Clean", f"PGD {eps}", "Balanced, clean", "Benign recall, clean"]
+    table = pd.DataFrame(lines, columns=columns)
+    for column in columns[4:]:
+        table[column] = ["–" if pd.isna(share) else f"{100 * share:.0f}" for share in table[column]]
+    counts = "; ".join(
+        f"{_SPLITS[split]}, {name}: {n:,} slices, {seeds} seeds"
+        for split, own in tested.items()
+        for name, n, seeds in own
+    )
+    words = (
+        "Percent of test slices, pooled over seeds; in brackets the 95 % interval by groups. "
+        "PGD is crafted on the classifier itself. "
+    )
+    if any((folder / "table1_grouped_classes.csv").is_file() for folder in (main, networks[0].tables)):
+        words += "A classifier without a gradient is attacked as a black box. "
+    else:
+        words += (
+            "The last three lines of a split are on ten splits of their own (notebook 7), with Wilson's "
+            "interval of one test set. "
+        )
+    words += f"{counts}. All attacks and counts: [results](docs/results.md)."
+    return to_markdown(table, caption=words)
+
+
+def findings(lead: Path, main: Path, benchmarks: Path) -> Iterator[str]:
+    """Five lines, each linked to where it is shown."""
+    looked, grouped = ({split: _simple(lead, main, split) for split in _SPLITS}, _accuracy(lead, "grouped"))
+    if all("nearest thumbnail" in rows for rows in looked.values()):
+        shares = [looked[split]["nearest thumbnail"]["clean"][0] for split in _SPLITS]
+        yield (
+            f"**A random split can be solved by look-up.** The nearest thumbnail classifies {shares[0]:.0f} % of "
+            f"its test slices correctly, and {shares[1]:.0f} % on unseen groups "
+            "([leakage](notebooks/07_leakage.ipynb))."
+        )
+    matrix = _matrix(main, "random")
+    eps = _budget(main)
+    if matrix is not None and ("published", f"PGD {eps}") in matrix.index:
+        own = 100 * matrix.loc[("published", "published PGD"), "accuracy"]
+        correct = 100 * matrix.loc[("published", f"PGD {eps}"), "accuracy"]
+        yield (
+            f"**The published training does not withstand a correct attack.** It gives {own:.0f} % under the "
+            f"published PGD and {correct:.0f} % under PGD at {eps} "
+            "([published protocol](notebooks/06_published_protocol.ipynb), [claims](docs/claims.md))."
+        )
+    if grouped is not None:
+        normal, trained = (_percent(grouped, name, "pgd") for name in ("normal", "adversarial"))
+        yield (
+            f"**Adversarial training works against the attack.** On unseen groups, accuracy under PGD at "
+            f"{_budget(lead)} is {normal} after normal and {trained} after adversarial training "
+            "([results](docs/results.md))."
+        )
+    yield from _blanked(main)
+    yield from _groupings(benchmarks / "grouping_cpu.csv")
+
+
+def _blanked(main):
+    path = main / "lungs_or_scanner.csv"
+    if not path.is_file():
+        return
+    table = pd.read_csv(path)
+    table = table[~table.attacked & table.split.eq("grouped") & table.model.eq("adversarial")]
+    shares = 100 * table.groupby("view")[["k", "n"]].sum().eval("k / n")
+    whole, blanked = shares["whole image"], shares["lungs blanked"]
+    title = (
+        "The network needs no lungs." if blanked >= whole - 2 else "Without the lungs the network does worse."
+    )
+    yield (
+        f"**{title}** On the first fold of unseen groups it classifies {whole:.0f} % of whole slices correctly, and "
+        f"{blanked:.0f} % with the lungs blanked ([leakage](notebooks/07_leakage.ipynb), [crop](docs/crop.md))."
+    )
+
+
+def _groupings(path):
+    if not path.is_file():
+        return
+    table = pd.read_csv(path).groupby("groups")[["clean", "n"]].sum().eval("100 * clean / n")
+    near = table[(table.index >= 55) & (table.index <= 165)]  # about as many as the dataset has cases, 110
+    if len(near) > 1:
+        yield (
+            "**What counts as one patient decides the level.** Groupings near the dataset's 110 cases give "
+            f"{near.min():.0f} to {near.max():.0f} % on clean slices ([groups](docs/groups.md))."
+        )
+
+
+def _accuracy(tables, split):
+    """Adaptive rows of a split, by training and attack; None where Table 1 of it is not published."""
+    path = tables / "accuracy.csv"
+    if not path.is_file():
+        return None
+    table = pd.read_csv(path)
+    table = table[table.split.eq(split) & table.protocol.eq("adaptive")].set_index(["model", "attack"])
+    return None if table.empty else table
+
+
+def _matrix(main, split):
+    path = main / "published_matrix.csv"
+    if not path.is_file():
+        return None
+    table = pd.read_csv(path)
+    table = table[table.split.eq(split)].set_index(["model", "evaluation"])
+    return None if table.empty else table
+
+
+def _simple(lead, main, split):
+    """{baseline: its cells}, of the table of classes, else (without attacks) of notebook 7's classifiers.
+
+    ``clean`` and ``attacked`` are (accuracy, low, high) in percent or None, the others shares.
+    """
+    for folder in (main, lead):
+        path = folder / f"table1_{split}_classes.csv"
+        if path.is_file():
+            table = pd.read_csv(path)
+            table = table[table.unit.eq("slice")]
+            return {name: _cells(table[table.model.eq(name)]) for name in _SIMPLE if name in set(table.model)}
+    path = main / "leak_summary.csv"
+    if not path.is_file():
+        return {}
+    table = pd.read_csv(path).query("split == @split").set_index("classifier")
+    found = {}
+    for name, (_, there) in _SIMPLE.items():
+        row = table.loc[there]
+        clean = tuple(100 * row[["accuracy", "low", "high"]])
+        found[name] = {"clean": clean, "attacked": None, "balanced": row.balanced_accuracy, "benign": None}
+    return found
+
+
+def _cells(rows):
+    rows = rows.set_index("attack")
+    clean, attacked = rows.loc["clean"], rows.loc[BLACK_BOX if BLACK_BOX in rows.index else "pgd"]
+
+    def interval(row):
+        ends = ("group_low_percent", "group_high_percent")
+        if pd.isna(row[ends[0]]):
+            ends = ("low_percent", "high_percent")
+        return row.accuracy_percent, row[ends[0]], row[ends[1]]
+
+    shares = {"balanced": clean.balanced_accuracy_percent / 100, "benign": clean.recall_benign_percent / 100}
+    return {"clean": interval(clean), "attacked": interval(attacked)} | shares
+
+
+def _budget(tables):
+    """The headline Linf budget of the published runs, as "4/255"."""
+    for path in sorted(tables.glob("runs/*-s*/03_attacks.json")):
+        return f"{json.loads(path.read_text(encoding='utf-8'))['parameters']['eps_255']:g}/255"
+    return "the headline budget"
+
+
+def _percent(table, training, attack):
+    return f"{100 * table.loc[(training, attack), 'accuracy']:.0f} %"
+
+
+def _interval(row):
+    return _points((100 * row.accuracy, 100 * row.group_low, 100 * row.group_high))
+
+
+def _points(cell):
+    return "–" if cell is None else "{:.0f} ({:.0f}–{:.0f})".format(*cell)

@@ -1,0 +1,143 @@
+"""README's generated part says what the tables say, and leaves out what is not there."""
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from fortify.workflow import front
+
+KEYS = ["split", "model", "attack", "accuracy", "balanced_accuracy", "recall_benign"]
+
+
+@pytest.fixture
+def tables(tmp_path):
+    """Table 1 of one network: on unseen groups it sees no benign slice."""
+    rows = []
+    for split, shift in (("random", 0.0), ("grouped", -0.3)):
+        rows += [
+            (split, "normal", "clean", 0.96 + shift, 0.9, 0.8),
+            (split, "normal", "pgd", 0.36 + shift, 0, 0),
+        ]
+        benign = 0.8 if split == "random" else 0.0
+        rows += [(split, "adversarial", attack, 0.95 + shift, 0.5, benign) for attack in ("clean", "pgd")]
+    table = pd.DataFrame(rows, columns=KEYS).assign(protocol="adaptive", n=1097, k=1, seeds=5)
+    table["group_low"], table["group_high"] = table.accuracy - 0.1, table.accuracy + 0.1
+    folder = tmp_path / "laptop"
+    (folder / "runs/random-s0").mkdir(parents=True)
+    (folder / "runs/random-s0/03_attacks.json").write_text(json.dumps({"parameters": {"eps_255": 2}}))
+    table.to_csv(folder / "accuracy.csv", index=False)
+    return folder
+
+
+def sections(*folders, benchmarks="nothing", strips=()):
+    networks = [front.Network(f"net {i}", folder) for i, folder in enumerate(folders)]
+    return front.sections(networks, Path("figures/laptop"), strips, Path(benchmarks))
+
+
+def classes(folder, split, forest):
+    """The table of classes with a histogram forest of that accuracy."""
+    names = ["accuracy", "low", "high", "group_low", "group_high", "balanced_accuracy", "recall_benign"]
+    for attack, shift in (("clean", 0), ("black-box", -20)):
+        yield dict.fromkeys([f"{name}_percent" for name in names], forest + shift) | {
+            "model": "histogram forest", "unit": "slice", "attack": attack, "k": 1, "n": 2,
+        }  # fmt: skip
+
+
+def lines(summary):
+    return [
+        [cell.strip() for cell in row.strip("|").split("|")] for row in summary.splitlines() if "|" in row
+    ][2:]
+
+
+def test_the_finding_is_what_the_tables_say(tables):
+    first, second = re.split(r"(?<=\.) (?=On)", sections(tables)["finding"].strip())
+    assert "95 % of the slices correct under attack (PGD at 2/255)" in first
+    assert second == "On unseen patients (groups) it keeps 65 %, no benign slice is recognised."
+    matrix = pd.DataFrame(
+        [("random", "normal", "clamp alone", 0.38), ("random", "normal", "published PGD", 0.40)],
+        columns=["split", "model", "evaluation", "accuracy"],
+    )
+    matrix.to_csv(tables / "published_matrix.csv", index=False)
+    third = "lowers the accuracy of normal training to 38 %, as far as their PGD does.\n"
+    assert sections(tables)["finding"].endswith(third)
+    matrix.assign(accuracy=[0.38, 0.20]).to_csv(tables / "published_matrix.csv", index=False)
+    assert sections(tables)["finding"].endswith("to 38 %; their PGD lowers it to 20 %.\n")
+
+
+@pytest.mark.parametrize(("forest", "said"), [(50, ""), (60, "about as many"), (80, "more")])
+def test_a_histogram_is_named_where_it_does_as_well(tables, forest, said):
+    for split in ("random", "grouped"):
+        pd.DataFrame(classes(tables, split, forest)).to_csv(
+            tables / f"table1_{split}_classes.csv", index=False
+        )
+    words = f", and a random forest on grey-level histograms classifies {said} clean slices correctly."
+    assert (words in sections(tables)["finding"]) == bool(said)
+    assert ("histogram" in sections(tables)["finding"]) == bool(said)
+    (row,) = [
+        row for row in lines(sections(tables)["summary"]) if "histogram" in row[1] and row[0] != "random"
+    ]
+    assert row[2:] == [
+        f"{forest} ({forest}–{forest})",
+        f"{forest - 20} ({forest - 20}–{forest - 20})",
+        *[f"{forest}"] * 2,
+    ]
+
+
+def test_a_network_that_leads_comes_first_in_each_split(tables, tmp_path):
+    leading = tmp_path / "resnet50"
+    leading.mkdir()
+    pd.read_csv(tables / "accuracy.csv").assign(n=492, seeds=3).to_csv(leading / "accuracy.csv", index=False)
+    found = lines(sections(leading, tables)["summary"])
+    assert [row[0] for row in found] == ["random"] * 4 + ["unseen groups"] * 4
+    assert [row[1] for row in found[:4]] == [
+        f"net {i}, {t} training" for i in (0, 1) for t in ("normal", "adversarial")
+    ]
+    assert (
+        "random, net 0: 492 slices, 3 seeds; random, net 1: 1,097 slices"
+        in sections(leading, tables)["summary"]
+    )
+    assert found[1][2:] == ["95 (85–105)", "95 (85–105)", "50", "80"]
+
+
+def test_simple_classifiers_are_notebook_7s_until_their_own_table_is_there(tables):
+    names = [there for _, there in front._SIMPLE.values()]
+    rows = [(name, split, 0.9, 0.8, 0.95, 0.7) for name in names for split in ("random", "grouped")]
+    columns = ["classifier", "split", "accuracy", "low", "high", "balanced_accuracy"]
+    pd.DataFrame(rows, columns=columns).to_csv(tables / "leak_summary.csv", index=False)
+    shown = sections(tables)["summary"]
+    assert lines(shown)[2] == ["random", "look-up: nearest thumbnail", "90 (80–95)", "–", "70", "–"]
+    assert "splits of their own (notebook 7)" in shown and len(lines(shown)) == 10
+    for split in ("random", "grouped"):
+        pd.DataFrame(classes(tables, split, 60)).to_csv(tables / f"table1_{split}_classes.csv", index=False)
+    assert "of their own" not in sections(tables)["summary"] and len(lines(sections(tables)["summary"])) == 6
+
+
+def test_of_nothing_nothing_is_said(tmp_path):
+    assert {text.strip() for text in sections(tmp_path).values()} == {""}
+
+
+def test_the_figure_is_the_strip_until_there_is_one_of_its_own(tmp_path):
+    strip, own = Path("published_protocol_random-s0.png"), Path("hero.png")
+    assert "(figures/laptop/published_protocol_random-s0.png)" in sections(tmp_path, strips=[strip])["hero"]
+    assert "(figures/laptop/hero.png)" in sections(tmp_path, strips=[own, strip])["hero"]
+
+
+def test_findings_are_one_line_each_and_lead_somewhere():
+    root = Path(__file__).parents[1]
+    tables = root / "paper/tables/laptop"
+    found = sections(tables, benchmarks=root / "benchmarks")["findings"].splitlines()
+    assert len(found) == 5
+    for line in found:
+        links = re.findall(r"\]\(([^)]+)\)", line)
+        assert line.startswith("- **") and links and all((root / link).is_file() for link in links)
+
+
+def test_a_network_is_called_by_its_architecture_and_size(tmp_path):
+    assert (
+        front.Network.of_profile({"arch": "resnet_small", "size": 112}, tmp_path).name
+        == "small ResNet, 112 px"
+    )
+    assert front.Network.of_profile({}, tmp_path).name == "ResNet-50, 224 px"
