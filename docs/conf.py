@@ -31,8 +31,9 @@ html_theme = "sphinx_book_theme"
 html_title = project
 html_static_path = ["style.css"]
 html_css_files = ["style.css"]
-html_copy_source = False
+html_copy_source = html_use_index = html_domain_indices = False
 html_show_search_summary = False  # which pages opened from the file system cannot fetch
+html_context = {"default_mode": "auto"}
 html_theme_options = {
     "use_download_button": False,
     "show_toc_level": 2,

@@ -1,4 +1,4 @@
-"""README and the pages of docs/: examples run, what is generated is the published tables, links lead somewhere."""
+"""README and docs/: examples run, what is generated is the published tables, links lead somewhere."""
 
 import json
 import re

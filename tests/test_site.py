@@ -1,96 +1,203 @@
-"""The static site: Table 1 first, every figure leads to its cell, nothing is fetched from elsewhere."""
+"""The site: complete, from one host, searchable as files; and the pages of a run, which lead to cells."""
 
 import base64
 import re
 import shutil
+import time
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from test_imports import MODULES, PLUMBING, room
 
 from fortify.workflow import site
 
 ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 PNG = base64.b64encode(b"not a picture, but these bytes").decode()
 
 
 class Page(HTMLParser):
-    """What a page refers to, and where it can be entered."""
+    """What a page loads and links to, and where it can be entered."""
 
-    def __init__(self, text):
+    def __init__(self, path):
         super().__init__()
-        self.refers, self.ids, self.images = [], set(), []
-        self.feed(text)
+        self.loads, self.links, self.ids, self.images = [], [], set(), []
+        self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         self.ids.add(attributes.get("id"))
         if tag == "img":
             self.images.append(attributes)
-        if tag in ("script", "link", "img", "iframe"):
-            self.refers.append(attributes.get("src") or attributes.get("href") or "")
-        elif tag == "a":
-            self.refers.append(attributes.get("href", ""))
+        if tag == "a":
+            self.links.append(attributes.get("href") or "")
+        elif (
+            tag != "link" or "stylesheet" in attributes.get("rel", "") or "icon" in attributes.get("rel", "")
+        ):
+            self.loads += [attributes[name] for name in ("src", "href", "data") if attributes.get(name)]
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    index = site.published_site(tmp_path_factory.mktemp("pages") / "site")
-    return {path.name: Page(path.read_text(encoding="utf-8")) for path in index.parent.glob("*.html")}, index
+    """({path: Page}, folder) of the site; that it is built says that there was no warning."""
+    folder = site.published_site(tmp_path_factory.mktemp("pages") / "site").parent
+    return {path: Page(path) for path in folder.rglob("*.html") if "_static" not in path.parts}, folder
 
 
-def test_the_index_opens_with_table_1_of_the_random_split_as_published(published):
-    _, index = published
-    text = index.read_text(encoding="utf-8")
-    table = text.index("<h2>Table 1, random split")
-    assert table < text.index("<h2>Table 1, grouped split") < text.index("<h2>Notebooks")
-    below = {"paper": ""}.get(
-        re.search(r"What the <b>(\w+)</b>", text)[1], re.search(r"<b>(\w+)</b>", text)[1]
-    )
-    rows = (ROOT / "paper/tables" / below / "table1_random.md").read_text(encoding="utf-8").splitlines()
-    shown = re.findall(r"<td>(.*?)</td>", text[table : text.index("</table>", table)])
-    assert shown == [c.strip() for row in rows[2:] if row.startswith("|") for c in row.strip("|").split("|")]
+def test_every_notebook_and_page_is_there(published):
+    pages, folder = published
+    own = [path.relative_to(ROOT) for path in (*NOTEBOOKS, *(ROOT / "docs").rglob("*.md"))]
+    assert len(own) > 25 and {folder / path.with_suffix(".html") for path in own} <= pages.keys()
+    assert "url=docs/index.html" in (folder / "index.html").read_text(encoding="utf-8")
 
 
-def test_every_link_of_the_site_leads_somewhere_in_it(published):
-    pages, index = published
-    assert len(pages) == len(list((ROOT / "notebooks").glob("[0-9]*.ipynb"))) + 1
+def test_every_link_leads_somewhere(published):
+    pages, _ = published
     followed = 0
-    for name, page in pages.items():
-        for reference in page.refers:
-            assert not re.match(r"(https?:)?//", reference) or reference in outside(name), (name, reference)
-            if reference.startswith(("http", "data:", "#")):
+    for path, page in pages.items():
+        for link in page.links:
+            file, _, anchor = link.partition("#")
+            if re.match(r"[a-z]+:", link) or link in ("", "#"):
                 continue
-            file, _, cell = reference.partition("#")
-            assert (index.parent / file).is_file() if file else cell, (name, reference)
-            if cell and file in pages:
-                assert cell in pages[file].ids, (name, reference)
+            target = (path.parent / unquote(file)).resolve() if file else path
+            assert target.is_file(), (path, link)
+            if anchor and target in pages:
+                assert unquote(anchor) in pages[target].ids, (path, link)
                 followed += 1
-    assert followed >= 15, "figures lead to cells"
+    assert followed > 1000
 
 
-def outside(name):
-    """Addresses that a notebook's prose or tables name; a page may link them, not load them."""
-    notebook = ROOT / "notebooks" / name.replace(".html", ".ipynb")
-    return set(re.findall(r"https?://[^)\s\"\\]+", notebook.read_text(encoding="utf-8")))
-
-
-def test_nothing_is_loaded_from_elsewhere(published):
-    _, index = published
-    for path in index.parent.glob("*.html"):
-        text = path.read_text(encoding="utf-8")
-        assert not re.findall(r"(?:src=|import |url\()[\"']?(?:https?:)?//[^\"')]+", text), path.name
+def test_nothing_is_loaded_from_another_host(published):
+    pages, folder = published
+    for path, page in pages.items():
+        assert [load for load in page.loads if re.match(r"(https?:)?//", load)] == [], path
+    styles = [path.read_text(encoding="utf-8") for path in [*folder.rglob("*.css"), *pages]]
+    assert len(styles) > 30
+    for text in styles:
+        assert not re.findall(r"(?:@import\s+|url\()\s*[\"']?(?:https?:)?//[^\"')]+", text)
 
 
 def test_every_picture_says_what_it_shows(published):
-    pages, _ = published
-    committed = {p.stem: nbformat.read(p, as_version=4) for p in (ROOT / "notebooks").glob("*.ipynb")}
-    never_run = {stem for stem, nb in committed.items() if not any(c.get("outputs") for c in nb.cells)}
-    for name, page in pages.items():
-        assert page.images or Path(name).stem in never_run, name
-        assert all(len(image.get("alt") or "") > 8 for image in page.images), name
+    pages, folder = published
+    never_run = {p.stem for p in NOTEBOOKS if not any(c.get("outputs") for c in nbformat.read(p, 4).cells)}
+    for path in NOTEBOOKS:
+        page = pages[folder / "notebooks" / f"{path.stem}.html"]
+        assert page.images or path.stem in never_run, path.stem
+    assert all(len(image.get("alt") or "") > 8 for page in pages.values() for image in page.images)
+
+
+def test_each_figure_of_the_gallery_leads_to_its_cell(published):
+    pages, folder = published
+    gallery = pages[folder / "docs/figures.html"]
+    links = [link for link in gallery.links if link.startswith("../notebooks/") and "#" in link]
+    assert len(gallery.images) >= 15 and len(links) == 2 * len(gallery.images), "picture and words"
+    for link in set(links):
+        name, cell = re.fullmatch(r"\.\./notebooks/(.+)\.html#(.+)", link).groups()
+        (made,) = [c for c in nbformat.read(ROOT / f"notebooks/{name}.ipynb", 4).cells if c.id == cell]
+        assert any("image/png" in output.get("data", {}) for output in made.outputs), link
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_imports_parameters_and_manifest_are_folded_and_nothing_else_is(published, path):
+    text = (published[1] / "notebooks" / f"{path.stem}.html").read_text(encoding="utf-8")
+    code = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    shown = re.findall(r"Show the code: (\w+)", text)
+    assert shown[:3] == ["imports", "parameters", "parameters"] and shown.count("manifest") == 1
+    assert len(shown) == 4 and text.count('<details class="admonition hide') == len(shown) < len(code)
+    awaits = nbformat.read(path, 4).metadata["fortify"].get("awaiting")
+    assert ("This notebook awaits" in text) == bool(awaits)
+
+
+def test_every_module_that_people_reuse_has_its_docstrings_on_the_site(published):
+    pages, folder = published
+    found = {i for path, page in pages.items() if path.parent == folder / "docs/api" for i in page.ids}
+    names = [".".join(filter(None, ("fortify", *room(p)))) for p in MODULES if room(p)[0] != PLUMBING]
+    commands = {"fortify.leakage.__main__", "fortify.detect.__main__"}
+    assert len(names) > 40 and {f"module-{name}" for name in set(names) - commands} <= found
+
+
+def test_a_warning_is_an_error(tmp_path, monkeypatch, capfd):
+    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("*.md"))
+    (tmp_path / "docs/index.md").write_text("# A page\n\n[a link](nowhere.md)\n")
+    (tmp_path / "README.md").touch()
+    (tmp_path / "paper").mkdir()
+    shutil.copy(ROOT / "paper/references.bib", tmp_path / "paper")
+    monkeypatch.setattr(site, "find_root", lambda: tmp_path)
+    monkeypatch.setattr(site, "shown_profile", lambda root: "laptop")
+    with pytest.raises(site.PublishError, match="see the warnings above"):
+        site.published_site(tmp_path / "site")
+    assert "nowhere.md" in capfd.readouterr().err
+    assert not (tmp_path / "site/index.html").exists()
+
+
+WIDTHS = {"desktop": (1400, 900), "phone": (390, 844)}
+
+
+@pytest.fixture(scope="module", params=WIDTHS)
+def browser(request, published):
+    """(driver, width): Debian's chromium, or another, as wide as a desktop's window and as a phone."""
+    programs = ("chromium", "chromium-browser", "google-chrome")
+    found, driver = next(filter(None, map(shutil.which, programs)), None), shutil.which("chromedriver")
+    if not found or not driver:
+        pytest.skip("no chromium with its chromedriver here: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = found
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    width, height = WIDTHS[request.param]
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": request.param == "phone"}
+    chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    yield chrome, width
+    chrome.quit()
+
+
+def address(published, page):
+    return (published[1] / page).as_uri()
+
+
+def test_no_page_is_wider_than_the_window(browser, published):
+    chrome, width = browser
+    for path in published[0]:
+        chrome.get(path.as_uri())
+        assert chrome.execute_script("return document.documentElement.scrollWidth") <= width, path.name
+
+
+def test_search_finds_a_word_from_the_file_system(browser, published):
+    chrome, _ = browser
+    chrome.get(address(published, "search.html"))
+    (field,) = [f for f in chrome.find_elements("css selector", "input[name=q]") if f.is_displayed()][:1]
+    field.send_keys("thumbnail\n")
+    found, end = [], time.monotonic() + 30
+    while not found and time.monotonic() < end:
+        time.sleep(0.1)
+        found = [
+            link.get_attribute("href")
+            for link in chrome.find_elements("css selector", "#search-results li a")
+        ]
+    assert address(published, "notebooks/07_leakage.html") in {
+        link.split("?")[0].split("#")[0] for link in found
+    }
+    said = [entry["message"] for entry in chrome.get_log("browser") if entry["level"] == "SEVERE"]
+    assert said == []
+
+
+def test_folded_code_opens_and_closes(browser, published):
+    chrome, _ = browser
+    chrome.get(address(published, "notebooks/03_attacks.html"))
+    fold = chrome.find_element("css selector", "details.hide")
+    code = fold.find_element("css selector", ".cell_input")
+    assert not code.is_displayed()
+    fold.find_element("css selector", "summary").click()
+    assert code.is_displayed() and "import numpy" in code.text
+    fold.find_element("css selector", "summary").click()
+    assert not code.is_displayed()
 
 
 @pytest.fixture
@@ -129,27 +236,6 @@ def test_a_builds_pages_are_of_each_run(build, capsys):
     )
     assert sorted(p.name for p in (build / "html/figures").iterdir()) == ["curve.png"]
     assert (build / "html/tables/accuracy.csv").is_file() and 'href="tables/accuracy.csv"' in index
-
-
-def test_who_awaits_a_run_says_so_in_the_index_and_on_its_page(build, tmp_path, monkeypatch):
-    """Of the committed notebooks; a finished profile's have just been run."""
-    path = build / "notebooks/random-s0/02_a.ipynb"
-    notebook = nbformat.read(path, as_version=4)
-    notebook.metadata["fortify"] = {"profile": "laptop", "awaiting": "a run of <this>"}
-    nbformat.write(notebook, path)
-    assert site.main([str(build)]) == 0
-    assert "wait" not in (build / "html/random-s0_02_a.html").read_text(encoding="utf-8").split("<body")[1]
-    assert "Awaits" not in (build / "html/index.html").read_text(encoding="utf-8")
-    (tmp_path / "notebooks").mkdir()
-    shutil.copy(path, tmp_path / "notebooks/02_a.ipynb")
-    shutil.copytree(build / "tables", tmp_path / "paper/tables/laptop")
-    shutil.copytree(build / "figures", tmp_path / "figures/laptop")
-    (tmp_path / "paper/paper.pdf").touch()
-    monkeypatch.setattr(site, "find_root", lambda: tmp_path)
-    index = site.published_site(tmp_path / "site")
-    assert "Awaits a run of &lt;this&gt;." in index.read_text(encoding="utf-8")
-    page = (tmp_path / "site/02_a.html").read_text(encoding="utf-8")
-    assert "This notebook awaits\na run of &lt;this&gt;." in page
 
 
 def test_seed_2_is_listed_before_10(build):

@@ -32,7 +32,7 @@ class Network:
 
     @classmethod
     def of_profile(cls, parameters: dict, tables: Path) -> "Network":
-        """Named by ``arch`` and ``size`` of the profile's ``parameters``; else they are the notebooks' own."""
+        """Named by ``arch`` and ``size`` of the profile's ``parameters``, or the notebooks' values."""
         arch = parameters.get("arch", "resnet50")
         return cls(f"{_ARCHS.get(arch, arch)}, {parameters.get('size', 224)} px", tables)
 
@@ -78,8 +78,8 @@ def finding(lead: Path, main: Path) -> Iterator[str]:
         )
         same = abs(clamp - attack) <= 0.05
         yield (
-            "In the authors' public code a fixed clamp of the image, without any attack, lowers the accuracy of "
-            f"normal training to {100 * clamp:.0f} %"
+            "In the authors' public code a fixed clamp of the image, without any attack, lowers the accuracy "
+            f"of normal training to {100 * clamp:.0f} %"
             + (", as far as their PGD does." if same else f"; their PGD lowers it to {100 * attack:.0f} %.")
         )
 
@@ -147,7 +147,7 @@ def summary(networks: Sequence[Network]) -> str:
             "The last three lines of a split are on ten splits of their own (notebook 7), with Wilson's "
             "interval of one test set. "
         )
-    words += f"{counts}. All attacks and counts: [results](docs/results.md)."
+    words += f"Tested on: {counts}. All attacks and counts: [results](docs/results.md)."
     return to_markdown(table, caption=words)
 
 
@@ -157,8 +157,8 @@ def findings(lead: Path, main: Path, benchmarks: Path) -> Iterator[str]:
     if all("nearest thumbnail" in rows for rows in looked.values()):
         shares = [looked[split]["nearest thumbnail"]["clean"][0] for split in _SPLITS]
         yield (
-            f"**A random split can be solved by look-up.** The nearest thumbnail classifies {shares[0]:.0f} % of "
-            f"its test slices correctly, and {shares[1]:.0f} % on unseen groups "
+            f"**A random split can be solved by look-up.** The nearest thumbnail classifies {shares[0]:.0f} "
+            f"% of its test slices correctly, and {shares[1]:.0f} % on unseen groups "
             "([leakage](notebooks/07_leakage.ipynb))."
         )
     matrix = _matrix(main, "random")
@@ -190,12 +190,12 @@ def _blanked(main):
     table = table[~table.attacked & table.split.eq("grouped") & table.model.eq("adversarial")]
     shares = 100 * table.groupby("view")[["k", "n"]].sum().eval("k / n")
     whole, blanked = shares["whole image"], shares["lungs blanked"]
-    title = (
-        "The network needs no lungs." if blanked >= whole - 2 else "Without the lungs the network does worse."
-    )
+    needed = blanked < whole - 2
+    title = "Without the lungs the network does worse." if needed else "The network needs no lungs."
     yield (
-        f"**{title}** On the first fold of unseen groups it classifies {whole:.0f} % of whole slices correctly, and "
-        f"{blanked:.0f} % with the lungs blanked ([leakage](notebooks/07_leakage.ipynb), [crop](docs/crop.md))."
+        f"**{title}** On the first fold of unseen groups it classifies {whole:.0f} % of whole slices "
+        f"correctly, and {blanked:.0f} % with the lungs blanked "
+        "([leakage](notebooks/07_leakage.ipynb), [crop](docs/crop.md))."
     )
 
 

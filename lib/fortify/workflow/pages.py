@@ -14,7 +14,6 @@ from docutils.parsers.rst import Directive
 from sphinx import addnodes
 from sphinx.util.typing import ExtensionMetadata
 
-from fortify.files import find_root
 from fortify.workflow.publish import published_folders, shown_profile
 from fortify.workflow.site import pictures
 
@@ -95,7 +94,7 @@ class Gallery(Directive):
 
     def run(self) -> list[nodes.Node]:
         env = self.state.document.settings.env
-        root = find_root()
+        root = Path(env.srcdir)
         figures = published_folders(root, shown_profile(root))[0]
         files = {path.read_bytes(): path for path in sorted(figures.glob("[!.]*.png"))}
         grid = nodes.container(classes=["gallery"])
@@ -116,7 +115,7 @@ class PublishedTables(Directive):
     """A list of the published tables, each a download."""
 
     def run(self) -> list[nodes.Node]:
-        root = find_root()
+        root = Path(self.state.document.settings.env.srcdir)
         folder = published_folders(root, shown_profile(root))[1]
         listed = nodes.bullet_list()
         for path in sorted(folder.glob("[!.]*.csv")):

@@ -185,8 +185,8 @@ def commit(build: str | Path) -> list[Path]:
 
     Only the ``paper`` profile writes ``figures/`` and ``paper/tables/`` themselves; any other writes to
     their subfolder of its name, so that nothing smaller passes for the reference run. What an earlier publish
-    left there goes. A companion profile leaves the notebooks as they are, and docs/results.md shows its Table 1
-    below that of their profile.
+    left there goes. A companion profile leaves the notebooks as they are, and docs/results.md shows its
+    Table 1 below that of their profile.
     """
     build, root = Path(build).resolve(), find_root()
     profile = build.name

@@ -10,6 +10,7 @@ import base64
 import html
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -45,15 +46,13 @@ PAGE = """
 
 def published_site(target: str | Path | None = None) -> Path:
     """The site of docs/ and the committed notebooks; returns its first page. Any warning is an error."""
-    from sphinx.cmd.build import main as sphinx  # here: a run's own pages do without it
-
     root = find_root()
     shown_profile(root)  # or the error that says what to do
     target = Path(target or root / "build" / "site")
     shutil.rmtree(target, ignore_errors=True)
     with tempfile.TemporaryDirectory() as read:
         options = ["-q", "-E", "-W", "--keep-going", "-b", "html", "-d", read, "-c", str(root / "docs")]
-        if sphinx([*options, str(root), str(target)]):
+        if subprocess.run([sys.executable, "-m", "sphinx", *options, str(root), str(target)]).returncode:
             raise PublishError("the site is not built: see the warnings above")
     index = target / "index.html"
     write_text(index, '<!doctype html><meta http-equiv="refresh" content="0; url=docs/index.html">\n')
