@@ -133,6 +133,12 @@ CHAPTERS = [*COMPARED, *EXPLAINED, *DETECTION]
 CHAPTERS += [path.format(run=run) for run in TRANSFERS for path in OF_TRANSFER]
 if FINISHED:
     CHAPTERS = [path for path in CHAPTERS if Path(f"{BUILD}/{path}").is_file()]
+# README's figure is of the first run on a random split that the published training was run on.
+SHOWN = next((run for run in FIRST_RUNS if run in PUBLISHED_RUNS and split_and_seed(run)[0] == "random"), None)
+HERO = ["data/slices.npz", f"data/splits/{SHOWN}.csv"] if SHOWN else []
+HERO += [f"{SHOWN}/{n}" for n in (MODELS[0], ROWS[0], PROTOCOL[1], "normal_attacked.npz", "03_attacks.json") if SHOWN]
+if FINISHED and not all(Path(f"{BUILD}/{path}").is_file() for path in HERO):  # weights may be gone
+    HERO = []
 OF_RUN = ["data/slices.npz", "data/splits/{run}.csv"]
 
 STEPS = [  # rule, notebook, folder of its manifest, what it reads, what it writes; {run}: for each split and seed
@@ -266,13 +272,16 @@ rule html:
         built(["results/05_results.json", "claims/09_claims.json"]),
         built([*COMPARED, *EXPLAINED, *DETECTION, *[f"{run}/11_transfer.json" for run in TRANSFERS]]),  # have pages
         built(EXPLORER),
+        built(HERO),
     output:
         f"{BUILD}/html/index.html",
+        built(["figures/hero.pdf", "figures/hero.png"] if HERO else []),
     params:
         build=BUILD,
-        code=code_of("fortify.workflow.site"),
+        hero=f"python -m fortify.workflow.hero {BUILD} {SHOWN} >/dev/null && " if HERO else "",
+        code=[code_of(f"fortify.workflow.{name}") for name in ("site", *(["hero"] if HERO else []))],
     shell:
-        "python -m fortify.workflow.site {params.build} >/dev/null"
+        "{params.hero}python -m fortify.workflow.site {params.build} >/dev/null"
 
 
 # Tables and figures too: one that somebody removed is made again, though the pages are there. Paths and not

@@ -81,7 +81,7 @@ test_a_run_shows_its_steps_and_table_1_as_soon_as_it_is_made
 # With `-n 2` one worker runs what is of one file, or needs the finished run, so that fixtures are made once.
 # The longest come first, a short one behind each of the first two: a worker is given two at once.
 TOGETHER = dict.fromkeys(
-    ("test_packed.py", "test_slurm.py", "test_survival.py", "test_workflow.py"), "finished"
+    ("test_hero.py", "test_packed.py", "test_slurm.py", "test_survival.py", "test_workflow.py"), "finished"
 )
 ORDER = "finished notebooks test_lab.py test_disk.py test_audit.py test_benchmarks.py test_fused.py".split()
 

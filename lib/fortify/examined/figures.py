@@ -1,4 +1,4 @@
-"""Figures of notebooks 06 and 09: the published operations on one image, and the matrix."""
+"""Figures of notebooks 06 and 09, the published operations on one image and the matrix; and README's."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 
 from fortify.evaluation import TRAININGS
 from fortify.figures import DOUBLE, SINGLE, image_grid, show_image, styled
+
+_SPLITS = {"random": ("random split", "#6b6b6b", "s"), "grouped": ("unseen groups", "#1b7837", "o")}
 
 
 @dataclass(frozen=True)
@@ -131,4 +133,44 @@ def matrix_dots(table: pd.DataFrame) -> Figure:
         ncols=len(models),
         title="training (bars: 95 % Wilson intervals)",
     )
+    return fig
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A slice (H, W) or (H, W, 3) in [0, 1], its title, what is said below it, and whether that is wrong."""
+
+    title: str
+    image: np.ndarray
+    words: str
+    wrong: bool = False
+
+
+@styled
+def finding_figure(pictures: Sequence[Picture], standings: pd.DataFrame) -> Figure:
+    """README's figure: slices above accuracies in percent by split, with 95 % intervals.
+
+    ``standings`` has a row for each classifier and split: classifier, split, accuracy, low, high.
+    """
+    names = list(standings.classifier.unique())
+    fig = Figure(figsize=(DOUBLE, 2.9 + 0.28 * len(names)), layout="constrained")
+    top, bottom = fig.subfigures(2, 1, height_ratios=(2.3, 0.6 + 0.28 * len(names)))
+    text = {"size": 8.5}
+    for ax, picture in zip(top.subplots(1, len(pictures)), pictures, strict=True):
+        show_image(ax, np.clip(picture.image, 0, 1), wrong=picture.wrong)
+        ax.set_title(picture.title, **text)
+        ax.set_xlabel(picture.words, labelpad=3, **text)
+    ax = bottom.subplots()
+    for split, (label, colour, marker) in _SPLITS.items():
+        own = standings[standings.split.eq(split)].set_index("classifier").reindex(names)
+        y = np.arange(len(names)) + (-0.15 if split == "random" else 0.15)
+        ax.hlines(y, own.low, own.high, color=colour, lw=2, alpha=0.4)
+        ax.plot(own.accuracy, y, marker, color=colour, label=label, ms=5, clip_on=False)
+    ax.set(xlim=(0, 100), ylim=(len(names) - 0.5, -0.5))
+    ax.set_xlabel("slices classified correctly (%)", **text)
+    ax.set_yticks(range(len(names)), names, **text)
+    ax.tick_params(axis="y", length=0)
+    ax.tick_params(axis="x", labelsize=8.5)
+    ax.grid(axis="x")
+    bottom.legend(loc="outside lower center", ncols=2, fontsize=8.5)
     return fig

@@ -16,7 +16,7 @@ from fortify.tables import to_markdown
 _ARCHS = {"resnet_small": "small ResNet", "resnet18": "ResNet-18", "resnet50": "ResNet-50"}
 _SPLITS = {"random": "random", "grouped": "unseen groups"}
 # A line of the table: the baseline, and what notebook 7 measures where baselines are not published yet.
-_SIMPLE = {
+SIMPLE = {
     "nearest thumbnail": ("look-up: nearest thumbnail", "nearest neighbour"),
     "histogram forest": ("random forest on a grey-level histogram", "histogram"),
     "largest class": ("largest class", "majority class"),
@@ -57,10 +57,10 @@ def sections(
 
 def finding(lead: Path, main: Path) -> Iterator[str]:
     """Three sentences: under attack on a random split, on unseen groups, and what the printed table shows."""
-    random, grouped = (_accuracy(lead, split) for split in _SPLITS)
+    random, grouped = (accuracies(lead, split) for split in _SPLITS)
     if random is None or grouped is None:
         return
-    eps = _budget(lead)
+    eps = budget(lead)
     yield (
         "On a random split, which puts near-duplicates of test slices into training, adversarial training "
         f"keeps {_percent(random, 'adversarial', 'pgd')} of the slices correct under attack (PGD at {eps})."
@@ -86,7 +86,7 @@ def finding(lead: Path, main: Path) -> Iterator[str]:
 
 def _against_histogram(lead, main, grouped):
     """Whether a grey-level histogram classifies as many clean slices of unseen groups correctly."""
-    rows = _simple(lead, main, "grouped")
+    rows = simple_classifiers(lead, main, "grouped")
     if "histogram forest" not in rows:
         return ""
     forest, row = rows["histogram forest"]["clean"][0], grouped.loc[("adversarial", "clean")]
@@ -101,7 +101,12 @@ def hero(figures: Path, strips: Sequence[Path]) -> str:
     root_of = {path.name: path for path in strips}
     if "hero.png" in root_of:
         words = "A test slice, its near-duplicate in training, accuracy by split, the clamp and a real attack"
-        return f"![{words}]({(figures / 'hero.png').as_posix()})\n"
+        caption = (
+            "*Above: one slice of a random split, the training slice most like it, and the normally trained "
+            "network's answers, with counts over the test slices. Below: accuracy by split, with 95 % "
+            "intervals as in the table.*"
+        )
+        return f"![{words}]({(figures / 'hero.png').as_posix()})\n\n{caption}\n"
     if not strips:
         return ""
     words = "One slice: original, clamped, tanh, published PGD and correct PGD, with predictions and changes"
@@ -113,7 +118,7 @@ def summary(networks: Sequence[Network]) -> str:
     main, lines, tested = networks[-1].tables, [], {}
     for split, shown in _SPLITS.items():
         for network in networks:
-            table = _accuracy(network.tables, split)
+            table = accuracies(network.tables, split)
             if table is None:
                 continue
             tested.setdefault(split, []).append((network.name, table.n.iloc[0], table.seeds.iloc[0]))
@@ -121,12 +126,12 @@ def summary(networks: Sequence[Network]) -> str:
                 clean, pgd = (table.loc[(training, attack)] for attack in ("clean", "pgd"))
                 cells = (_interval(clean), _interval(pgd), clean.balanced_accuracy, clean.recall_benign)
                 lines.append((shown, f"{network.name}, {training} training", *cells))
-        for name, row in _simple(networks[0].tables, main, split).items():
+        for name, row in simple_classifiers(networks[0].tables, main, split).items():
             cells = [_points(row["clean"]), _points(row["attacked"]), row["balanced"], row["benign"]]
-            lines.append((shown, _SIMPLE[name][0], *cells))
+            lines.append((shown, SIMPLE[name][0], *cells))
     if not tested:
         return ""
-    eps = _budget(networks[0].tables)
+    eps = budget(networks[0].tables)
     columns = ["Split", "Classifier", "Clean", f"PGD {eps}", "Balanced, clean", "Benign recall, clean"]
     table = pd.DataFrame(lines, columns=columns)
     for column in columns[4:]:
@@ -153,7 +158,10 @@ def summary(networks: Sequence[Network]) -> str:
 
 def findings(lead: Path, main: Path, benchmarks: Path) -> Iterator[str]:
     """Five lines, each linked to where it is shown."""
-    looked, grouped = ({split: _simple(lead, main, split) for split in _SPLITS}, _accuracy(lead, "grouped"))
+    looked, grouped = (
+        {split: simple_classifiers(lead, main, split) for split in _SPLITS},
+        accuracies(lead, "grouped"),
+    )
     if all("nearest thumbnail" in rows for rows in looked.values()):
         shares = [looked[split]["nearest thumbnail"]["clean"][0] for split in _SPLITS]
         yield (
@@ -162,7 +170,7 @@ def findings(lead: Path, main: Path, benchmarks: Path) -> Iterator[str]:
             "([leakage](notebooks/07_leakage.ipynb))."
         )
     matrix = _matrix(main, "random")
-    eps = _budget(main)
+    eps = budget(main)
     if matrix is not None and ("published", f"PGD {eps}") in matrix.index:
         own = 100 * matrix.loc[("published", "published PGD"), "accuracy"]
         correct = 100 * matrix.loc[("published", f"PGD {eps}"), "accuracy"]
@@ -175,7 +183,7 @@ def findings(lead: Path, main: Path, benchmarks: Path) -> Iterator[str]:
         normal, trained = (_percent(grouped, name, "pgd") for name in ("normal", "adversarial"))
         yield (
             f"**Adversarial training works against the attack.** On unseen groups, accuracy under PGD at "
-            f"{_budget(lead)} is {normal} after normal and {trained} after adversarial training "
+            f"{budget(lead)} is {normal} after normal and {trained} after adversarial training "
             "([results](docs/results.md))."
         )
     yield from _blanked(main)
@@ -211,7 +219,7 @@ def _groupings(path):
         )
 
 
-def _accuracy(tables, split):
+def accuracies(tables, split):
     """Adaptive rows of a split, by training and attack; None where Table 1 of it is not published."""
     path = tables / "accuracy.csv"
     if not path.is_file():
@@ -230,7 +238,7 @@ def _matrix(main, split):
     return None if table.empty else table
 
 
-def _simple(lead, main, split):
+def simple_classifiers(lead, main, split):
     """{baseline: its cells}, of the table of classes, else (without attacks) of notebook 7's classifiers.
 
     ``clean`` and ``attacked`` are (accuracy, low, high) in percent or None, the others shares.
@@ -240,13 +248,13 @@ def _simple(lead, main, split):
         if path.is_file():
             table = pd.read_csv(path)
             table = table[table.unit.eq("slice")]
-            return {name: _cells(table[table.model.eq(name)]) for name in _SIMPLE if name in set(table.model)}
+            return {name: _cells(table[table.model.eq(name)]) for name in SIMPLE if name in set(table.model)}
     path = main / "leak_summary.csv"
     if not path.is_file():
         return {}
     table = pd.read_csv(path).query("split == @split").set_index("classifier")
     found = {}
-    for name, (_, there) in _SIMPLE.items():
+    for name, (_, there) in SIMPLE.items():
         row = table.loc[there]
         clean = tuple(100 * row[["accuracy", "low", "high"]])
         found[name] = {"clean": clean, "attacked": None, "balanced": row.balanced_accuracy, "benign": None}
@@ -267,7 +275,7 @@ def _cells(rows):
     return {"clean": interval(clean), "attacked": interval(attacked)} | shares
 
 
-def _budget(tables):
+def budget(tables):
     """The headline Linf budget of the published runs, as "4/255"."""
     for path in sorted(tables.glob("runs/*-s*/03_attacks.json")):
         return f"{json.loads(path.read_text(encoding='utf-8'))['parameters']['eps_255']:g}/255"
