@@ -15,6 +15,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinxcontrib.bibtex", "fortify.
 root_doc = "docs/index"
 include_patterns = ["docs/**", "notebooks/*"]
 exclude_patterns = [path.name for path in ROOT.iterdir() if path.name not in ("docs", "notebooks")]
+exclude_patterns += ["docs/explorer/**"]  # copied as it is
 
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}  # the notebooks have no widgets, whose scripts come from elsewhere

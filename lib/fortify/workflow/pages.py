@@ -1,4 +1,4 @@
-"""A Sphinx extension: the committed notebooks, README and published figures as pages of the site.
+"""A Sphinx extension: the committed notebooks, README, figures and docstrings as pages of the site.
 
 docs/conf.py lists it. Notebooks keep their outputs: their imports, parameters and manifests are folded, their
 cells get anchors, and one that awaits a run says so.
@@ -14,6 +14,7 @@ from docutils.parsers.rst import Directive
 from sphinx import addnodes
 from sphinx.util.typing import ExtensionMetadata
 
+import fortify
 from fortify.workflow.publish import published_folders, shown_profile
 from fortify.workflow.site import pictures
 
@@ -58,12 +59,20 @@ def home(readme: str) -> str:
     return _LINK.sub(lambda m: m[0] if _outside(m[2]) else f"{m[1]}(../{m[2]})", body)
 
 
+def modules(package: str) -> str:
+    """A section for each module of a package of this library, of its docstrings. Markdown."""
+    folder = Path(fortify.__file__).parent.joinpath(*package.split(".")[1:])
+    names = [f"{package}.{path.stem}" for path in sorted(folder.glob("[!_]*.py"))]
+    each = "## {0}\n\n```{{eval-rst}}\n.. automodule:: {0}\n   :members:\n```\n"
+    return "\n".join(each.format(name) for name in names)
+
+
 def _outside(target):
     return re.match(r"[a-z]+:|#", target) is not None
 
 
 def _read(app, docname, source):
-    """Before a page is parsed. A folder is no page and no file: a link to one is its words alone."""
+    """Before a page is parsed. A link to a folder is its words alone, one to a page of its own HTML stays."""
     root = Path(app.srcdir)
     path = Path(app.env.doc2path(docname))
     if path.suffix == ".ipynb":
@@ -74,7 +83,11 @@ def _read(app, docname, source):
         app.env.note_dependency(str(root / "README.md"))
         source[0] = source[0].replace("<!-- README -->", home(text))
 
+    source[0] = re.sub(r"<!-- modules: (\S+) -->", lambda m: modules(m[1]), source[0])
+
     def link(found):
+        if found[2].endswith(".html") and not _outside(found[2]):
+            return f'<a href="{found[2]}">{found[1][1:-1]}</a>'
         folder = not _outside(found[2]) and (path.parent / found[2]).is_dir()
         return found[1][1:-1] if folder else found[0]
 

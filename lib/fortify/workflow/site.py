@@ -54,6 +54,8 @@ def published_site(target: str | Path | None = None) -> Path:
         options = ["-q", "-E", "-W", "--keep-going", "-b", "html", "-d", read, "-c", str(root / "docs")]
         if subprocess.run([sys.executable, "-m", "sphinx", *options, str(root), str(target)]).returncode:
             raise PublishError("the site is not built: see the warnings above")
+    if (explorer := root / "docs" / "explorer").is_dir():  # pages of its own
+        shutil.copytree(explorer, target / "docs" / "explorer")
     index = target / "index.html"
     write_text(index, '<!doctype html><meta http-equiv="refresh" content="0; url=docs/index.html">\n')
     return index
