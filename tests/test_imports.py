@@ -11,8 +11,8 @@ LIB = Path(__file__).parents[1] / "lib" / "fortify"
 FLOORS = (  # a module imports from the floors below it; inside a floor in the order given
     ("files", "runtime", "intervals", "images", "dicom", "augmentation"),
     ("data", "lidc", "splits", "pretrained", "vit", "models", "regions", "runs", "evaluation"),
-    ("phantom", "fused", "tables", "classes", "answers", "figures", "checkpoint", "published", "experiments", "overview"),
-    ("attacks", "objectives", "smoothing"),
+    ("phantom", "fused", "tables", "classes", "answers", "figures", "checkpoint", "published"),
+    ("experiments", "overview", "attacks", "objectives", "smoothing"),
     ("training", "scoring", "baselines", "comparison"),
 )
 ROOMS = {  # sub-packages, each with its modules in order; they import the core and not each other

@@ -134,8 +134,8 @@ def ledger(claims: Iterable[Claim], tables: str | Path, *, partial: bool = False
 
     Columns: id, claim, short, where, ours, verdict, outcome (the verdict in one word, of ``OUTCOMES``), holds
     (do these tables bear the verdict out), evidence (the cells), command. A number that is not there raises
-    MissingNumber; with ``partial``, for a run of fewer splits, seeds or budgets, its claim is open instead. So
-    is one with ``measured_in`` whose table is not there at all. Raises ClaimError for a malformed claim.
+    MissingNumber; with ``partial``, for a run of fewer splits, seeds or budgets, its claim is open instead.
+    So is one with ``measured_in`` whose table is not there at all. Raises ClaimError for a malformed claim.
     """
     rows = []
     for claim in claims:
