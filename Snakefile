@@ -274,8 +274,7 @@ rule html:
         built(EXPLORER),
         built(HERO),
     output:
-        f"{BUILD}/html/index.html",
-        built(["figures/hero.pdf", "figures/hero.png"] if HERO else []),
+        f"{BUILD}/html/index.html",  # README's figure is no output: without weights the pages are made, it is not
     params:
         build=BUILD,
         hero=f"python -m fortify.workflow.hero {BUILD} {SHOWN} >/dev/null && " if HERO else "",

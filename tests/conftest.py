@@ -151,7 +151,7 @@ def finished(called):
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of what the workflow needs, without results."""
-    for name in ("lib", "notebooks", "paper", "profiles"):
+    for name in ("lib", "notebooks", "paper", "profiles", "benchmarks"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy2(ROOT / "Snakefile", tmp_path)

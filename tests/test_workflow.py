@@ -259,7 +259,7 @@ def test_tables_are_made_without_the_weights(finished, tmp_path):
     done = snakemake("tables", "--quiet", "rules", *allowed, config=("profile=test", "finished=true"))
     for path in weights:
         shutil.move(tmp_path / f"{path.parent.name}-{path.name}", path)
-    assert done.returncode == 0 and len(weights) == 10, done.stderr[-2000:]
+    assert done.returncode == 0 and len(weights) == 12, done.stderr[-2000:]
     assert table.read_text() == before and done.stdout.startswith(f"\n{before}")
 
 
@@ -564,7 +564,7 @@ def test_a_notebooks_prose_trains_nothing_again_and_its_code_does(finished, tmp_
     """The results are made again, which is cheap, so that their pages read as the notebook does."""
     shutil.copytree(BUILD, tmp_path / "build/test")
     shutil.copytree(ROOT / ".snakemake/metadata", tmp_path / ".snakemake/metadata")
-    for name in ("notebooks", "paper"):
+    for name in ("notebooks", "paper", "benchmarks"):
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy2(ROOT / "Snakefile", tmp_path)
     assert "Nothing to be done" in snakemake("--dry-run", cwd=tmp_path).stdout

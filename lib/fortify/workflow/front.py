@@ -219,7 +219,7 @@ def _groupings(path):
         )
 
 
-def accuracies(tables, split):
+def accuracies(tables: Path, split: str) -> pd.DataFrame | None:
     """Adaptive rows of a split, by training and attack; None where Table 1 of it is not published."""
     path = tables / "accuracy.csv"
     if not path.is_file():
