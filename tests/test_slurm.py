@@ -171,5 +171,5 @@ def test_the_whole_grid_through_sbatch_where_a_cancelled_job_is_made_again(finis
     assert "CANCELLED" in of_cancelled.read_text()
     assert "called again since" in (slurm_logs / f"rule_data/{left}.log").read_text()
     *_, whole_log = sorted((checkout / ".snakemake/log").glob("*.log"))
-    assert whole_log.read_text().count("has been submitted with SLURM jobid") == 20 + 1
+    assert whole_log.read_text().count("has been submitted with SLURM jobid") == 21 + 1
     assert differing(checkout, everything=True) == []
