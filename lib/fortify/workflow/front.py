@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -238,7 +239,7 @@ def _matrix(main, split):
     return None if table.empty else table
 
 
-def simple_classifiers(lead, main, split):
+def simple_classifiers(lead: Path, main: Path, split: str) -> dict[str, dict[str, Any]]:
     """{baseline: its cells}, of the table of classes, else (without attacks) of notebook 7's classifiers.
 
     ``clean`` and ``attacked`` are (accuracy, low, high) in percent or None, the others shares.
@@ -275,7 +276,7 @@ def _cells(rows):
     return {"clean": interval(clean), "attacked": interval(attacked)} | shares
 
 
-def budget(tables):
+def budget(tables: Path) -> str:
     """The headline Linf budget of the published runs, as "4/255"."""
     for path in sorted(tables.glob("runs/*-s*/03_attacks.json")):
         return f"{json.loads(path.read_text(encoding='utf-8'))['parameters']['eps_255']:g}/255"
