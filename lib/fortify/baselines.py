@@ -108,9 +108,9 @@ class SoftHistogram(nn.Module):
 
     A pixel counts in the two bins whose centres it lies between, by its distance to each. ``images``
     (N, 1, H, W) in [0, 1], ``labels`` (N,); ``seed`` draws the initial weights. All slices are one batch.
-    ``steps`` is their number in training. None has the slices at the positions ``validation`` choose it
-    (None: a fifth of all): of 10, 20 ... 300 the one of their lowest cross-entropy, in a training on the
-    others.
+    ``steps`` is the number of training steps. With None it is chosen: one training leaves out the slices at
+    the positions ``validation`` (None: a fifth of all). Of 10, 20 ... 300 steps the number with the lowest
+    cross-entropy on them is taken.
     """
 
     def __init__(

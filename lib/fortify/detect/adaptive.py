@@ -209,13 +209,13 @@ def choose(
     most: int = 48,
     seed: int = 0,
 ) -> str:
-    """The name of the detector that a short attack on validation slices speaks for; no test slice is needed.
+    """The name of the detector that does best under a short attack on validation slices alone.
 
     ``images`` (N, C, H, W), ``labels`` and ``groups`` (N,) are the validation slices that ``detectors``, all
     of one network, were calibrated on. Copies of them are fitted and calibrated on half of the groups, and at
     most ``most`` slices of the other half are attacked: by :func:`evade` with one start and one weight.
-    Chosen is the one that leaves most of these slices correct or rejected, of several the one that raises
-    most alarms under PGD on the network alone, then the first. ValueError for fewer than four groups.
+    The detector wins that leaves most of these slices correct or rejected. A tie goes to the one that raises
+    most alarms under PGD on the network alone, then to the first. ValueError for fewer than four groups.
     """
     groups = np.asarray(groups)
     found = np.unique(groups)

@@ -110,8 +110,13 @@ def hero(figures: Path, strips: Sequence[Path]) -> str:
         return f"![{words}]({(figures / 'hero.png').as_posix()})\n\n{caption}\n"
     if not strips:
         return ""
+    return strip(figures / strips[0].name)
+
+
+def strip(picture: Path) -> str:
+    """The published protocol on one slice, as a picture; Markdown."""
     words = "One slice: original, clamped, tanh, published PGD and correct PGD, with predictions and changes"
-    return f"![{words}]({(figures / strips[0].name).as_posix()})\n"
+    return f"![{words}]({picture.as_posix()})\n"
 
 
 def summary(networks: Sequence[Network]) -> str:

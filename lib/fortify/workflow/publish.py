@@ -426,8 +426,7 @@ def update_pages(root: Path, profile: str) -> None:
     parts = [*chain(*(beside[name] for name in before)), *parts, *chain(*(beside[name] for name in after))]
     results, claims, readme = root / "docs/results.md", root / "docs/claims.md", root / "README.md"
     sections = {results: {"results": "\n".join(parts)}}
-    words = "One slice: original, clamped, tanh, published PGD and correct PGD, with predictions and changes"
-    pictures = [f"![{words}]({relative / path.name})\n" for path in protocol_strips(figures)[:1]]
+    pictures = [front.strip(relative / path.name) for path in protocol_strips(figures)[:1]]
     ledger = (tables / "claims.md").read_text(encoding="utf-8")
     sections[claims] = {"claims": "\n".join([*pictures, ledger])}
     shown = [
@@ -548,7 +547,9 @@ def pdf(profile: str, target: str | Path | None = None) -> Path:
 
 def _provenance(tables):
     """Commits, versions and devices of a profile's published runs, and their hours where these are known."""
-    manifests = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(tables.glob("runs/*-s*/0*.json"))]
+    manifests = [
+        json.loads(p.read_text(encoding="utf-8")) for p in sorted(tables.glob("runs/*-s*/[0-9]*.json"))
+    ]
     found = {"commits": sorted({m["code"]["commit"] for m in manifests if m["code"]["commit"]})}
     found["devices"] = sorted({m["device"] for m in manifests})
     found["versions"] = {}
