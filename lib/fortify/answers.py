@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from fortify.evaluation import interval_of
+
 PHANTOMS = "The images are phantoms: these numbers show that the code runs, and say nothing about lungs."
 _SPLITS = {
     "random": "**Random split**, near-duplicates of the test slices in training",
@@ -195,9 +197,8 @@ def _percent(share):
 
 def _interval(row):
     """Of a row of an accuracy table: by groups, where there is one."""
-    if pd.isna(row.group_low):
-        return f"95 % interval {100 * row.low:.0f} to {_percent(row.high)}"
-    return f"95 % interval by groups {100 * row.group_low:.0f} to {_percent(row.group_high)}"
+    (low, high), by = interval_of(row), "" if pd.isna(row.group_low) else " by groups"
+    return f"95 % interval{by} {100 * low:.0f} to {_percent(high)}"
 
 
 def _both_clean(of):

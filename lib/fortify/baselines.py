@@ -24,8 +24,8 @@ from fortify.images import histograms
 from fortify.models import build_model, predict, predict_logits
 from fortify.runtime import seeded
 from fortify.scoring import evaluate, logits, score
+from fortify.splits import THUMBNAIL
 
-THUMBNAIL = 56  # px, as the groups of fortify.splits
 FOREST_BINS, SOFT_BINS = 64, 16
 _TREES = 200
 _LEAST = 1e-3  # probability of a class that no tree votes for

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from fortify.evaluation import BLACK_BOX, TRAININGS, accuracy_table, headline_gains, scan_decisions
+from fortify.evaluation import (
+    BLACK_BOX,
+    TRAININGS,
+    accuracy_table,
+    headline_gains,
+    interval_of,
+    scan_decisions,
+)
 from fortify.files import write_csv, write_text
 from fortify.tables import listed, to_latex, to_markdown
 
@@ -129,9 +136,7 @@ def classes_brief(table: pd.DataFrame, *, rare: str) -> pd.DataFrame:
 
 def _cell(row):
     """An accuracy in % with its interval, by groups where there is one."""
-    low, high = row.group_low_percent, row.group_high_percent
-    if pd.isna(low):
-        low, high = row.low_percent, row.high_percent
+    low, high = interval_of(row, "_percent")
     return f"{row.accuracy_percent:.1f} ({low:.1f}–{high:.1f})"
 
 

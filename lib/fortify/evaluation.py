@@ -319,6 +319,15 @@ def _summary(group, part):
     return dict(zip(_GROUP, group, strict=True)) | numbers | {"seeds": len(seeds), "sd": seeds.std(ddof=1)}
 
 
+def interval_of(row: Any, unit: str = "") -> tuple[float, float]:
+    """(low, high) of a row of an accuracy table: the interval by groups, and where there is none Wilson's.
+
+    ``row`` has its columns as attributes; ``unit`` ends their names, as "_percent" does in Table 1.
+    """
+    low, high = (getattr(row, f"group_{end}{unit}", np.nan) for end in ("low", "high"))
+    return (getattr(row, f"low{unit}"), getattr(row, f"high{unit}")) if pd.isna(low) else (low, high)
+
+
 def _by_groups(part, groups):
     """The interval of these rows' accuracy that draws whole groups; NaN without ``groups``."""
     low = high = np.nan

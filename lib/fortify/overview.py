@@ -10,12 +10,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from fortify.figures import DOUBLE, image_grid, show_image, styled
-from fortify.splits import unit_thumbnails
+from fortify.splits import THUMBNAIL, unit_thumbnails
 
 if TYPE_CHECKING:
     from fortify.data import Slices
 
-_THUMBNAIL = 56  # px, as the groups of fortify.splits
 _BLOCK = 512
 
 
@@ -52,7 +51,7 @@ def leak_examples(
     one whose r on the first kind is the (lower) median; of several seeds that test a slice, the first
     counts. A class without such a slice is left out.
     """
-    thumbnails = unit_thumbnails(slices.images, _THUMBNAIL)
+    thumbnails = unit_thumbnails(slices.images, THUMBNAIL)
     kinds = list(dict.fromkeys(split for split, _ in drawn))
     nearest = {split: np.full(len(slices), -1, np.int64) for split in kinds}
     r = {split: np.full(len(slices), np.nan, np.float32) for split in kinds}

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from fortify.data import Slices
 
 PARTS = ("train", "val", "test")
+THUMBNAIL = 56  # px, of the images that are compared
 FOLDS = 5  # of the cross-validation by groups
 _BLOCK = 1024  # rows held at a time of what is as long as all slices
 _TRIES = 256  # assignments drawn to part groups, of which the best-balanced is kept
 
 
 def near_duplicate_groups(
-    slices: "Slices", *, threshold: float = 0.93, neighbour_threshold: float = 0.80, side: int = 56
+    slices: "Slices", *, threshold: float = 0.93, neighbour_threshold: float = 0.80, side: int = THUMBNAIL
 ) -> np.ndarray:
     """Group ids 0..G-1, int64 (N,), of slices that are likely to show one patient.
 
@@ -60,7 +61,7 @@ def exact_duplicates(images: np.ndarray) -> np.ndarray:
 
 
 def label_conflicts(
-    slices: "Slices", *, threshold: float = 0.99, side: int = 56, most: int = 100_000
+    slices: "Slices", *, threshold: float = 0.99, side: int = THUMBNAIL, most: int = 100_000
 ) -> pd.DataFrame:
     """Pairs of nearly identical slices in different classes, most alike first, as a DataFrame.
 
@@ -123,7 +124,7 @@ def pairwise_agreement(groups: np.ndarray, patients: np.ndarray) -> tuple[float,
 
 
 def near_duplicate_share(
-    slices: "Slices", split: dict[str, np.ndarray], *, threshold: float = 0.99, side: int = 56
+    slices: "Slices", split: dict[str, np.ndarray], *, threshold: float = 0.99, side: int = THUMBNAIL
 ) -> float:
     """Share of test slices with a near-duplicate in training: thumbnails with r above ``threshold``."""
     thumbnails = unit_thumbnails(slices.images, side)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from fortify.evaluation import BLACK_BOX, TRAININGS, attacks_in
+from fortify.evaluation import BLACK_BOX, TRAININGS, attacks_in, interval_of
 from fortify.files import write_csv, write_text
 
 BY_GROUPS = "95 %, by groups"  # the line of cluster intervals
@@ -123,7 +123,7 @@ def counted(accuracy: pd.DataFrame, *, split: str) -> str:
 
 def _with_interval(row):
     """An accuracy in % with its interval, by groups where there is one."""
-    low, high = (row.low, row.high) if pd.isna(row.group_low) else (row.group_low, row.group_high)
+    low, high = interval_of(row)
     return f"{100 * row.accuracy:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
 

@@ -32,7 +32,6 @@ from fortify.data import IQ_OTH_NCCD, DataError, Slices, load_folder
 from fortify.images import histograms
 from fortify.intervals import wilson
 
-THUMBNAIL = 56  # px, as the groups of fortify.splits
 FRAME_OF_THUMBNAIL = 4  # px of 56: the 16 outermost pixels of a slice of 224 px, averaged
 HISTOGRAM_BINS = 32
 CORNER_SHARE = 1 / 8  # of the side: the four squares in which the background is measured
@@ -55,7 +54,7 @@ def thumbnail_features(images: np.ndarray) -> np.ndarray:
 
     Of the mean over the channels, as near-duplicates are told.
     """
-    return splits.unit_thumbnails(images, THUMBNAIL)
+    return splits.unit_thumbnails(images, splits.THUMBNAIL)
 
 
 def frame_features(images: np.ndarray) -> np.ndarray:
@@ -64,8 +63,8 @@ def frame_features(images: np.ndarray) -> np.ndarray:
     At 224 px it is 16 pixels wide and averaged over 4 x 4. In a whole CT slice it holds air, table and
     at most some skin, no lung. Of colour images each channel's, one after the other.
     """
-    side = min(THUMBNAIL, *images.shape[1:3])
-    width = max(1, round(FRAME_OF_THUMBNAIL / THUMBNAIL * side))
+    side = min(splits.THUMBNAIL, *images.shape[1:3])
+    width = max(1, round(FRAME_OF_THUMBNAIL / splits.THUMBNAIL * side))
     outer = np.ones((side, side), dtype=bool)
     outer[width:-width, width:-width] = False
     channels = images[..., None] if images.ndim == 3 else images

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from fortify.evaluation import BLACK_BOX
+from fortify.evaluation import BLACK_BOX, interval_of
 from fortify.tables import to_markdown
 
 _ARCHS = {"resnet_small": "small ResNet", "resnet18": "ResNet-18", "resnet50": "ResNet-50"}
@@ -91,9 +91,10 @@ def _against_histogram(lead, main, grouped):
     if "histogram forest" not in rows:
         return ""
     forest, row = rows["histogram forest"]["clean"][0], grouped.loc[("adversarial", "clean")]
-    if forest < 100 * row.group_low:
+    low, high = interval_of(row)
+    if forest < 100 * low:
         return ""
-    more = "more" if forest > 100 * row.group_high else "about as many"
+    more = "more" if forest > 100 * high else "about as many"
     return f", and a random forest on grey-level histograms classifies {more} clean slices correctly"
 
 
@@ -272,10 +273,7 @@ def _cells(rows):
     clean, attacked = rows.loc["clean"], rows.loc[BLACK_BOX if BLACK_BOX in rows.index else "pgd"]
 
     def interval(row):
-        ends = ("group_low_percent", "group_high_percent")
-        if pd.isna(row[ends[0]]):
-            ends = ("low_percent", "high_percent")
-        return row.accuracy_percent, row[ends[0]], row[ends[1]]
+        return row.accuracy_percent, *interval_of(row, "_percent")
 
     shares = {"balanced": clean.balanced_accuracy_percent / 100, "benign": clean.recall_benign_percent / 100}
     return {"clean": interval(clean), "attacked": interval(attacked)} | shares
@@ -293,7 +291,7 @@ def _percent(table, training, attack):
 
 
 def _interval(row):
-    return _points((100 * row.accuracy, 100 * row.group_low, 100 * row.group_high))
+    return _points([100 * share for share in (row.accuracy, *interval_of(row))])
 
 
 def _points(cell):

@@ -14,15 +14,14 @@ import torch
 from matplotlib.figure import Figure
 
 from fortify.data import Slices, to_tensor
-from fortify.evaluation import read_rows
+from fortify.evaluation import interval_of, read_rows
 from fortify.examined.figures import Picture, finding_figure
 from fortify.examined.protocol import PublishedAttacks, panels
 from fortify.figures import save
 from fortify.models import load_model
-from fortify.splits import read_split, unit_thumbnails
+from fortify.overview import nearest_in_training
+from fortify.splits import THUMBNAIL, read_split, unit_thumbnails
 from fortify.workflow import front
-
-_SIDE = 56  # of the thumbnails, as those that make the groups
 
 
 def hero(build: Path, run: str) -> Figure:
@@ -41,10 +40,9 @@ def hero(build: Path, run: str) -> Figure:
         "pgd": _right(rows[rows.attack.eq("pgd") & rows.eps_255.eq(eps_255)], test),
         "clamp": _right(protocol[protocol.model.eq("normal") & protocol.attack.eq("clamp")], test),
     }
-    thumbnails = unit_thumbnails(slices.images, _SIDE)
-    r = thumbnails[test] @ thumbnails[train].T
-    at = shown_slice(r.max(1), **right)
-    near = train[r[at].argmax()]
+    nearest, r = nearest_in_training(unit_thumbnails(slices.images, THUMBNAIL), test, train)
+    at = shown_slice(r, **right)
+    near = nearest[at]
     label = int(slices.labels[test[at]])
     images = to_tensor(slices.images[test[[at]]])
     made = panels(
@@ -65,9 +63,7 @@ def hero(build: Path, run: str) -> Figure:
     twin = slices.images[near] / 255
     pictures = [
         answer("a test slice", "original", "clean"),
-        Picture(
-            f"its nearest training slice\n(r = {r[at].max():.3f})", twin, f"{names[slices.labels[near]]}"
-        ),
+        Picture(f"its nearest training slice\n(r = {r[at]:.3f})", twin, f"{names[slices.labels[near]]}"),
         answer("the published clamp,\nno attack", "clamp alone", "clamp"),
         answer(f"a real attack:\nPGD at {eps_255:g}/255", "correct PGD", "pgd"),
     ]
@@ -98,8 +94,7 @@ def standings(tables: Path, eps: str) -> pd.DataFrame:
         if table is not None:
             for attack, words in (("clean", "clean"), ("pgd", f"PGD {eps}")):
                 row = table.loc[("adversarial", attack)]
-                ends = ("group_low", "group_high") if not pd.isna(row.get("group_low")) else ("low", "high")
-                shares = (100 * row.accuracy, 100 * row[ends[0]], 100 * row[ends[1]])
+                shares = (100 * share for share in (row.accuracy, *interval_of(row)))
                 rows.append((f"adversarial training, {words}", split, *shares))
         for name, cells in front.simple_classifiers(tables, tables, split).items():
             rows.append((f"{front.SIMPLE[name][0]}, clean", split, *cells["clean"]))
