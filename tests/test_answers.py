@@ -74,12 +74,15 @@ def test_the_baselines_answer_is_its_table(source):
     row = row_of(accuracy, "normal", "clean")
     assert f"**80 %** of the clean test slices correctly (16 of 20; {interval(row)})" in text
     assert (row.k, row.n) == (16, 20) and row.recall_normal == 0.5
-    assert "Of the *normal* slices, the rarest class, it classifies 50 % correctly." in text
-    assert "*malignant* for every slice would be right for 50 %" in text
-    assert "65 % of the test slices have a near-duplicate in training" in text
+    assert "*Normal* is the rarest class. The network classifies 50 % of its slices correctly." in text
+    assert "Always answering *malignant* would be correct for 50 %" in text
+    assert "65 % of the test slices belong to a group that also has slices in training" in text
     assert no_phantoms(text) is (source == SOURCE)
     apart = answers.baseline(accuracy, split="grouped", related=(0, 20), **about)
-    assert "No test slice has a near-duplicate in training" in apart and "On the grouped split" in apart
+    assert (
+        "No test slice belongs to a group that has slices in training" in apart
+        and "On the grouped split" in apart
+    )
 
 
 def test_a_class_without_test_slices_is_left_out_of_the_answer():
@@ -100,8 +103,8 @@ def attacked(wrong, **changes):
 def test_the_attacks_answer_is_its_tables():
     text, row = attacked(NORMAL), row_of(tables(rows_of(NORMAL))[1], "normal", "pgd")
     assert f"PGD at 4/255 leaves **10 %** of the test slices correct (2 of 20; {interval(row)})" in text
-    assert "without an attack 80 % are" in text and "FGSM, a single step, leaves 40 %." in text
-    assert "the largest class for every slice would be right for 50 %" in text, "PGD leaves less"
+    assert "Without an attack 80 % are" in text and "FGSM, a single step, leaves 40 %." in text
+    assert "the largest class would be correct for 50 %" in text, "PGD leaves less"
     assert "At 4/255 PGD breaks at least half" in text, "11 of 16 are left at 1/255"
     assert "CW breaks 16 of the 16 slices that are correct when clean." in text
     assert "L2 of 0.5, as much as 13 grey levels in every pixel" in text and no_phantoms(text)
@@ -152,10 +155,14 @@ def test_the_price_of_robust_training_is_the_paired_gain(robust, said):
         f"**65 %** of the test slices correctly under PGD at 4/255 ({pgd.k} of 20; {interval(pgd)})" in text
     )
     assert "The normally trained one keeps 10 %." in text
-    assert f"Clean, it classifies {100 * clean.accuracy:.0f} % correctly, normal training 80 %." in text
+    assert (
+        f"On clean slices it classifies {100 * clean.accuracy:.0f} % correctly, and normal training 80 %."
+        in text
+    )
     recalls = [f"{100 * part.recall_malignant:.0f} %" for part in (clean, pgd)]
     words = (
-        "Of the *malignant* slices, the rarest class, it classifies {} correctly when clean, {} under PGD."
+        "*Malignant* is the rarest class. The network classifies {} of its slices correctly when clean, "
+        "and {} under PGD."
     )
     assert words.format(*recalls) in text
     assert "the easier test, leaves 70 % correct." in text and "largest budget" not in text
@@ -185,12 +192,16 @@ def test_the_results_answer_has_both_splits_and_pools_their_seeds():
     for split, part in zip(("random", "grouped"), parts, strict=True):
         pgd, normal = (row_of(accuracy, model, "pgd", split) for model in ("adversarial", "normal"))
         words = f"classifies **{100 * pgd.accuracy:.0f} %** of the test slices correctly ({interval(pgd)}), "
-        assert words + f"normal training {100 * normal.accuracy:.0f} %." in part
+        assert words + f"and normal training {100 * normal.accuracy:.0f} %. The difference is " in part
+        more = gains[gains.split.eq(split) & gains.attack.eq("pgd")].iloc[0]
+        assert (
+            f"is {more.gain_percent:+.0f} points (95 % interval by groups {more.low_percent:+.0f} to " in part
+        )
         row = gains[gains.split.eq(split) & gains.attack.eq("clean")].iloc[0]
         assert f"{abs(row.gain_percent):.0f} points**" in part
         clean = row_of(accuracy, "adversarial", "clean", split)
         recall = f"{100 * clean.recall_benign:.0f} %"
-        assert f"Of the *benign* slices, the rarest class, it classifies {recall}" in part
+        assert f"*Benign* is the rarest class. The network classifies {recall} of its slices" in part
     assert "simple classifier" not in text, "none was run"
 
 

@@ -471,12 +471,13 @@ def test_the_answer_counts_what_the_tables_say(honest, mutants):
         ran = found.get(PASS, 0) + found.get(FAIL, 0)
         assert verdicts.startswith(f"- **{name.capitalize()} training**: {found[PASS]} of {ran} checks pass.")
         own = honest.accuracies.set_index("attack")
-        assert f"of {own.n['clean']} slices {own.k['clean']} are correct when clean" in counts
-        assert f"{own.k['PGD, cross-entropy']} under PGD" in counts
-        assert counts.endswith(f"{own.k['worst case']} in the worst case over all attacks.")
+        assert f"{own.k['clean']} of {own.n['clean']} slices are correct when clean" in counts
+        assert f"{own.k['PGD, cross-entropy']} remain correct under PGD" in counts
+        assert counts.endswith(f"and {own.k['worst case']} under the worst attack for each slice.")
     assert "*mutants are caught*" in said[0].split("Failed: ")[1] and "Not run" not in said[0]
     assert said[2].endswith("Not run: *mutants are caught*.")
-    assert f"catches **{len(mutants) - 1}/{len(mutants)}**. It misses no seed" in said[4]
+    assert f"catches **{len(mutants) - 1}/{len(mutants)}** attacks and defences" in said[4]
+    assert "It misses no seed" in said[4]
 
 
 def test_the_answer_says_what_a_failed_check_means(honest, mutants):
@@ -484,9 +485,11 @@ def test_the_answer_says_what_a_failed_check_means(honest, mutants):
         table = [replace(c, verdict=FAIL if c.id == id else PASS) for c in honest.checks]
         return audit_answer({"normal": Audit(tuple(table), honest.accuracies)}, mutants, SUITE)
 
-    assert "upper bound" in said("T7") and "only looks robust" not in said("T7")
-    assert "only looks robust" in said("T11") and "upper bound" not in said("T11")
-    assert "**So" not in said("T15")
+    assert "lower than reported" in said("T7") and "only looks robust" not in said("T7")
+    assert "only looks robust" in said("T11") and "lower than reported" not in said("T11")
+    assert "is invalid" in said("T0") and "lower than reported" not in said("T0")
+    assert "**So" not in said("T15") and "no sign" not in said("T15")
+    assert "no sign that the attacks are weak" in said("none fails")
 
 
 @pytest.mark.parametrize(("broken", "fails"), [("none", False), ("as many", False), ("all", True)])

@@ -180,16 +180,28 @@ def test_a_verdict_has_one_word_and_a_condition_follows_it(tables):
 
 def test_the_answer_counts_every_claim_once(tables):
     one = ledger(load_claims(write(tables)), tables)
-    table = pd.concat([one, one.assign(short="so does this"), one.assign(short="not this", outcome="open")])
-    assert tally(table) == "Of 3 claims **2 are reproduced** and **1 is left open by this run**."
+    table = pd.concat(
+        [
+            one,
+            one.assign(short="so does this"),
+            one.assign(short="not this", outcome="open", verdict="open: x"),
+        ]
+    )
+    given = one.assign(short="nor this", outcome="conditional", verdict="reproduced only under a condition")
+    table = pd.concat([table, given])
+    assert tally(table[:3]) == (
+        "The paper makes 3 claims: **2 are reproduced** and **1 is left open by this run**."
+    )
     assert claims_answer(table).splitlines() == [
         tally(table),
         "",
         "- **Reproduced**",
         "  - it holds",
         "  - so does this",
+        "- **Conditional**",
+        "  - nor this: only under a condition",
         "- **Open**",
-        "  - not this",
+        "  - not this: x",
     ]
     published = ledger(load_claims(SOURCE), PUBLISHED)
     said = claims_answer(published)

@@ -16,6 +16,7 @@ from fortify.comparison import (
     compare,
     contenders_of,
     cost_in_forwards,
+    cost_summary,
     leaders,
     rank,
     remembered,
@@ -234,6 +235,14 @@ def test_what_was_made_of_something_else_is_made_again(tmp_path, monkeypatch):
     assert len(made) == 3
 
 
+def test_costs_in_short_are_a_line_a_contender():
+    costs = pd.DataFrame({"contender": ["a", "b", "a"], "parameters": [2e6, 5e5, 2e6], "seconds": [1, 5, 3]})
+    costs = costs.assign(multiply_adds=[7, 8, 7], forwards=[3, 13, 3])
+    assert "AutoAttack" not in cost_summary(costs)
+    costs = costs.assign(autoattack_broken=[1, 0, np.nan], autoattack_n=[9, 0, np.nan])
+    assert cost_summary(costs).to_numpy().tolist() == [["a", 2, 7, 3, 2, "1/9"], ["b", 0.5, 8, 13, 5, "–"]]
+
+
 def test_only_what_the_groups_bear_out_is_said_to_be_ahead():
     groups = [0, 0, 1, 1]
     words = {}
@@ -243,10 +252,14 @@ def test_only_what_the_groups_bear_out_is_said_to_be_ahead():
             rows.loc[rows.contender.eq("b"), "attacked"] = True
         gains = rank(rows, groups, reference="a")
         words[winner] = leaders(standings(rows, groups), gains, reference="a", eps_255=4)
-    assert "nobody differs" in words["correct"] and "ahead of it" not in words["correct"]
-    assert "ahead of it: b by 100 points" in words["attacked"]
+    assert "no other training differs from *a*" in words["correct"] and "ahead of" not in words["correct"]
+    assert "ahead of *a* by more than chance: b by 100 points" in words["attacked"]
     assert (
-        "a classifies 50.0% of clean slices correctly (2/4) and 0.0% within 4/255 (0/4)" in words["correct"]
+        "- On the grouped split *b* classifies most attacked slices correctly: 100% under PGD"
+        in words["attacked"]
+    )
+    assert (
+        "For *a* this is 0% (0/4). Of clean slices *a* classifies 50% correctly (2/4)." in words["attacked"]
     )
 
 

@@ -414,10 +414,13 @@ def test_the_answer_holds_the_numbers(calibrated):
         for end in ("", "_low", "_high")
     }
     claims = pd.DataFrame([{"detector": "d", "n": 8} | claim])
-    said = answer(table, claims, [0.6, np.nan], 0.2)
-    for number in ("75 %", "on 0 %", "10 (10–10) % of 8", "claimed 50 %", "classifies 20 %", "has 60 %"):
+    times = pd.DataFrame({"detector": ["none", "d"], "p50_ms": [1.21, 3.44]})
+    said = answer(table, claims, [0.6, np.nan], 0.2, times)
+    for number in ("75 % of the slices that PGD", "0 % of the slices that attackers", "10 (10–10) % of 8"):
         assert number in said, said
-    assert "training" not in answer(table, claims, [np.nan, np.nan], 0.2)
+    for number in ("suggest 50 %", "network classifies 20 %", "training classifies 60 %", "3.4 ms", "1.2 ms"):
+        assert number in said, said
+    assert "training" not in answer(table, claims, [np.nan, np.nan], 0.2, times)
     line = layout(table, claims).iloc[0]
     assert line["AUROC, PGD"] == "0.90 (0.80–1.00)" and line["alarms, PGD (%)"].startswith("75 ")
 

@@ -255,7 +255,7 @@ def test_the_answer_states_the_counts_of_the_matrix(rows):
     measures = matrix_of.attack_measures(protocol).set_index(["measure", "model"])
     stuck, every_stuck = (measures.loc[("CW equal to tanh", m)] for m in ("normal", "all"))
     assert (stuck.n, every_stuck.n) == (60, 240) and every_stuck.k == 3 * stuck.k > 0
-    assert f"on {stuck.k:.0f} of the 60 slices" in bullets
+    assert f"on {stuck.k:.0f} of the 60 test slices" in bullets
     of_180 = [3 * (60 - (3 * i + 2)) for i in range(4)]  # normal, published, tone curves, adversarial
     assert re.findall(r"\((\d+) of 180\)", rows_of) == [str(k) for k in of_180]
     assert re.findall(r"\((\d+) of 60\)", rows_of) == [str(60 - (5 * i + 1)) for i in range(4)]

@@ -165,8 +165,11 @@ def test_the_table_tells_a_network_that_looks_in_the_mask_from_a_control(shown):
     checks = sanity(net, shown, ones, "gradient", same, {"attack": same}, groups=groups, name="normal")
     assert checks.set_index("measure").loc["attack", "mean"] == pytest.approx(1)
     words = spoken(pd.concat([table, checks]))
-    assert "Of the normal network's maps gradient lies most in the lungs, 16.0 times" in words
-    assert "under attack: normal 1.00" in words
+    assert (
+        "Of the normal network's maps *gradient* lies most in the lungs: its share there is 16.0 times"
+        in words
+    )
+    assert "with its clean map of 1.00 (normal training)" in words
     figure = measure_dots(table, measures={"lungs": "lungs / area"})
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["normal", "control"]
 

@@ -99,7 +99,7 @@ def test_the_answer_states_the_tables_numbers(phantoms, table):
     for label, name in enumerate(phantoms.class_names):
         assert f"{(phantoms.labels == label).sum()} {name}" in said[0]
     sizes = np.unique(phantoms.groups, return_counts=True)[1]
-    assert f"**{len(sizes)} groups**" in said[1] and f"{sizes.min()} to {sizes.max()} slices" in said[1]
+    assert f"**{len(sizes)} groups**" in said[1] and f"each of {sizes.min()} to {sizes.max()}." in said[1]
     assert "come from 40 patients" in said[1]
     random, grouped = (table[table.split.eq(s)].twins.mean() for s in ("random", "grouped"))
     assert f"{100 * random:.0f} %" in said[2] and f"{100 * grouped:.0f} %" in said[3]

@@ -397,18 +397,18 @@ def test_an_attackers_patients_are_nobody_elses():
     share = attackers_share(slices, split, images=20, seed=0)
     of = {name: set(slices.patients[index]) for name, index in share.items()}
     train = set(slices.patients[split["train"]])
-    assert not of["other patients"] & (train | of["attacked"]) and of["same patients"] <= train
+    assert not of["other groups"] & (train | of["attacked"]) and of["same groups"] <= train
     assert len(share["attacked"]) == 20 and set(share["attacked"]) <= set(split["test"])
     counts = [
-        np.bincount(slices.labels[share[name]], minlength=3) for name in ("other patients", "same patients")
+        np.bincount(slices.labels[share[name]], minlength=3) for name in ("other groups", "same groups")
     ]
     assert np.array_equal(*counts) and counts[0].min() > 0
-    assert len(of["same patients"]) <= len(of["other patients"]) + 3, "whole groups, not a slice of each"
+    assert len(of["same groups"]) <= len(of["other groups"]) + 3, "whole groups, not a slice of each"
     # Validation and test of the same patients: those of the attacked half are no longer an attacker's own.
     rest = np.arange(80, 240)
     mixed = {"train": np.arange(80), "val": rest[::2], "test": rest[1::2]}
     share = attackers_share(slices, mixed, images=99, seed=0)
-    attacked, others = (set(slices.patients[share[name]]) for name in ("attacked", "other patients"))
+    attacked, others = (set(slices.patients[share[name]]) for name in ("attacked", "other groups"))
     assert attacked and others and not attacked & others
     rng = np.random.default_rng(0)
     random = np.split(rng.permutation(240), [160, 200])
@@ -467,13 +467,13 @@ def test_the_answers_and_figures_are_of_the_tables(matrix, monkeypatch, tmp_path
     with pytest.raises(ValueError, match='"lidc" or "phantom", not \'lids\''):
         open_study("lids", size=32)
     _, table = matrix
-    named = {"one": "a, normal", "same": "b, normal", "top": "a, adversarial", "stolen": "other patients"}
+    named = {"one": "a, normal", "same": "b, normal", "top": "a, adversarial", "stolen": "other groups"}
     table = table.assign(source=table.source.replace(named), target=table.target.replace(named))
     text = transfer_answer(table, eps_255=8)
     assert (
-        "**normally trained** networks in 100 % (48 of 48)" in text and "noise of the same size 0 %" in text
+        "**normally trained** networks in 100 % (48 of 48)" in text and "same size fools them in 0 %" in text
     )
-    assert "100 % (72 of 72) of the cases when crafted on themselves" not in text
+    assert "100 % (72 of 72) of the cases when" not in text
     study = open_study("phantom", size=32)
     assert study.slices.class_names == ("benign", "malignant") and set(study.slices.labels) == {0, 1}
     assert study.nodules.nodule.nunique() == len(set(study.slices.patients))
@@ -489,8 +489,11 @@ def test_the_answers_and_figures_are_of_the_tables(matrix, monkeypatch, tmp_path
     own = cell(found, unit="nodule", nodules="all", model="diameter alone")
     attacked = found[found.nodules.eq("all") & found.split.eq("patients")]
     text = nodule_answer(found, group_agreement(study, folds), gains, attacked, source="phantoms")
-    assert f"the diameter alone classifies {100 * own.accuracy:.0f} % ({own.k} of {own.n}) correctly" in text
-    assert "normal training differs from that by +0 points" in text
+    assert (
+        f"The diameter alone classifies {100 * own.accuracy:.0f} % ({own.k} of {own.n}) of the nodules"
+        in text
+    )
+    assert "Normal training differs from it by +0 points" in text
     assert (
         nodule_layout(found)
         .set_index(["model", "folds"])["all: accuracy, k/n"]["normal", "patients"]

@@ -42,7 +42,7 @@ def baseline(
     """Notebook 2: ``clean`` is one model's :func:`fortify.evaluation.accuracy_table` on clean slices.
 
     ``largest``: the largest class and its share of the test slices; ``related``: how many of the test slices
-    have a near-duplicate in training, and of how many.
+    belong to a group that has slices in training, and of how many.
     """
     row = clean[clean.attack.eq("clean")].iloc[0]
     lines = [
@@ -51,15 +51,18 @@ def baseline(
     ]
     recall = row[f"recall_{rare}"]
     if not pd.isna(recall):
-        lines.append(f"Of the *{rare}* slices, the rarest class, it classifies {_percent(recall)} correctly.")
-    lines.append(f"To answer *{largest[0]}* for every slice would be right for {_percent(largest[1])}.")
+        lines.append(
+            f"*{rare.capitalize()}* is the rarest class. The network classifies {_percent(recall)} of its "
+            "slices correctly."
+        )
+    lines.append(f"Always answering *{largest[0]}* would be correct for {_percent(largest[1])}.")
     if related[0]:
         lines.append(
-            f"{_percent(related[0] / related[1])} of the test slices have a near-duplicate in training, so "
-            "this says little about unseen patients (groups)."
+            f"{_percent(related[0] / related[1])} of the test slices belong to a group that also has slices "
+            "in training. So this accuracy says little about unseen groups."
         )
     else:
-        lines.append("No test slice has a near-duplicate in training: the groups are unseen.")
+        lines.append("No test slice belongs to a group that has slices in training: the groups are unseen.")
     return _listed(lines, source)
 
 
@@ -82,12 +85,12 @@ def attacks(
     of = accuracy[accuracy.protocol.eq("adaptive")].set_index("attack")
     pgd = of.loc["pgd"]
     lines = [
+        _half(points[points.attack.eq("pgd")].sort_values("eps_255")),
         f"PGD at {eps_255:g}/255 leaves **{_percent(pgd.accuracy)}** of the test slices correct ({pgd.k} of "
-        f"{pgd.n}; {_interval(pgd)}); without an attack {_percent(of.accuracy['clean'])} are."
+        f"{pgd.n}; {_interval(pgd)}). Without an attack {_percent(of.accuracy['clean'])} are.",
     ]
     if pgd.accuracy < largest:
-        lines.append(f"To answer the largest class for every slice would be right for {_percent(largest)}.")
-    lines.append(_half(points[points.attack.eq("pgd")].sort_values("eps_255")))
+        lines.append(f"Always answering the largest class would be correct for {_percent(largest)}.")
     lines.append(f"FGSM, a single step, leaves {_percent(of.accuracy['fgsm'])}.")
     score = scores.iloc[0]
     if score.cw_n:
@@ -169,9 +172,11 @@ def results(
         of = own.set_index(["model", "protocol", "attack"])
         pgd, normal = (of.loc[(model, "adaptive", "pgd")] for model in ("adversarial", "normal"))
         trained = "one training" if pgd.seeds == 1 else f"{pgd.seeds:.0f} trainings"
+        more = gains[gains.split.eq(split) & gains.attack.eq("pgd")].iloc[0]
         lines = [
             f"Under PGD at {eps_255:g}/255 adversarial training classifies **{_percent(pgd.accuracy)}** of "
-            f"the test slices correctly ({_interval(pgd)}), normal training {_percent(normal.accuracy)}.",
+            f"the test slices correctly ({_interval(pgd)}), and normal training {_percent(normal.accuracy)}. "
+            f"The difference is {round(more.gain_percent):+d} points ({_between(more)}).",
             _both_clean(of) + " " + _price(gains[gains.split.eq(split)]),
             *_rare(of, rare),
             *_ahead(ahead, split),
@@ -203,7 +208,8 @@ def _interval(row):
 
 def _both_clean(of):
     adversarial, normal = (of.accuracy[(m, "adaptive", "clean")] for m in ("adversarial", "normal"))
-    return f"Clean, it classifies {_percent(adversarial)} correctly, normal training {_percent(normal)}."
+    clean = f"On clean slices it classifies {_percent(adversarial)} correctly"
+    return f"{clean}, and normal training {_percent(normal)}."
 
 
 def _price(gains):
@@ -227,8 +233,8 @@ def _rare(of, rare):
     clean, pgd = (of.loc[("adversarial", "adaptive", a), f"recall_{rare}"] for a in ("clean", "pgd"))
     if pd.isna(clean):
         return []
-    words = f"Of the *{rare}* slices, the rarest class, it classifies {_percent(clean)} correctly when clean"
-    return [f"{words}, {_percent(pgd)} under PGD."]
+    words = f"*{rare.capitalize()}* is the rarest class. The network classifies {_percent(clean)} of its"
+    return [f"{words} slices correctly when clean, and {_percent(pgd)} under PGD."]
 
 
 def _ahead(ahead, split):

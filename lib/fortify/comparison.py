@@ -338,23 +338,45 @@ def compare(
     return pd.concat(all_rows, ignore_index=True), pd.DataFrame(costs)
 
 
+def cost_summary(costs: pd.DataFrame) -> pd.DataFrame:
+    """One line a contender: what it costs, the mean over its runs, for a reader.
+
+    ``costs`` are :func:`compare`'s. Columns: contender, weights (M), multiply-adds (M) (an image), forwards
+    (:func:`cost_in_forwards`), seconds, and, where an AutoAttack was run, how many of the slices that PGD
+    left it broke, as "broken/left".
+    """
+    found = []
+    for name, own in costs.groupby("contender", sort=False):
+        line = {"contender": name, "weights (M)": own.parameters.iloc[0] / 1e6}
+        line |= {"multiply-adds (M)": own.multiply_adds.iloc[0], "forwards": own.forwards.iloc[0]}
+        line["seconds"] = own.seconds.mean()
+        if "autoattack_n" in own:
+            broken, left = (int(own[f"autoattack_{part}"].sum()) for part in ("broken", "n"))
+            line["AutoAttack"] = f"{broken}/{left}" if left else "–"
+        found.append(line)
+    return pd.DataFrame(found)
+
+
 def leaders(table: pd.DataFrame, gains: pd.DataFrame, *, reference: str, eps_255: float) -> str:
-    """Who is ahead of the reference under attack, and who behind, split by split, in plain sentences.
+    """Who classifies most attacked slices, and who is ahead of the reference or behind, a line a split.
 
     ``table`` is :func:`standings`', ``gains`` :func:`rank`'s. Only what intervals by groups bear out is said
-    to be ahead or behind.
+    to be ahead or behind. Markdown.
     """
-    sentences = []
+    lines = []
     for split, own in table.groupby("split", sort=False):
-        base = own[own.contender.eq(reference)].iloc[0]
-        sentences.append(
-            f"On the {split} split {reference} classifies {base.correct:.1%} of clean slices correctly "
-            f"({base.k_correct}/{base.n}) and {base.attacked:.1%} within {eps_255:g}/255 "
-            f"({base.k_attacked}/{base.n})."
-        )
+        base, top = own[own.contender.eq(reference)].iloc[0], own.loc[own.attacked.idxmax()]
+        if base.attacked == top.attacked:
+            top = base
+        said = f"On the {split} split *{top.contender}* classifies most attacked slices correctly: "
+        said += f"{top.attacked:.0%} under PGD at {eps_255:g}/255 ({top.k_attacked}/{top.n})."
+        it = f"*{reference}*"
+        if top.contender != reference:
+            said += f" For {it} this is {base.attacked:.0%} ({base.k_attacked}/{base.n})."
+        said += f" Of clean slices {it} classifies {base.correct:.0%} correctly ({base.k_correct}/{base.n})."
         apart = gains[gains.split.eq(split) & gains.kind.eq("attacked") & gains.differs]
         for word, side in (
-            ("ahead", apart[apart.gain_percent > 0]),
+            ("ahead of", apart[apart.gain_percent > 0]),
             ("behind", apart[apart.gain_percent < 0]),
         ):
             named = [
@@ -362,10 +384,11 @@ def leaders(table: pd.DataFrame, gains: pd.DataFrame, *, reference: str, eps_255
                 for r in side.sort_values("gain_percent", key=abs, ascending=False).itertuples()
             ]
             if named:
-                sentences.append(f"Under attack, {word} of it: {', '.join(named)}.")
+                said += f" Under attack these are {word} {it} by more than chance: {', '.join(named)}."
         if apart.empty:
-            sentences.append("Under attack nobody differs from it by more than the draw of the groups.")
-    return " ".join(sentences)
+            said += f" Under attack no other training differs from {it}: every interval includes zero."
+        lines.append(f"- {said}")
+    return "\n".join(lines)
 
 
 def _span(row):

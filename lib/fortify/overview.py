@@ -151,9 +151,9 @@ def data_answer(slices: "Slices", table: pd.DataFrame, *, conflicts: int, thresh
     counts = np.bincount(slices.labels, minlength=len(names))
     listed = ", ".join(f"{count} {name}" for count, name in zip(counts, names, strict=True))
     lines = [f"**{len(slices):,} slices**: {listed}."]
-    text = f"They form **{len(sizes)} groups** of near-duplicates, of {sizes.min()} to {sizes.max()} slices. "
+    text = f"They form **{len(sizes)} groups** of similar slices, each of {sizes.min()} to {sizes.max()}. "
     if slices.patients is None:
-        text += "The dataset does not identify patients; groups stand in for them."
+        text += "The dataset does not identify patients. Groups stand in for them."
     else:
         text += f"They come from {len(np.unique(slices.patients))} patients."
     lines.append(text)

@@ -11,7 +11,8 @@ from fortify.audit.report import Audit
 from fortify.tables import listed
 
 # What a failed check says of the accuracy under attack.
-_UPPER = ("T0", "T0b", "T1", "T2", "T3", "T4", "T5", "T6", "T7", "T8", "T9", "T16")
+_INVALID = ("T0", "T0b")
+_UPPER = ("T1", "T2", "T3", "T4", "T5", "T6", "T7", "T8", "T9", "T16")
 _ONE_STEP = ("T11",)
 
 
@@ -25,14 +26,18 @@ def audit_answer(audits: Mapping[str, Audit], mutants: pd.DataFrame, suite: Suit
         text = f"**{name.capitalize()} training**: {passed} of {ran} checks pass."
         if len(failed):
             text += f" Failed: {_named(failed)}."
+        if failed.id.isin(_INVALID).any():
+            text += " **So the accuracy under attack is invalid.**"
         if failed.id.isin(_UPPER).any():
-            text += " **So the accuracy under attack is an upper bound.**"
+            text += " **So the true accuracy under attack may be lower than reported.**"
         if failed.id.isin(_ONE_STEP).any():
             text += " **So the model only looks robust: it withstands one-step attacks alone.**"
+        if failed.empty:
+            text += " So the audit finds no sign that the attacks are weak."
         if len(missing):
             text += f" Not run: {_named(missing)}."
         lines += [text, f"{name.capitalize()} training: {_accuracies(found, suite)}."]
-    lines.append(f"Of the attacks and defences broken on purpose the audit catches **{tally(mutants)}**.")
+    lines.append(f"The audit catches **{tally(mutants)}** attacks and defences that were broken on purpose.")
     if missed := list(mutants.name[~mutants.caught]):
         lines[-1] += f" It misses {listed(missed)}, so a check that passes says less."
     return "\n".join(f"- {line}" for line in lines)
@@ -44,13 +49,13 @@ def _named(checks):
 
 def _accuracies(found, suite):
     own = found.accuracies.set_index("attack")
-    text = f"of {own.n['clean']} slices {own.k['clean']} are correct when clean and "
-    text += f"{own.k['PGD, cross-entropy']} under PGD"
+    text = f"{own.k['clean']} of {own.n['clean']} slices are correct when clean. "
+    text += f"{own.k['PGD, cross-entropy']} remain correct under PGD"
     if whole := [name for name in own.index if "AutoAttack to " in name]:
-        text += f"; {own.k[whole[-1]]} under {suite.autoattack}"
+        text += f", {own.k[whole[-1]]} under {suite.autoattack}"
         if suite.autoattack != "AutoAttack":
             text += f" ({suite.autoattack_steps} steps, {suite.square_queries} queries)"
-    return text + f"; {own.k['worst case']} in the worst case over all attacks"
+    return text + f", and {own.k['worst case']} under the worst attack for each slice"
 
 
 def checks_in_words() -> str:

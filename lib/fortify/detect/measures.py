@@ -191,8 +191,10 @@ def _shown(line, name):
     return f"{100 * line[name]:.0f} ({100 * line[f'{name}_low']:.0f}–{100 * line[f'{name}_high']:.0f})"
 
 
-def answer(table: pd.DataFrame, claims: pd.DataFrame, trained: Sequence[float], alone: float) -> str:
-    """The short answer of notebook 13, in Markdown, from :func:`summary` and :func:`implied`.
+def answer(
+    table: pd.DataFrame, claims: pd.DataFrame, trained: Sequence[float], alone: float, times: pd.DataFrame
+) -> str:
+    """The short answer of notebook 13, in Markdown, from :func:`summary`, :func:`implied`, :func:`latency`.
 
     ``trained``: accuracy of adversarial training at the budget and at half of it (NaN: not run); ``alone``:
     of the guarded network without a detector, at the budget. Fractions.
@@ -202,20 +204,29 @@ def answer(table: pd.DataFrame, claims: pd.DataFrame, trained: Sequence[float], 
 
     def span(values):
         if not len(values):
-            return "none (no attack succeeded)"
+            return "no part (no attack succeeded)"
         low, high = (f"{100 * value:.0f}" for value in (values.min(), values.max()))
         return f"{low} %" if low == high else f"{low} to {high} %"
 
     words = [
-        f"Alarms: on {span(of['pgd'])} of the slices that PGD breaks, depending on the detector, and on "
-        f"{span(of['adaptive'])} of those that attackers who know the detector break.",
-        f"With the best detector, *{best.detector}*, {_shown(best, 'adaptive')} % of {best.n} slices are "
-        f"correct or rejected under attack; PGD and FGSM would have claimed {100 * best.claimed:.0f} %. "
-        f"Without a detector the network classifies {100 * alone:.0f} % of them correctly.",
+        f"The detectors raise an alarm on {span(of['pgd'])} of the slices that PGD breaks. They raise one "
+        f"on {span(of['adaptive'])} of the slices that attackers who know the detector break.",
+        f"The best detector on these test slices is *{best.detector}*. Under all attackers within the "
+        f"budget {_shown(best, 'adaptive')} % of {best.n} slices are correct or rejected. PGD and "
+        f"FGSM alone suggest {100 * best.claimed:.0f} %. Without a detector the network classifies "
+        f"{100 * alone:.0f} % correctly.",
     ]
     if not math.isnan(trained[0]):
-        words.append(f"Adversarial training has {100 * trained[0]:.0f} % without any detector.")
-    return "**Short answer, of this run.** " + " ".join(words)
+        words.append(
+            f"Adversarial training classifies {100 * trained[0]:.0f} % correctly at the same budget, without "
+            "a detector."
+        )
+    of_both, of_one = times.set_index("detector").p50_ms[[best.detector, "none"]]
+    words.append(
+        f"Network and *{best.detector}* together take {of_both:.2g} ms a slice (median), and the network "
+        f"alone {of_one:.2g} ms."
+    )
+    return "**Short answer of this run**\n\n" + "\n".join(f"- {line}" for line in words)
 
 
 def other_slices(source: str, *, size: int, most: int, seed: int = 0) -> Slices | None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from fortify.examined.claims import OUTCOMES
+from fortify.examined.claims import OUTCOMES, conditions
 from fortify.examined.matrix import attack_measures
 from fortify.tables import listed, to_markdown
 
@@ -45,15 +45,17 @@ def protocol_answer(
     same = abs(published - curves) <= _NEAR and min(published, curves) > points("normal", pooled) + _FAR
     falls = points("published", correct) < published - _FAR
     lines = [
+        "- The published attacks end in a fixed operation on the grey levels: a *clamp* of the normalised "
+        "image to [0, 1], or its *tanh*. We call these tone curves.",
         f"- The normally trained network classifies {said('normal', 'clean')} of the clean test slices "
         "correctly.",
         f"- After the clamp alone, with no attack, it classifies {said('normal', 'clamp alone')} correctly, "
-        f"after the published PGD {said('normal', 'published PGD')}."
+        f"and after the published PGD {said('normal', 'published PGD')}."
         + (" **The clamp, not the attack, costs the accuracy.**" if lost else ""),
         f"- The clamp changes a slice by up to {largest:.0f} grey levels of 255 (mean over the slices). The "
         f"network then calls {clamped.iloc[0]} of {clamped.sum()} slices “{class_names[clamped.index[0]]}”.",
-        f"- The published CW is tanh of the image and nothing else on {stuck.k:.0f} of the {stuck.n:.0f} "
-        "slices of the normally trained network.",
+        f"- For the normally trained network the published CW is tanh of the image and nothing else on "
+        f"{stuck.k:.0f} of the {stuck.n:.0f} test slices.",
     ]
     if same:
         lines.append("- **Two tone curves, without any gradient, are enough for the published robustness.**")
@@ -72,7 +74,7 @@ def tally(claims: pd.DataFrame) -> str:
         for n, (one, many) in OUTCOMES.items()
         if n in counts
     ]
-    return f"Of {len(claims)} claims {listed(words)}."
+    return f"The paper makes {len(claims)} claims: {listed(words)}."
 
 
 def claims_answer(claims: pd.DataFrame) -> str:
@@ -81,5 +83,6 @@ def claims_answer(claims: pd.DataFrame) -> str:
     for name in OUTCOMES:
         own = claims[claims.outcome.eq(name)]
         if len(own):
-            lines += [f"- **{name.capitalize()}**", *(f"  - {short}" for short in own.short)]
+            reasons = conditions(own).map(lambda text: f": {text}" if text else "")
+            lines += [f"- **{name.capitalize()}**", *("  - " + own.short + reasons)]
     return "\n".join(lines)

@@ -195,14 +195,19 @@ def _true(rule, values):
     return _COMPARE[compare](number(left), number(right) + shift)
 
 
+def conditions(table: pd.DataFrame) -> pd.Series:
+    """Of each claim of a :func:`ledger` what follows its verdict: a condition, why it is open, or ""."""
+    kinds = "|".join(sorted([*VERDICTS, f"{OPEN}:"], key=len, reverse=True))
+    reasons = table.verdict.str.replace(rf"^({kinds}) ?", "", regex=True)
+    return table.outcome.map({"conditional": "only under "}).fillna("") + reasons
+
+
 def layout(table: pd.DataFrame) -> pd.DataFrame:
     """The display table of a :func:`ledger`: what the paper says and where, what we measured, the verdict.
 
     The verdict in one word leads; a condition, or why it is open, follows.
     """
     claims = table.claim + " (" + table["where"] + ")"
-    kinds = "|".join(sorted([*VERDICTS, f"{OPEN}:"], key=len, reverse=True))
-    reasons = table.verdict.str.replace(rf"^({kinds}) ?", "", regex=True)
-    under = table.outcome.map({"conditional": "only under "}).fillna("") + reasons
+    under = conditions(table)
     verdicts = "**" + table.outcome + "**" + under.where(under.eq(""), ": " + under)
     return pd.DataFrame({"The paper": claims, "Measured here": table.ours, "Verdict": verdicts})

@@ -259,27 +259,38 @@ def _line(measure, method, name, values, floor, groups):
     return line | {"mean": float(np.mean(np.asarray(values)[known])), "low": low, "high": high}
 
 
+_STABLE = {
+    "attack": "Under attack the map of a slice keeps a rank correlation with its clean map of",
+    "drawn anew": "After all layers but the first are initialised again, the rank correlation is",
+}
+
+
 def spoken(table: pd.DataFrame) -> str:
-    """What the table says in plain sentences: lungs, faithfulness against controls, and sanity."""
+    """What the table says, as Markdown: lungs and deletion against the controls, stability and sanity.
+
+    ``table`` holds :func:`measured`'s and :func:`sanity`'s rows.
+    """
     sentences = []
     lungs = table[table.measure.eq("lungs")].set_index(["model", "map"])
     for name in ("normal", "adversarial"):
         if name in lungs.index:
             best = lungs.loc[name].sort_values("mean").iloc[-1]
             sentences.append(
-                f"Of the {name} network's maps {best.name} lies most in the lungs, {best['mean']:.1f} times "
-                f"their share of the area ({best.low:.1f} to {best.high:.1f})."
+                f"Of the {name} network's maps *{best.name}* lies most in the lungs: its share there "
+                f"is {best['mean']:.1f} times that of the area (95 % interval {best.low:.1f} "
+                f"to {best.high:.1f})."
             )
     if "" in lungs.index:
         best = lungs.loc[""].sort_values("mean").iloc[-1]
-        sentences.append(f"The best control there, {best.name}, reaches {best['mean']:.1f}.")
-    for measure, words in (("attack", "under attack"), ("drawn anew", "when the weights are drawn anew")):
+        sentences[-1] += f" The best control, *{best.name}*, knows nothing of a network and reaches "
+        sentences[-1] += f"{best['mean']:.1f}."
+    for measure, words in _STABLE.items():
         own = table[table.measure.eq(measure)]
         means = own.groupby("model", sort=False)["mean"].mean()
-        said = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
+        said = " and ".join(f"{value:.2f} ({name} training)" for name, value in means.items())
         if said:
             sentences.append(
-                f"Rank correlation of a map with itself {words}: {said} (two different slices: "
-                f"{own.floor.mean():.2f})."
+                f"{words} {said}, averaged over the methods. Maps of two different slices correlate by "
+                f"{own.floor.mean():.2f}."
             )
-    return " ".join(sentences)
+    return "\n".join(f"- {sentence}" for sentence in sentences)

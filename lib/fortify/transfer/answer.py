@@ -6,7 +6,12 @@ from fortify.transfer.crafting import NOISE, OTHERS
 from fortify.transfer.nodules import FEATURES
 
 SIZE = FEATURES["diameter_mm"]
-_WORDS = {"clean": "Of the slices that were attacked, clean", "pgd": "The same slices under PGD"}
+_NAMES = {"pgd": "PGD"}
+_WORDS = {
+    "clean": "The next figures count the slices that were attacked. Before the attack the networks classify "
+    "correctly",
+    "pgd": "Under PGD they classify correctly",
+}
 
 
 def _percent(row):
@@ -30,23 +35,31 @@ def transfer_answer(table: pd.DataFrame, *, eps_255: float) -> str:
     if other.n.sum() == 0:
         return "No image is classified correctly by two models, so nothing can be said of transfer."
     best = max(other.attack.unique(), key=lambda attack: _pooled(other[other.attack.eq(attack)]).accuracy)
-    other, lines = other[other.attack.eq(best)], []
+    other = other[other.attack.eq(best)]
+    named = _NAMES.get(best, best)
+    lines = [f"Of the attacks tried, *{named}* transfers best to another network on these slices."]
     for training in ("normal", "adversarial"):
         of = table[table.target.str.endswith(training)]
         own = _pooled(of[of.white_box & of.attack.eq(best)])
         between = _pooled(other[other.target.str.endswith(training)])
         noise, together = (_pooled(of[of.source.eq(source)]) for source in (NOISE, OTHERS))
-        text = f"At {eps_255:g}/255 {best} fools **{training}ly trained** networks in {_percent(own)} of "
-        text += f"the cases when crafted on themselves, in {_percent(between)} when crafted on another one; "
-        text += f"all other networks together reach {_percent(together)}, " if together.n else ""
-        lines.append(text + f"noise of the same size {_percent(noise)}.")
+        text = f"At {eps_255:g}/255 it fools **{training}ly trained** networks in {_percent(own)} of the "
+        text += f"cases when it is crafted on the network itself, and in {_percent(between)} when it is "
+        text += "crafted on another one. "
+        if together.n:
+            attack = of[of.source.eq(OTHERS)].attack.iloc[0]
+            text += (
+                f"*{attack.capitalize()}* on all other networks together fools them in {_percent(together)}. "
+            )
+        lines.append(text + f"Random noise of the same size fools them in {_percent(noise)}.")
     same, others = (
-        _pooled(table[table.source.str.startswith(f"{name} patients")]) for name in ("same", "other")
+        _pooled(table[table.source.str.startswith(f"{name} groups")]) for name in ("same", "other")
     )
     if same.n and others.n:
         lines.append(
-            f"Surrogates that saw no patient of the target's training reach {_percent(others)}, those with "
-            f"as many slices of its own patients {_percent(same)}, pooled over attacks and targets."
+            f"Surrogates trained on groups that the target never saw fool it in {_percent(others)}. "
+            f"Surrogates trained on as many slices of the target's own groups fool it in {_percent(same)}. "
+            "Both pool attacks and targets."
         )
     return "\n".join(f"- {line}" for line in lines)
 
@@ -68,22 +81,24 @@ def nodule_answer(
     by_kind = by_kind.replace("folds by random", "random folds")
     groups = agreement.set_index("folds").loc["near-duplicate groups"]
     lines = [
-        f"**{source}.** Trained by the same recipe, the network classifies {by_kind} correctly.",
+        f"**{source}.** Trained by the same recipe, the network's accuracy is {by_kind}.",
         f"Near-duplicate groups have a pairwise precision of {groups.precision:.2f} and a recall of "
-        f"{groups.recall:.2f} against the patients; in folds by them {100 * groups.patient_in_training:.0f} "
-        "% of the test slices still have their patient in training.",
+        f"{groups.recall:.2f} against the patients. In folds by such groups "
+        f"{100 * groups.patient_in_training:.0f} % of the test slices still have their patient in training.",
     ]
     gain = gains[gains.attack.eq("clean")].set_index(["unit", "nodules", "model"])
     for subset in accuracies.nodules.unique():
         size = accuracies[accuracies.nodules.eq(subset) & accuracies.unit.eq("nodule")]
         size = size[size.model.eq(SIZE)].iloc[0]
-        text = f"Of the nodules ({subset}) the diameter alone classifies {_percent(size)} correctly"
+        text = f"The diameter alone classifies {_percent(size)} of the nodules ({subset}) correctly."
         for training in ("normal", "adversarial"):
             if ("nodule", subset, training) in gain.index:
                 row = gain.loc[("nodule", subset, training)]
-                text += f"; {training} training differs from that by {row.gain_percent:+.0f} points "
-                text += f"({row.low_percent:+.0f} to {row.high_percent:+.0f})"
-        lines.append(text + ".")
+                text += (
+                    f" {training.capitalize()} training differs from it by {row.gain_percent:+.0f} points "
+                )
+                text += f"(95 % interval by patients {row.low_percent:+.0f} to {row.high_percent:+.0f})."
+        lines.append(text)
     for attack in ("clean", "pgd"):
         of = attacked[attacked.unit.eq("slice") & attacked.attack.eq(attack)]
         named = ", ".join(f"{row.model} {_percent(row)}" for row in of.itertuples())

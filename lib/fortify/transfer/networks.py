@@ -75,10 +75,10 @@ def attackers_share(
 ) -> dict[str, np.ndarray]:
     """Which test slices are attacked, and which an attacker may train a surrogate on: {name: index}.
 
-    ``attacked``: at most ``images`` of one half of the test groups. ``other patients``: validation and the
+    ``attacked``: at most ``images`` of one half of the test groups. ``other groups``: validation and the
     other half, without any group that ``split["train"]`` or the attacked half holds, as an attacker has them
-    who never saw the target's data. ``same patients``: as many slices of each class from ``split["train"]``,
-    in whole groups as far as they fit, which tells fewer slices from other patients. The last two are left
+    who never saw the target's data. ``same groups``: as many slices of each class from ``split["train"]``,
+    in whole groups as far as they fit, which tells fewer slices from other groups. The last two are left
     out where a class is missing or they are fewer than :data:`LEAST`: on a random split nearly every group
     is in training.
     """
@@ -96,7 +96,7 @@ def attackers_share(
     place = {group: i for i, group in enumerate(rng.permutation(np.unique(groups[train])))}
     train = train[np.argsort([place[group] for group in groups[train]], kind="stable")]  # group after group
     same = [train[slices.labels[train] == label][:count] for label, count in enumerate(counts)]
-    return found | {"other patients": own, "same patients": np.sort(np.concatenate(same))}
+    return found | {"other groups": own, "same groups": np.sort(np.concatenate(same))}
 
 
 def _half_of_groups(labels, groups, rng):
