@@ -259,7 +259,7 @@ def test_t14_sees_attacks_that_no_file_can_hold(model, data):
 
 
 def test_t7_sees_masked_gradients(model, data):
-    pytest.importorskip("pyautoattack", reason="optional: pip install 'fortify[audit]'")
+    pytest.importorskip("pyautoattack", reason="optional: pip install '.[audit]'")
     suite = replace(SUITE, eps_255=16)
     assert verdict("T7", model, data, suite) == PASS
     found = audit(saved_file(model), data, suite, only=["T7"])
@@ -277,13 +277,13 @@ def test_without_autoattack_t7_is_not_run_and_says_how_to_get_it(model, data, mo
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     found = audit(model, data, SUITE, only=["T7"])
     assert list(found.table.verdict) == [NOT_RUN] and found.passed
-    assert "pip install 'fortify[audit]'" in found.table.note[0]
+    assert "pip install '.[audit]'" in found.table.note[0]
     assert "*not run*" in found.to_markdown()
 
 
 @pytest.mark.parametrize("part", ["apgd-ce", "apgd-dlr", "fab-t", "square"])
 def test_autoattack_breaks_three_classes_and_leaves_no_trace(model, data, part):
-    pytest.importorskip("pyautoattack", reason="optional: pip install 'fortify[audit]'")
+    pytest.importorskip("pyautoattack", reason="optional: pip install '.[audit]'")
     right = predict(model, data.images).argmax(1) == data.labels
     x, y = data.images[right], data.labels[right]
     state, tracer = torch.get_rng_state(), sys.gettrace()
@@ -299,7 +299,7 @@ def test_autoattack_breaks_three_classes_and_leaves_no_trace(model, data, part):
 
 
 def test_autoattack_names_its_parts(model, data):
-    pytest.importorskip("pyautoattack", reason="optional: pip install 'fortify[audit]'")
+    pytest.importorskip("pyautoattack", reason="optional: pip install '.[audit]'")
     with pytest.raises(ValueError, match="unknown part 'apgd-t'"):
         autoattack(model, data.images, data.labels, "apgd-t", eps_255=1)
 
@@ -532,7 +532,7 @@ def test_two_classes_have_no_dlr(images, phantoms):
     labels = predict(two, images[:8]).argmax(1)
     (line,) = audit(two, AuditData(images[:8], labels), SUITE, only=["T9"]).checks
     assert "DLR" not in line.measured and "margin" in line.measured
-    pytest.importorskip("pyautoattack", reason="optional: pip install 'fortify[audit]'")
+    pytest.importorskip("pyautoattack", reason="optional: pip install '.[audit]'")
     (line,) = audit(two, AuditData(images[:8], labels), SUITE, only=["T7"]).checks
     assert "two classes: without DLR" in line.note and line.verdict in (PASS, FAIL)
     with pytest.raises(ValueError, match="DLR loss needs three classes, the model has 2"):

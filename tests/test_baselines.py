@@ -221,7 +221,7 @@ def test_frozen_features_are_a_logistic_regression_on_the_networks_own(images, l
 def test_what_needs_an_extra_is_left_out_and_named(phantoms, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     models, missing = fit_baselines(["largest class", "frozen features"], phantoms.subset(TRAIN))
-    assert list(models) == ["largest class"] and "fortify[pretrained]" in missing["frozen features"]
+    assert list(models) == ["largest class"] and "'.[pretrained]'" in missing["frozen features"]
     with pytest.raises(ValueError, match="no baseline is called forest; BASELINES has largest class, near"):
         fit_baselines(["forest"], phantoms)
 

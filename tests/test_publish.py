@@ -298,7 +298,7 @@ def test_another_network_stands_beside_what_is_shown(checkout, capsys):
     assert results.index("ResNet-18 in place of") < results.index("| b |")
     assert "\nNotebook 08, the audit, has not been run.\n" in results  # of the first
     assert results.count("(notebook 08, random split alone) that fail: ") == 1
-    assert results.count("is an upper bound.\n") == 1
+    assert results.count("the true accuracy may be lower.\n") == 1
     where = "(random split, seed 0, normal model:"
     failed = f"*gradients* {where} 1 of 2); *Square* {where} the note)"
     assert results.index("| b |") < results.index(failed)
@@ -383,7 +383,7 @@ def test_that_the_reference_run_has_yet_to_be_published_is_said_until_it_is(chec
     )
     shutil.copytree(checkout / "build/laptop", checkout / "build/paper")
     assert publish.main(["commit", str(checkout / "build/paper")]) == 0
-    assert "From the `paper` profile (the reference run). Intervals" in results.read_text()
+    assert "of the `paper` profile (the reference run). The intervals" in results.read_text()
     assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
     assert "which is in [paper/tables](../paper/tables)." in results.read_text()
     assert "has yet to be" not in results.read_text()

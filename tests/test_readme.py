@@ -57,7 +57,7 @@ def test_the_readme_leads_to_every_page():
 
 def test_the_slices_that_the_results_name_are_those_of_the_published_runs():
     """And they are the copy, whose files are all of one size."""
-    profile = re.search(r"From the `(\w+)` profile", RESULTS).group(1)
+    profile = re.search(r"of the `(\w+)` profile", RESULTS).group(1)
     folders = [published_folders(ROOT, name)[1] for name in (profile, *COMPANIONS)]
     manifests = [path for folder in folders for path in folder.glob("runs/*-s*/[0-9]*.json")]
     named = re.search(r"`data_sha256`; here it is ([0-9a-f]{8})…", RESULTS).group(1)
@@ -69,14 +69,14 @@ def test_the_slices_that_the_results_name_are_those_of_the_published_runs():
 @pytest.mark.parametrize("split", ["random", "grouped"])
 def test_the_results_are_the_published_tables(split):
     shown = generated(RESULTS, "results")
-    profile = re.search(r"From the `(\w+)` profile", shown).group(1)
+    profile = re.search(r"of the `(\w+)` profile", shown).group(1)
     tables = ROOT / "paper" / "tables" / ("" if profile == "paper" else profile)
     assert (tables / f"table1_{split}.md").read_text(encoding="utf-8") in shown
 
 
 def test_the_failed_checks_of_the_audit_stand_under_the_results():
     shown = generated(RESULTS, "results")
-    profile = re.search(r"From the `(\w+)` profile", shown).group(1)
+    profile = re.search(r"of the `(\w+)` profile", shown).group(1)
     folders = [published_folders(ROOT, name)[1] for name in (profile, *COMPANIONS)]
     lines = [line for line in shown.splitlines() if line.startswith("Checks of the audit")]
     said = [set(re.findall(r"\*([^*]+)\* \((\w+) split, seed \d+, (\w+) model: ", line)) for line in lines]
@@ -94,7 +94,7 @@ def test_the_failed_checks_of_the_audit_stand_under_the_results():
 
 def test_the_claims_are_the_published_ledger():
     shown = generated((ROOT / "docs/claims.md").read_text(encoding="utf-8"), "claims")
-    profile = re.search(r"From the `(\w+)` profile", RESULTS).group(1)
+    profile = re.search(r"of the `(\w+)` profile", RESULTS).group(1)
     tables = ROOT / "paper" / "tables" / ("" if profile == "paper" else profile)
     assert (tables / "claims.md").read_text(encoding="utf-8") in shown
     pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", shown)

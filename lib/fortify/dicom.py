@@ -1,4 +1,4 @@
-"""DICOM files: one frame, rescaled and windowed to 8-bit grey. Needs pydicom, the extra ``fortify[dicom]``.
+"""DICOM files: one frame, rescaled and windowed to 8-bit grey. Needs pydicom, the extra ``dicom``.
 
 A window that differs from file to file changes the contrast, and where it differs between classes it tells
 the class. Give one window to all files unless that is what you want to study.
@@ -69,7 +69,7 @@ def _pydicom() -> ModuleType:
     try:
         import pydicom  # here: most who load images have no DICOM files
     except ImportError as error:
-        raise ImportError("DICOM files need pydicom: pip install 'fortify[dicom]'") from error
+        raise ImportError("DICOM files need pydicom: pip install '.[dicom]' in the checkout") from error
     return pydicom
 
 

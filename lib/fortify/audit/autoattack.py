@@ -34,7 +34,7 @@ def require_autoattack() -> type:
     try:
         from pyautoattack import AutoAttack
     except ImportError as error:
-        raise ImportError("AutoAttack is not installed: pip install 'fortify[audit]'") from error
+        raise ImportError("AutoAttack is not installed: pip install '.[audit]' in the checkout") from error
     return AutoAttack
 
 

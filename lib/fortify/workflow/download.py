@@ -53,7 +53,7 @@ def _fetch():
         import kagglehub
     except ImportError as error:
         raise DataError(
-            f"kagglehub is not installed: `pip install 'fortify[data]'`, or `make data`. {BY_HAND}"
+            f"kagglehub is not installed: `pip install '.[data]'` in the checkout, or `make data`. {BY_HAND}"
         ) from error
     try:
         # Without an account, and resumed where an earlier attempt stopped. kagglehub keeps what it unpacks

@@ -16,6 +16,8 @@ from fortify.tables import to_markdown
 
 _ARCHS = {"resnet_small": "small ResNet", "resnet18": "ResNet-18", "resnet50": "ResNet-50"}
 _SPLITS = {"random": "random", "grouped": "unseen groups"}
+_TRAININGS = ("normal", "adversarial")
+_REFERENCE = "ResNet-50, 224 px"
 # A line of the table: the baseline, and what notebook 7 measures where baselines are not published yet.
 SIMPLE = {
     "nearest thumbnail": ("look-up: nearest thumbnail", "nearest neighbour"),
@@ -57,31 +59,28 @@ def sections(
 
 
 def finding(lead: Path, main: Path) -> Iterator[str]:
-    """Three sentences: under attack on a random split, on unseen groups, and what the printed table shows."""
+    """Three sentences: under attack on both splits, on unseen groups, and what the printed table shows."""
     random, grouped = (accuracies(lead, split) for split in _SPLITS)
     if random is None or grouped is None:
         return
-    eps = budget(lead)
-    yield (
-        "On a random split, which puts near-duplicates of test slices into training, adversarial training "
-        f"keeps {_percent(random, 'adversarial', 'pgd')} of the slices correct under attack (PGD at {eps})."
+    shares = [_percent(table, name, "pgd") for table in (random, grouped) for name in _TRAININGS]
+    words = (
+        "On a random split of the slices, adversarial training raises the accuracy under attack from {} to {}"
     )
+    yield f"{words}, and on unseen groups from {{}} to {{}}.".format(*shares)
     benign = 100 * grouped.loc[("adversarial", "clean"), "recall_benign"]
-    seen = "no benign slice is" if benign == 0 else f"{benign:.0f} % of the benign slices are"
-    held = (
-        f"On unseen patients (groups) it keeps {_percent(grouped, 'adversarial', 'pgd')}, {seen} recognised"
-    )
-    yield f"{held}{_against_histogram(lead, main, grouped)}."
+    seen = "no benign slice" if benign == 0 else f"{benign:.0f} % of the benign slices"
+    yield f"On unseen groups it recognises {seen}{_against_histogram(lead, main, grouped)}."
     matrix = _matrix(main, "random")
     if matrix is not None:
-        clamp, attack = (
-            matrix.loc[("normal", name), "accuracy"] for name in ("clamp alone", "published PGD")
+        clean, clamp, attack = (
+            matrix.loc[("normal", name), "accuracy"] for name in ("clean", "clamp alone", "published PGD")
         )
         same = abs(clamp - attack) <= 0.05
         yield (
-            "In the authors' public code a fixed clamp of the image, without any attack, lowers the accuracy "
-            f"of normal training to {100 * clamp:.0f} %"
-            + (", as far as their PGD does." if same else f"; their PGD lowers it to {100 * attack:.0f} %.")
+            "In the study's public code a fixed clamp of the grey levels, without any attack, lowers the "
+            f"accuracy of normal training from {100 * clean:.0f} % to {100 * clamp:.0f} %"
+            + (", as far as its PGD does." if same else f". Its PGD lowers it to {100 * attack:.0f} %.")
         )
 
 
@@ -95,7 +94,8 @@ def _against_histogram(lead, main, grouped):
     if forest < 100 * low:
         return ""
     more = "more" if forest > 100 * high else "about as many"
-    return f", and a random forest on grey-level histograms classifies {more} clean slices correctly"
+    shares = f"({forest:.0f} % against {_percent(grouped, 'adversarial', 'clean')})"
+    return f", and a random forest on grey-level histograms classifies {more} clean slices correctly {shares}"
 
 
 def hero(figures: Path, strips: Sequence[Path]) -> str:
@@ -117,7 +117,12 @@ def hero(figures: Path, strips: Sequence[Path]) -> str:
 def strip(picture: Path) -> str:
     """The published protocol on one slice, as a picture; Markdown."""
     words = "One slice: original, clamped, tanh, published PGD and correct PGD, with predictions and changes"
-    return f"![{words}]({picture.as_posix()})\n"
+    caption = (
+        "*Top: the slice after each operation, and the normally trained network's answer. Bottom: the "
+        "change. The counts are of all test slices. The clamp and tanh are steps of the study's code and "
+        "use no gradient.*"
+    )
+    return f"![{words}]({picture.as_posix()})\n\n{caption}\n"
 
 
 def summary(networks: Sequence[Network]) -> str:
@@ -129,7 +134,7 @@ def summary(networks: Sequence[Network]) -> str:
             if table is None:
                 continue
             tested.setdefault(split, []).append((network.name, table.n.iloc[0], table.seeds.iloc[0]))
-            for training in ("normal", "adversarial"):
+            for training in _TRAININGS:
                 clean, pgd = (table.loc[(training, attack)] for attack in ("clean", "pgd"))
                 cells = (_interval(clean), _interval(pgd), clean.balanced_accuracy, clean.recall_benign)
                 lines.append((shown, f"{network.name}, {training} training", *cells))
@@ -144,22 +149,28 @@ def summary(networks: Sequence[Network]) -> str:
     for column in columns[4:]:
         table[column] = ["–" if pd.isna(share) else f"{100 * share:.0f}" for share in table[column]]
     counts = "; ".join(
-        f"{_SPLITS[split]}, {name}: {n:,} slices, {seeds} seeds"
+        f"{_SPLITS[split]}, {name}: {n:,} predictions, {seeds} seeds"
         for split, own in tested.items()
         for name, n, seeds in own
     )
     words = (
-        "Percent of test slices, pooled over seeds; in brackets the 95 % interval by groups. "
-        "PGD is crafted on the classifier itself. "
+        "Percent of test slices, pooled over seeds. Brackets hold 95 % intervals, which resample whole "
+        "groups. Balanced accuracy is the mean of the three classes' recalls; guessing gives 33. Look-up "
+        "gives a slice the class of the training thumbnail most like it. PGD is crafted on the classifier "
+        "itself. "
     )
     if any((folder / "table1_grouped_classes.csv").is_file() for folder in (main, networks[0].tables)):
         words += "A classifier without a gradient is attacked as a black box. "
     else:
         words += (
-            "The last three lines of a split are on ten splits of their own (notebook 7), with Wilson's "
-            "interval of one test set. "
+            "The last three lines of a split are of ten other splits (notebook 7) and were not attacked "
+            "(–). Their intervals are Wilson's, which count slices as independent and are too narrow "
+            "beside the others. "
         )
-    words += f"Tested on: {counts}. All attacks and counts: [results](docs/results.md)."
+    words += f"Counts: {counts}. On the random split the seeds' test sets overlap. "
+    words += "All attacks and counts: [results](docs/results.md)."
+    if not any(name.startswith(_REFERENCE) for own in tested.values() for name, *_ in own):
+        words += f" **The study's {_REFERENCE} (`make paper`, one GPU) has not been run here yet.**"
     return to_markdown(table, caption=words)
 
 
@@ -181,10 +192,12 @@ def findings(lead: Path, main: Path, benchmarks: Path) -> Iterator[str]:
     if matrix is not None and ("published", f"PGD {eps}") in matrix.index:
         own = 100 * matrix.loc[("published", "published PGD"), "accuracy"]
         correct = 100 * matrix.loc[("published", f"PGD {eps}"), "accuracy"]
+        n = matrix.loc[("published", "published PGD"), "n"]
         yield (
-            f"**The published training does not withstand a correct attack.** It gives {own:.0f} % under the "
-            f"published PGD and {correct:.0f} % under PGD at {eps} "
-            "([published protocol](notebooks/06_published_protocol.ipynb), [claims](docs/claims.md))."
+            "**The study's training does not withstand a correct attack.** Repeated in short "
+            f"({_short(main)}, {n} slices), it gives {own:.0f} % under the study's version of PGD and "
+            f"{correct:.0f} % under PGD at {eps} ([published "
+            "protocol](notebooks/06_published_protocol.ipynb), [claims](docs/claims.md))."
         )
     if grouped is not None:
         normal, trained = (_percent(grouped, name, "pgd") for name in ("normal", "adversarial"))
@@ -197,19 +210,34 @@ def findings(lead: Path, main: Path, benchmarks: Path) -> Iterator[str]:
     yield from _groupings(benchmarks / "grouping_cpu.csv")
 
 
+def _short(main):
+    """How long the study's training was run here, and on how many seeds."""
+    seeds = sorted(main.glob("runs/random-s*/06_published_protocol.json"))
+    if not seeds:
+        return "short"
+    epochs = json.loads(seeds[0].read_text(encoding="utf-8"))["parameters"]["published_epochs"]
+    return f"{epochs} epochs, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+
+
 def _blanked(main):
     path = main / "lungs_or_scanner.csv"
     if not path.is_file():
         return
     table = pd.read_csv(path)
-    table = table[~table.attacked & table.split.eq("grouped") & table.model.eq("adversarial")]
-    shares = 100 * table.groupby("view")[["k", "n"]].sum().eval("k / n")
-    whole, blanked = shares["whole image"], shares["lungs blanked"]
-    needed = blanked < whole - 2
-    title = "Without the lungs the network does worse." if needed else "The network needs no lungs."
+    counts = table[~table.attacked].set_index(["split", "model", "view"])[["k", "n"]].sort_index()
+
+    def said(split, model):
+        whole, blanked = (counts.loc[(split, model, view)] for view in ("whole image", "lungs blanked"))
+        return whole, blanked
+
+    whole, blanked = said("random", "adversarial")
+    title = "The adversarially trained network does not need the lungs."
+    if blanked.k < whole.k - 0.02 * whole.n:
+        title = "Without the lungs the adversarially trained network does worse."
+    before, after = said("random", "normal")
     yield (
-        f"**{title}** On the first fold of unseen groups it classifies {whole:.0f} % of whole slices "
-        f"correctly, and {blanked:.0f} % with the lungs blanked "
+        f"**{title}** On one random split it classifies {whole.k} of {whole.n} slices correctly, and "
+        f"{blanked.k} with the lungs blanked. For normal training these are {before.k} and {after.k} "
         "([leakage](notebooks/07_leakage.ipynb), [crop](docs/crop.md))."
     )
 
@@ -221,8 +249,9 @@ def _groupings(path):
     near = table[(table.index >= 55) & (table.index <= 165)]  # about as many as the dataset has cases, 110
     if len(near) > 1:
         yield (
-            "**What counts as one patient decides the level.** Groupings near the dataset's 110 cases give "
-            f"{near.min():.0f} to {near.max():.0f} % on clean slices ([groups](docs/groups.md))."
+            f"**What counts as one patient is uncertain.** Groupings of {near.index.min()} to "
+            f"{near.index.max()} groups (the dataset has 110 cases) give {near.min():.0f} to "
+            f"{near.max():.0f} % on clean slices ([groups](docs/groups.md))."
         )
 
 

@@ -404,15 +404,16 @@ def update_pages(root: Path, profile: str) -> None:
     profiles = root / "notebooks" / "profiles"
     before, after = companions_beside(root)
     parts = _tables1(tables)
-    sentence = f"From the `{profile}` profile ({read_profile(profiles / f'{profile}.yaml')[1]['title']})."
+    title = read_profile(profiles / f"{profile}.yaml")[1]["title"]
+    sentence = f"These are results of the `{profile}` profile ({title})."
     if profile != "paper":
         sentence += " **Not** the reference run (`make paper`), which has yet to be published here."
         if (published_folders(root, "paper")[1] / "table1_random.md").is_file():
             there = "is in [paper/tables](../paper/tables)"
             sentence = sentence.replace("has yet to be published here", there)
     sentence += (
-        " Intervals are of the networks trained here. The sd over seeds says how far apart runs are: each "
-        "seed is another training on another split (grouped: another fold)."
+        " The intervals cover the choice of test slices, not the chance in training. The standard "
+        "deviation over seeds covers training and split together (grouped: the fold)."
     )
     parts += [sentence + "\n", _audited(tables)]
     parts.append(
@@ -482,7 +483,7 @@ def _audited(tables):
     only = "" if len(audited) == len(_SPLITS) else f", {audited[0]} split alone"
     said = f"Checks of the audit (notebook 08{only}) that fail: {'; '.join(failed) if failed else 'none'}."
     if failed:
-        said += " Where a check of the attacks fails, the accuracy under attack is an upper bound."
+        said += " Where a check of an attack's strength fails, the true accuracy may be lower."
     return said + "\n"
 
 
