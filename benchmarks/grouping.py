@@ -56,9 +56,10 @@ def section(table, device):
     text = (
         f"{first.device}: adversarial training of the `{SHAPES[device]}` profile ({first.arch}, {first.side} "
         f"px), {FOLDS} folds of each grouping: accuracy on the {own.n.sum()} slices in per "
-        f"cent, in brackets that of the folds. PGD: {STEPS} steps. Linked: the correlation of two "
-        "thumbnails above which two slices are of one group, and above which those of one class with "
-        "consecutive file numbers are. –: they are not linked by it; identical slices always are.\n"
+        f"cent. Brackets hold the lowest and the highest fold; they are no interval. PGD: {STEPS} steps. Two "
+        "slices share a group if their thumbnails correlate above the first number. For slices of one class "
+        "with consecutive file numbers the second, lower number is enough. –: this rule is not used. "
+        "Identical slices always share a group.\n"
     )
     return ["\n".join(lines) + "\n", text]
 

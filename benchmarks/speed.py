@@ -428,9 +428,11 @@ def section(table, device):
     text += f"PGD-{about.steps}."
     crafted = table[table.library.eq(OURS) & table.share_of_matrix_peak.notna()]
     for row in crafted.itertuples():
-        text += f" Crafting does {row.share_of_matrix_peak:.0%} of the arithmetic and "
-        text += f"{row.share_of_copy_bandwidth:.0%} of the traffic that a matrix product and a copy "
-        text += "of one size reach here, counted on the unfolded model: marks to compare with, no limits."
+        text += f" As a yardstick: crafting does arithmetic at {row.share_of_matrix_peak:.1f} times the rate of a "
+        text += (
+            f"matrix product here, and moves data at {row.share_of_copy_bandwidth:.1f} times that of a copy. "
+        )
+        text += "Both are counted on the model before it is fused, so they can exceed 1."
     for task, part in table[~table.library.isin(FASTER)].groupby("task", sort=False):
         for how, base in (("In bfloat16", LOW), ("Compiled,", COMPILED)):
             faster = part.get(FASTER[base], pd.Series(dtype=float)).dropna()
