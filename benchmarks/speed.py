@@ -428,11 +428,12 @@ def section(table, device):
     text += f"PGD-{about.steps}."
     crafted = table[table.library.eq(OURS) & table.share_of_matrix_peak.notna()]
     for row in crafted.itertuples():
-        text += f" As a yardstick: crafting does arithmetic at {row.share_of_matrix_peak:.1f} times the rate of a "
+        text += f" As a yardstick: crafting does arithmetic at {row.share_of_matrix_peak:.1f} times the rate "
+        text += "of a matrix product here, and moves data at "
         text += (
-            f"matrix product here, and moves data at {row.share_of_copy_bandwidth:.1f} times that of a copy. "
+            f"{row.share_of_copy_bandwidth:.1f} times that of a copy. Both are counted on the model before "
         )
-        text += "Both are counted on the model before it is fused, so they can exceed 1."
+        text += "it is fused, so they can exceed 1."
     for task, part in table[~table.library.isin(FASTER)].groupby("task", sort=False):
         for how, base in (("In bfloat16", LOW), ("Compiled,", COMPILED)):
             faster = part.get(FASTER[base], pd.Series(dtype=float)).dropna()
