@@ -266,7 +266,7 @@ _STABLE = {
 
 
 def spoken(table: pd.DataFrame) -> str:
-    """What the table says, as Markdown: lungs and deletion against the controls, stability and sanity.
+    """What the table says, as Markdown: lungs against the controls, stability under attack, and sanity.
 
     ``table`` holds :func:`measured`'s and :func:`sanity`'s rows.
     """
@@ -282,8 +282,9 @@ def spoken(table: pd.DataFrame) -> str:
             )
     if "" in lungs.index:
         best = lungs.loc[""].sort_values("mean").iloc[-1]
-        sentences[-1] += f" The best control, *{best.name}*, knows nothing of a network and reaches "
-        sentences[-1] += f"{best['mean']:.1f}."
+        sentences.append(
+            f"The best control, *{best.name}*, which knows nothing of a network, reaches {best['mean']:.1f}."
+        )
     for measure, words in _STABLE.items():
         own = table[table.measure.eq(measure)]
         means = own.groupby("model", sort=False)["mean"].mean()

@@ -214,7 +214,7 @@ def _short(main):
     """How long the study's training was run here, and on how many seeds."""
     seeds = sorted(main.glob("runs/random-s*/06_published_protocol.json"))
     if not seeds:
-        return "short"
+        return "few epochs"
     epochs = json.loads(seeds[0].read_text(encoding="utf-8"))["parameters"]["published_epochs"]
     return f"{epochs} epochs, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
 
@@ -224,17 +224,15 @@ def _blanked(main):
     if not path.is_file():
         return
     table = pd.read_csv(path)
-    counts = table[~table.attacked].set_index(["split", "model", "view"])[["k", "n"]].sort_index()
-
-    def said(split, model):
-        whole, blanked = (counts.loc[(split, model, view)] for view in ("whole image", "lungs blanked"))
-        return whole, blanked
-
-    whole, blanked = said("random", "adversarial")
+    table = table[~table.attacked & table.split.eq("random")].set_index(["model", "view"])
+    if table.empty:
+        return
+    (before, after), (whole, blanked) = (
+        [table.loc[(model, view)] for view in ("whole image", "lungs blanked")] for model in _TRAININGS
+    )
     title = "The adversarially trained network does not need the lungs."
     if blanked.k < whole.k - 0.02 * whole.n:
         title = "Without the lungs the adversarially trained network does worse."
-    before, after = said("random", "normal")
     yield (
         f"**{title}** On one random split it classifies {whole.k} of {whole.n} slices correctly, and "
         f"{blanked.k} with the lungs blanked. For normal training these are {before.k} and {after.k} "
