@@ -1050,7 +1050,7 @@ def test_an_archive_that_unpacks_to_far_more_is_refused(tmp_path, monkeypatch, p
 
 def test_without_kagglehub_the_message_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "kagglehub", None)  # what an import then raises: ImportError
-    with pytest.raises(DataError, match=r"fortify\[data\].*make data"):
+    with pytest.raises(DataError, match=r"'\.\[data\].*make data"):
         download.download(tmp_path / "target")
 
 

@@ -229,7 +229,7 @@ def test_a_file_without_a_patient_is_named(tmp_path):
 def test_without_pydicom_the_message_names_the_extra(tmp_path, monkeypatch):
     write(tmp_path / "a" / "0.dcm")
     monkeypatch.setitem(sys.modules, "pydicom", None)  # what an import then raises: ImportError
-    with pytest.raises(ImportError, match=r"pip install 'fortify\[dicom\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[dicom\]'"):
         load_folder(tmp_path, size=SIZE)
 
 

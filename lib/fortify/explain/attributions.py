@@ -27,7 +27,7 @@ def _captum():
         import captum.attr
     except ImportError as error:
         raise ImportError(
-            "explanations need captum: `pip install '.[explain]'`, or `make .venv/.installed` in a checkout"
+            "explanations need captum: `pip install '.[explain]'` or `make .venv/.installed` in the checkout"
         ) from error
     return captum.attr
 
