@@ -165,7 +165,9 @@ def awaiting_line(root: Path) -> str:
     stems = awaiting(root)
     if not stems:
         return ""
-    return f"Notebooks {', '.join(stem[:2] for stem in stems)} await {next(iter(stems.values()))}.\n"
+    every = len(stems) == len(list((root / "notebooks").glob("[0-9]*.ipynb")))
+    named = "All notebooks" if every else f"Notebooks {', '.join(stem[:2] for stem in stems)}"
+    return f"{named} await {next(iter(stems.values()))}.\n"
 
 
 def shown_profile(root: Path) -> str:
