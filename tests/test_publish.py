@@ -395,7 +395,11 @@ def test_who_awaits_a_run_is_named_until_it_is_published(checkout):
     waiting.metadata["fortify"] = {"profile": "laptop", "awaiting": "another run"}
     nbformat.write(waiting, path)
     assert publish.awaiting(checkout) == {"01_a": "another run"}
+    assert publish.awaiting_line(checkout) == "All notebooks await another run.\n", "there is one"
+    other = checkout / "notebooks/02_b.ipynb"
+    nbformat.write(source(), other)
     assert publish.awaiting_line(checkout) == "Notebooks 01 await another run.\n"
+    other.unlink()
     assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
     assert publish.awaiting(checkout) == {} and "await another" not in readme.read_text()
 
