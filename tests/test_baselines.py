@@ -154,7 +154,7 @@ def test_the_nearest_thumbnail_is_that_of_the_correlation(phantoms, images, fitt
 
 def test_the_forest_takes_images_as_eight_bits(phantoms, images, fitted):
     forest = fitted["histogram forest"]
-    own = forest.forest.predict(histograms(phantoms.images[TEST], baselines.FOREST_BINS))
+    own = forest.forest.predict(histograms(phantoms.images[TEST]))
     assert predict(forest, images[TEST]).argmax(1).tolist() == own.tolist()
     nudged = (images[TEST] + 0.4 / 255).clamp(0, 1)
     assert torch.equal(predict_logits(forest, nudged), predict_logits(forest, images[TEST]))

@@ -68,8 +68,8 @@ def test_the_frame_sees_no_pixel_of_the_inside():
 def test_a_histogram_is_shares_by_grey_alone():
     images = np.array([[[0, 7], [8, 255]]], dtype=np.uint8)
     features = histogram_features(images)
-    assert features.shape == (1, 32)
-    assert features[0, [0, 1, 31]].tolist() == [0.5, 0.25, 0.25] and features.sum() == 1
+    assert features.shape == (1, 64)
+    assert features[0, [0, 1, 2, 63]].tolist() == [0.25] * 4 and features.sum() == 1
     assert np.array_equal(histogram_features(images[:, ::-1]), features)
 
 

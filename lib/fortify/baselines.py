@@ -26,7 +26,7 @@ from fortify.runtime import seeded
 from fortify.scoring import evaluate, logits, score
 from fortify.splits import THUMBNAIL
 
-FOREST_BINS, SOFT_BINS = 64, 16
+SOFT_BINS = 16
 _TREES = 200
 _LEAST = 1e-3  # probability of a class that no tree votes for
 _PENALTY = 1e-3  # C of the logistic regression; on the grouped folds others did nearly as well
@@ -94,12 +94,12 @@ class HistogramForest(nn.Module):
         from sklearn.ensemble import RandomForestClassifier  # here: its import takes a second
 
         forest = RandomForestClassifier(_TREES, random_state=seed)
-        self.forest, self.num_classes = forest.fit(histograms(images, FOREST_BINS), labels), num_classes
+        self.forest, self.num_classes = forest.fit(histograms(images), labels), num_classes
 
     def forward(self, x: Tensor) -> Tensor:
         grey = (x.detach().mean(1) * 255).round().clamp(0, 255).cpu().numpy().astype(np.uint8)
         shares = np.zeros((len(x), self.num_classes), dtype=np.float32)
-        shares[:, self.forest.classes_] = self.forest.predict_proba(histograms(grey, FOREST_BINS))
+        shares[:, self.forest.classes_] = self.forest.predict_proba(histograms(grey))
         return torch.from_numpy(shares).clamp(min=_LEAST).log().to(x.device)
 
 

@@ -33,7 +33,6 @@ from fortify.images import histograms
 from fortify.intervals import wilson
 
 FRAME_OF_THUMBNAIL = 4  # px of 56: the 16 outermost pixels of a slice of 224 px, averaged
-HISTOGRAM_BINS = 32
 CORNER_SHARE = 1 / 8  # of the side: the four squares in which the background is measured
 SHORTCUT_CUES = ("black corners", "background mean", "background sd", "noise", "sharpness")
 _TREES = 200
@@ -75,8 +74,8 @@ def frame_features(images: np.ndarray) -> np.ndarray:
 
 
 def histogram_features(images: np.ndarray) -> np.ndarray:
-    """Share of the pixels in each of 32 equal ranges of intensity: (N, 32), of C channels (N, 32 C)."""
-    return histograms(images, HISTOGRAM_BINS)
+    """Share of the pixels in each of 64 equal ranges of intensity: (N, 64), of C channels (N, 64 C)."""
+    return histograms(images)
 
 
 def background_features(images: np.ndarray) -> np.ndarray:
