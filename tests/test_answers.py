@@ -230,3 +230,12 @@ def test_a_simple_classifier_that_is_ahead_is_named_with_its_lead():
 def test_no_answer_shows_a_number_that_is_none():
     for text in (attacked(NORMAL), answer_of(both())[-1]):
         assert not re.search(r"\b(nan|inf|None)\b", text)
+
+
+def test_a_point_is_one():
+    assert [answers._points(gain, "+") for gain in (0.6, -1.2, 3, 0.2)] == [
+        "+1 point",
+        "-1 point",
+        "+3 points",
+        "+0 points",
+    ]

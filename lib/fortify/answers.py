@@ -176,7 +176,7 @@ def results(
         lines = [
             f"Under PGD at {eps_255:g}/255 adversarial training classifies **{_percent(pgd.accuracy)}** of "
             f"the test slices correctly ({_interval(pgd)}), and normal training {_percent(normal.accuracy)}. "
-            f"The difference is {round(more.gain_percent):+d} points ({_between(more)}).",
+            f"The difference is {_points(more.gain_percent, '+')} ({_between(more)}).",
             _both_clean(of) + " " + _price(gains[gains.split.eq(split)]),
             *_rare(of, rare),
             *_ahead(ahead, split),
@@ -215,13 +215,18 @@ def _both_clean(of):
 def _price(gains):
     """What robust training costs on clean slices, from the clean row of paired gains of one split."""
     row = gains[gains.attack.eq("clean")].iloc[0]
-    gain, between = round(row.gain_percent), _between(row)
+    gain, between = row.gain_percent, _between(row)
     if row.high_percent < 0:
-        return f"The price of robust training is **{-gain} points** ({between})."
+        return f"The price of robust training is **{_points(-gain)}** ({between})."
     if row.low_percent > 0:
-        return f"Robust training has no price here: it gains **{gain} points** ({between})."
-    unclear = f"the difference, **{gain:+d} points**, could be chance ({between})"
+        return f"Robust training has no price here: it gains **{_points(gain)}** ({between})."
+    unclear = f"the difference, **{_points(gain, '+')}**, could be chance ({between})"
     return f"The price of robust training is not clear: {unclear}."
+
+
+def _points(gain, sign=""):
+    whole = round(gain)
+    return f"{whole:{sign}d} point{'s' * (abs(whole) != 1)}"
 
 
 def _between(row):
@@ -249,7 +254,7 @@ def _ahead(ahead, split):
         text = f"A simple classifier, *{best.model}*, is ahead of it {where}"
         if len(more) > 1:
             text = f"{len(more)} simple classifiers are ahead of it {where}. The best, *{best.model}*, leads"
-        text += f" by {round(best.gain_percent)} points ({_between(best)})"
+        text += f" by {_points(best.gain_percent)} ({_between(best)})"
         said.append(text + ("." if best.low_percent > 0 else ", which could be chance."))
     if behind and len(own):
         said.append(f"No simple classifier is a point or more ahead of it {' or '.join(behind)}.")
