@@ -398,10 +398,25 @@ def test_who_awaits_a_run_is_named_until_it_is_published(checkout):
     assert publish.awaiting_line(checkout) == "All notebooks await another run.\n", "there is one"
     other = checkout / "notebooks/02_b.ipynb"
     nbformat.write(source(), other)
-    assert publish.awaiting_line(checkout) == "Notebooks 01 await another run.\n"
+    assert publish.awaiting_line(checkout) == "Notebook 01 awaits another run.\n"
     other.unlink()
     assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
     assert publish.awaiting(checkout) == {} and "await another" not in readme.read_text()
+
+
+def test_one_that_awaits_a_run_may_be_missing_and_goes_on_awaiting_it(checkout, capsys):
+    other = checkout / "notebooks/02_b.ipynb"
+    waiting = source()
+    waiting.metadata["fortify"] = {"profile": "laptop"}
+    nbformat.write(waiting, other)
+    assert publish.main(["commit", str(checkout / "build/laptop")]) == 1, "it was not executed"
+    assert "no executed 02_b" in capsys.readouterr().err
+    waiting.metadata["fortify"]["awaiting"] = "its first run"
+    nbformat.write(waiting, other)
+    before = other.read_bytes()
+    assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
+    assert other.read_bytes() == before and publish.awaiting(checkout) == {"02_b": "its first run"}
+    assert "Notebook 02 awaits its first run." in (checkout / "README.md").read_text()
 
 
 def test_a_path_of_the_machine_stops_it_before_anything_is_written(checkout, capsys):

@@ -167,6 +167,8 @@ def awaiting_line(root: Path) -> str:
         return ""
     every = len(stems) == len(list((root / "notebooks").glob("[0-9]*.ipynb")))
     named = "All notebooks" if every else f"Notebooks {', '.join(stem[:2] for stem in stems)}"
+    if not every and len(stems) == 1:
+        return f"Notebook {next(iter(stems))[:2]} awaits {next(iter(stems.values()))}.\n"
     return f"{named} await {next(iter(stems.values()))}.\n"
 
 
@@ -187,8 +189,9 @@ def commit(build: str | Path) -> list[Path]:
 
     Only the ``paper`` profile writes ``figures/`` and ``paper/tables/`` themselves; any other writes to
     their subfolder of its name, so that nothing smaller passes for the reference run. What an earlier publish
-    left there goes. A companion profile leaves the notebooks as they are, and docs/results.md shows its
-    Table 1 below that of their profile.
+    left there goes. A notebook that awaits a run and was not executed goes on awaiting it (:func:`awaiting`).
+    A companion profile leaves the notebooks as they are, and docs/results.md shows its Table 1 below that of
+    their profile.
     """
     build, root = Path(build).resolve(), find_root()
     profile = build.name
@@ -198,7 +201,7 @@ def commit(build: str | Path) -> list[Path]:
     sources = {p.stem: p for p in sorted((root / "notebooks").glob("[0-9]*.ipynb"))}
     executed, ready = executed_notebooks(build, sources), {}
     last = "table1.txt" if companion else "claims.md"
-    missing = [] if companion else sorted(sources.keys() - executed.keys())
+    missing = [] if companion else sorted(sources.keys() - executed.keys() - awaiting(root).keys())
     if missing or not executed:
         raise PublishError(
             f"{build}/notebooks holds no executed {', '.join(missing) or 'notebook'}; run that profile first"
