@@ -6,8 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fortify import overview
-from fortify.splits import grouped_split, near_duplicate_share, random_split, unit_thumbnails
+from fortify import overview, splits
+from fortify.splits import (
+    grouped_split,
+    near_duplicate_share,
+    nearest_in_training,
+    random_split,
+    unit_thumbnails,
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +32,9 @@ def table(phantoms, drawn):
 
 def test_the_nearest_are_those_of_a_full_search(phantoms, drawn, monkeypatch):
     thumbnails, parts = unit_thumbnails(phantoms.images, 56), drawn["random", 0]
-    monkeypatch.setattr(overview, "_BLOCK", 5)
-    index, r = overview.nearest_in_training(thumbnails, parts["test"], parts["train"])
+    monkeypatch.setattr(splits, "_BLOCK", 5)
+    index, r = nearest_in_training(thumbnails, parts["test"], parts["train"])
+    assert len(parts["train"]) > 10, "several blocks"
     for test, nearest, found in zip(parts["test"], index, r, strict=True):
         every = thumbnails[parts["train"]] @ thumbnails[test]
         assert nearest in parts["train"] and found == pytest.approx(every.max())
@@ -48,7 +55,7 @@ def test_an_example_is_tested_and_its_neighbours_are_in_training(phantoms, drawn
 def test_the_example_is_the_median_of_its_class(phantoms, drawn):
     one = {("random", 0): drawn["random", 0]}
     thumbnails, parts = unit_thumbnails(phantoms.images, 56), drawn["random", 0]
-    _, r = overview.nearest_in_training(thumbnails, parts["test"], parts["train"])
+    _, r = nearest_in_training(thumbnails, parts["test"], parts["train"])
     for example in overview.leak_examples(phantoms, one):
         own = np.sort(r[phantoms.labels[parts["test"]] == phantoms.labels[example.index]])
         assert example.found["random"][1] == pytest.approx(own[(len(own) - 1) // 2])

@@ -10,12 +10,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from fortify.figures import DOUBLE, image_grid, show_image, styled
-from fortify.splits import THUMBNAIL, unit_thumbnails
+from fortify.splits import THUMBNAIL, nearest_in_training, unit_thumbnails
 
 if TYPE_CHECKING:
     from fortify.data import Slices
-
-_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -24,22 +22,6 @@ class Neighbours:
 
     index: int
     found: Mapping[str, tuple[int, float]]
-
-
-def nearest_in_training(
-    thumbnails: np.ndarray, test: np.ndarray, train: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """(index, r) of the ``train`` slice that correlates most with each ``test`` slice, (len(test),) each.
-
-    ``thumbnails`` (N, F) are :func:`fortify.splits.unit_thumbnails`; of equals the first.
-    """
-    nearest, r = np.empty(len(test), np.int64), np.empty(len(test), np.float32)
-    for start in range(0, len(test), _BLOCK):
-        part = slice(start, start + _BLOCK)
-        products = thumbnails[test[part]] @ thumbnails[train].T
-        best = products.argmax(1)
-        nearest[part], r[part] = np.asarray(train)[best], products[np.arange(len(best)), best]
-    return nearest, r
 
 
 def leak_examples(

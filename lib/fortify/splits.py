@@ -123,12 +123,32 @@ def pairwise_agreement(groups: np.ndarray, patients: np.ndarray) -> tuple[float,
     return tuple(both / count if (count := pairs(ids)) else np.nan for ids in (group, patient))
 
 
+def nearest_in_training(
+    thumbnails: np.ndarray, test: np.ndarray, train: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(index, r) of the ``train`` slice that correlates most with each ``test`` slice, (len(test),) each.
+
+    ``thumbnails`` (N, F) are :func:`unit_thumbnails`. Of equals the first; -1, twice, without any.
+    """
+    nearest, r = np.full(len(test), -1, np.int64), np.full(len(test), -1, np.float32)
+    for a in range(0, len(test), _BLOCK):
+        part = slice(a, a + _BLOCK)
+        for b in range(0, len(train), _BLOCK):
+            known = np.asarray(train)[b : b + _BLOCK]
+            products = thumbnails[test[part]] @ thumbnails[known].T
+            best = products.argmax(1)
+            most = products[np.arange(len(best)), best]
+            better = most > r[part]
+            nearest[part][better], r[part][better] = known[best[better]], most[better]
+    return nearest, r
+
+
 def near_duplicate_share(
     slices: "Slices", split: dict[str, np.ndarray], *, threshold: float = 0.99, side: int = THUMBNAIL
 ) -> float:
     """Share of test slices with a near-duplicate in training: thumbnails with r above ``threshold``."""
     thumbnails = unit_thumbnails(slices.images, side)
-    return float(np.mean(nearest_correlation(thumbnails, split["test"], split["train"]) > threshold))
+    return float(np.mean(nearest_in_training(thumbnails, split["test"], split["train"])[1] > threshold))
 
 
 def random_split(
@@ -292,16 +312,6 @@ def unit_thumbnails(images: np.ndarray, side: int) -> np.ndarray:
         block -= block.mean(1, keepdims=True)
         block /= np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-6)
     return flat
-
-
-def nearest_correlation(thumbnails: np.ndarray, test: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """The largest r of each ``test`` slice with a ``train`` slice, float32 (len(test),); -1 without any."""
-    nearest = np.full(len(test), -1, dtype=np.float32)
-    for a in range(0, len(test), _BLOCK):
-        own, best = thumbnails[test[a : a + _BLOCK]], nearest[a : a + _BLOCK]
-        for b in range(0, len(train), _BLOCK):
-            np.maximum(best, (own @ thumbnails[train[b : b + _BLOCK]].T).max(1), out=best)
-    return nearest
 
 
 def _correlations(thumbnails):

@@ -200,7 +200,7 @@ def near_duplicates(
     thumbnails = thumbnail_features(slices.images)
     table = []
     for (split, seed), parts in drawn.items():
-        nearest = splits.nearest_correlation(thumbnails, parts["test"], parts["train"])
+        _, nearest = splits.nearest_in_training(thumbnails, parts["test"], parts["train"])
         for threshold in thresholds:
             k, n = int((nearest > threshold).sum()), len(nearest)
             low, high = wilson(k, n)

@@ -19,8 +19,7 @@ from fortify.examined.figures import Picture, finding_figure
 from fortify.examined.protocol import PublishedAttacks, panels
 from fortify.figures import save
 from fortify.models import load_model
-from fortify.overview import nearest_in_training
-from fortify.splits import THUMBNAIL, read_split, unit_thumbnails
+from fortify.splits import THUMBNAIL, nearest_in_training, read_split, unit_thumbnails
 from fortify.workflow import front
 
 
