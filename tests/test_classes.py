@@ -112,8 +112,8 @@ def test_the_caption_says_which_baseline_is_ahead_and_how_surely():
 
     said = words(GAINS)
     assert said.startswith(
-        "Clean, ahead of the adversarially trained network: forest by 12.3 points (5.1 to 20.3). "
-        "Clean, ahead by no more than the draw of groups can make: thumbnail by 1.0 points (-3.0 to 4.0). "
+        "Clean, ahead of the adversarially trained network: forest by 12 points (5 to 20). "
+        "Clean, ahead of it, but not beyond chance: thumbnail by 1.0 points (-3 to 4). "
         "Attacked within 4/255, no baseline is ahead of the adversarially trained network. "
     )
     assert "Without a gradient (forest): the strongest" in said and "3 of 40 hold" in said

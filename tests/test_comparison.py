@@ -255,7 +255,7 @@ def test_only_what_the_groups_bear_out_is_said_to_be_ahead():
     assert "no other training differs from *a*" in words["correct"] and "ahead of" not in words["correct"]
     assert "ahead of *a* by more than chance: b by 100 points" in words["attacked"]
     assert (
-        "- On the grouped split *b* classifies most attacked slices correctly: 100% under PGD"
+        "- On the grouped split *b* classifies most attacked slices correctly: 100 % under PGD"
         in words["attacked"]
     )
     assert (

@@ -94,6 +94,14 @@ def test_cluster_interval_knows_what_belongs_together():
     )
 
 
+@pytest.mark.parametrize(
+    ("k", "n", "said"),
+    [(0, 9, "0"), (9, 9, "100"), (817, 820, "99.6"), (1, 2, "50"), (1, 1000, "0.1"), (9999, 10000, "99.99")],
+)
+def test_per_cent_are_whole_but_100_is_all_and_0_none(k, n, said):
+    assert intervals.whole_percent(k / n) == said
+
+
 def test_the_cluster_interval_leaves_out_as_much_on_either_side():
     correct, groups = np.arange(60) % 3 == 0, np.arange(60) // 4
     low, high = intervals.cluster_interval(correct, groups)

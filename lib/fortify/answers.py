@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from fortify.evaluation import interval_of
+from fortify.intervals import whole_percent
 
 PHANTOMS = "The images are phantoms: these numbers show that the code runs, and say nothing about lungs."
 _SPLITS = {
@@ -197,7 +198,7 @@ def _listed(lines, source):
 
 
 def _percent(share):
-    return f"{100 * share:.0f} %"
+    return f"{whole_percent(share)} %"
 
 
 def _interval(row):

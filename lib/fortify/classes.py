@@ -189,13 +189,17 @@ def _ahead(gains, attack, eps_255):
         return f"{when}, no baseline is ahead of the adversarially trained network."
 
     def shown(rows):
-        points = "{0.gain_percent:.1f} points ({0.low_percent:.1f} to {0.high_percent:.1f})".format
-        return listed([f"{row.model} by {points(row)}" for row in rows.itertuples()])
+        words = []
+        for row in rows.itertuples():
+            points = f"{row.gain_percent:.{0 if row.gain_percent >= 1.5 else 1}f}"
+            words.append(f"{row.model} by {points} points ({row.low_percent:.0f} to {row.high_percent:.0f})")
+        return listed(words)
 
     beyond = more.low_percent.gt(0)
     parts = []
     if beyond.any():
         parts.append(f"{when}, ahead of the adversarially trained network: {shown(more[beyond])}.")
     if (~beyond).any():
-        parts.append(f"{when}, ahead by no more than the draw of groups can make: {shown(more[~beyond])}.")
+        than = "it" if parts else "the adversarially trained network"
+        parts.append(f"{when}, ahead of {than}, but not beyond chance: {shown(more[~beyond])}.")
     return " ".join(parts)

@@ -1,7 +1,7 @@
 """Compare trainings on the same splits: objectives, architectures or parts of a recipe, one row a test slice.
 
 A :class:`Contender` says how a network is trained. :func:`run_contender` trains and attacks it on one split,
-and :func:`rank` says which of them differ by more than the draw of the groups of near-duplicates.
+and :func:`rank` says which of them differ by more than chance, with whole groups resampled.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from torch import nn
 from fortify.attacks import FGSM, PGD, Attack, craft, prepared
 from fortify.data import Slices, to_tensor
 from fortify.files import write_csv, write_json
-from fortify.intervals import cluster_interval, gain_interval, wilson
+from fortify.intervals import cluster_interval, gain_interval, whole_percent, wilson
 from fortify.models import build_model, predict
 from fortify.objectives import OBJECTIVES
 from fortify.runs import lib_sha256
@@ -234,7 +234,9 @@ def rank(rows: pd.DataFrame, groups: Sequence[Any], *, reference: str) -> pd.Dat
         for name, own in of_split.groupby("contender", sort=False):
             if name == reference:
                 continue
-            both = own.set_index(key).join(base, rsuffix="_reference", how="inner")
+            both = own.set_index(key).merge(
+                base, left_index=True, right_index=True, suffixes=("", "_reference")
+            )
             group = np.asarray(groups)[both.index.get_level_values("index")]
             for kind in ("correct", "attacked"):
                 more = both[kind].astype(int) - both[f"{kind}_reference"].astype(int)
@@ -369,11 +371,12 @@ def leaders(table: pd.DataFrame, gains: pd.DataFrame, *, reference: str, eps_255
         if base.attacked == top.attacked:
             top = base
         said = f"On the {split} split *{top.contender}* classifies most attacked slices correctly: "
-        said += f"{top.attacked:.0%} under PGD at {eps_255:g}/255 ({top.k_attacked}/{top.n})."
+        said += f"{whole_percent(top.attacked)} % under PGD at {eps_255:g}/255 ({top.k_attacked}/{top.n})."
         it = f"*{reference}*"
         if top.contender != reference:
-            said += f" For {it} this is {base.attacked:.0%} ({base.k_attacked}/{base.n})."
-        said += f" Of clean slices {it} classifies {base.correct:.0%} correctly ({base.k_correct}/{base.n})."
+            said += f" For {it} this is {whole_percent(base.attacked)} % ({base.k_attacked}/{base.n})."
+        said += f" Of clean slices {it} classifies {whole_percent(base.correct)} % correctly "
+        said += f"({base.k_correct}/{base.n})."
         apart = gains[gains.split.eq(split) & gains.kind.eq("attacked") & gains.differs]
         for word, side in (
             ("ahead of", apart[apart.gain_percent > 0]),

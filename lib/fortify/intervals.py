@@ -8,6 +8,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 
+def whole_percent(share: float) -> str:
+    """A share as whole per cent, without the sign. 100 is said of all and 0 of none: 817 of 820 are 99.6."""
+    for digits in range(4):
+        text = f"{100 * share:.{digits}f}"
+        if float(text) not in (0, 100):
+            break
+    return text if share not in (0, 1) else f"{100 * share:.0f}"
+
+
 def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson score interval (low, high) of a proportion, ``k`` of ``n``, as fractions.
 

@@ -19,7 +19,7 @@ from fortify.attacks import perturbation_norms
 from fortify.data import Slices, load_folder
 from fortify.detect.detectors import Detector
 from fortify.files import find_root
-from fortify.intervals import cluster_interval
+from fortify.intervals import cluster_interval, whole_percent
 from fortify.models import predict
 from fortify.runtime import describe_device, device_of
 
@@ -205,7 +205,7 @@ def answer(
     def span(values):
         if not len(values):
             return "no part (no attack succeeded)"
-        low, high = (f"{100 * value:.0f}" for value in (values.min(), values.max()))
+        low, high = (whole_percent(value) for value in (values.min(), values.max()))
         return f"{low} %" if low == high else f"{low} to {high} %"
 
     words = [
@@ -213,13 +213,13 @@ def answer(
         f"on {span(of['adaptive'])} of the slices that attackers who know the detector break.",
         f"The best detector on these test slices is *{best.detector}*. Under all attackers within the "
         f"budget {_shown(best, 'adaptive')} % of {best.n} slices are correct or rejected. PGD and "
-        f"FGSM alone suggest {100 * best.claimed:.0f} %. Without a detector the network classifies "
-        f"{100 * alone:.0f} % correctly.",
+        f"FGSM alone suggest {whole_percent(best.claimed)} %. Without a detector the network classifies "
+        f"{whole_percent(alone)} % correctly.",
     ]
     if not math.isnan(trained[0]):
         words.append(
-            f"Adversarial training classifies {100 * trained[0]:.0f} % correctly at the same budget, without "
-            "a detector."
+            f"Adversarial training classifies {whole_percent(trained[0])} % correctly at the same budget, "
+            "without a detector."
         )
     of_both, of_one = times.set_index("detector").p50_ms[[best.detector, "none"]]
     words.append(

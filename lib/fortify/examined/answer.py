@@ -6,6 +6,7 @@ import pandas as pd
 
 from fortify.examined.claims import OUTCOMES, conditions
 from fortify.examined.matrix import attack_measures
+from fortify.intervals import whole_percent
 from fortify.tables import listed, to_markdown
 
 _TRAINED = {
@@ -31,7 +32,7 @@ def protocol_answer(
 
     def said(model, evaluation):
         cell = cells.loc[(model, evaluation)]
-        return f"{100 * cell.accuracy:.0f} % ({cell.k} of {cell.n})"
+        return f"{whole_percent(cell.accuracy)} % ({cell.k} of {cell.n})"
 
     def points(model, evaluation):
         return 100 * cells.accuracy[model, evaluation]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from fortify.intervals import whole_percent
 from fortify.leakage.meter import CLASSIFIERS
 
 BASELINE = "majority class"
@@ -52,7 +53,7 @@ def leakage_answer(summed: pd.DataFrame, regions: pd.DataFrame, *, majority: Map
 
 
 def _percent(row):
-    return f"{100 * row.accuracy:.0f} % ({row.k:.0f} of {row.n:.0f})"
+    return f"{whole_percent(row.accuracy)} % ({row.k:.0f} of {row.n:.0f})"
 
 
 def meter_layout(summed: pd.DataFrame) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from fortify.intervals import whole_percent
 from fortify.transfer.crafting import NOISE, OTHERS
 from fortify.transfer.nodules import FEATURES
 
@@ -15,7 +16,7 @@ _WORDS = {
 
 
 def _percent(row):
-    return f"{100 * row.accuracy:.0f} % ({row.k:.0f} of {row.n:.0f})"
+    return f"{whole_percent(row.accuracy)} % ({row.k:.0f} of {row.n:.0f})"
 
 
 def _pooled(table):

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from fortify.evaluation import BLACK_BOX, interval_of
+from fortify.intervals import whole_percent
 from fortify.tables import to_markdown
 
 _ARCHS = {"resnet_small": "small ResNet", "resnet18": "ResNet-18", "resnet50": "ResNet-50"}
@@ -68,8 +69,8 @@ def finding(lead: Path, main: Path) -> Iterator[str]:
         "On a random split of the slices, adversarial training raises the accuracy under attack from {} to {}"
     )
     yield f"{words}, and on unseen groups from {{}} to {{}}.".format(*shares)
-    benign = 100 * grouped.loc[("adversarial", "clean"), "recall_benign"]
-    seen = "no benign slice" if benign == 0 else f"{benign:.0f} % of the benign slices"
+    benign = grouped.loc[("adversarial", "clean"), "recall_benign"]
+    seen = "no benign slice" if benign == 0 else f"{whole_percent(benign)} % of the benign slices"
     yield f"On unseen groups it recognises {seen}{_against_histogram(lead, main, grouped)}."
     matrix = _matrix(main, "random")
     if matrix is not None:
@@ -79,8 +80,8 @@ def finding(lead: Path, main: Path) -> Iterator[str]:
         same = abs(clamp - attack) <= 0.05
         yield (
             "In the study's public code a fixed clamp of the grey levels, without any attack, lowers the "
-            f"accuracy of normal training from {100 * clean:.0f} % to {100 * clamp:.0f} %"
-            + (", as far as its PGD does." if same else f". Its PGD lowers it to {100 * attack:.0f} %.")
+            f"accuracy of normal training from {whole_percent(clean)} % to {whole_percent(clamp)} %"
+            + (", as far as its PGD does." if same else f". Its PGD lowers it to {whole_percent(attack)} %.")
         )
 
 
@@ -94,7 +95,7 @@ def _against_histogram(lead, main, grouped):
     if forest < 100 * low:
         return ""
     more = "more" if forest > 100 * high else "about as many"
-    shares = f"({forest:.0f} % against {_percent(grouped, 'adversarial', 'clean')})"
+    shares = f"({whole_percent(forest / 100)} % against {_percent(grouped, 'adversarial', 'clean')})"
     return f", and a random forest on grey-level histograms classifies {more} clean slices correctly {shares}"
 
 
@@ -147,7 +148,7 @@ def summary(networks: Sequence[Network]) -> str:
     columns = ["Split", "Classifier", "Clean", f"PGD {eps}", "Balanced, clean", "Benign recall, clean"]
     table = pd.DataFrame(lines, columns=columns)
     for column in columns[4:]:
-        table[column] = ["–" if pd.isna(share) else f"{100 * share:.0f}" for share in table[column]]
+        table[column] = ["–" if pd.isna(share) else whole_percent(share) for share in table[column]]
     counts = "; ".join(
         f"{_SPLITS[split]}, {name}: {n:,} predictions, {seeds} seeds"
         for split, own in tested.items()
@@ -181,22 +182,22 @@ def findings(lead: Path, main: Path, benchmarks: Path) -> Iterator[str]:
         accuracies(lead, "grouped"),
     )
     if all("nearest thumbnail" in rows for rows in looked.values()):
-        shares = [looked[split]["nearest thumbnail"]["clean"][0] for split in _SPLITS]
+        shares = [looked[split]["nearest thumbnail"]["clean"][0] / 100 for split in _SPLITS]
         yield (
-            f"**A random split can be solved by look-up.** The nearest thumbnail classifies {shares[0]:.0f} "
-            f"% of its test slices correctly, and {shares[1]:.0f} % on unseen groups "
-            "([leakage](notebooks/07_leakage.ipynb))."
+            "**A random split can be solved by look-up.** The nearest thumbnail classifies "
+            f"{whole_percent(shares[0])} % of its test slices correctly, and {whole_percent(shares[1])} % "
+            "on unseen groups ([leakage](notebooks/07_leakage.ipynb))."
         )
     matrix = _matrix(main, "random")
     eps = budget(main)
     if matrix is not None and ("published", f"PGD {eps}") in matrix.index:
-        own = 100 * matrix.loc[("published", "published PGD"), "accuracy"]
-        correct = 100 * matrix.loc[("published", f"PGD {eps}"), "accuracy"]
+        own = matrix.loc[("published", "published PGD"), "accuracy"]
+        correct = matrix.loc[("published", f"PGD {eps}"), "accuracy"]
         n = matrix.loc[("published", "published PGD"), "n"]
         yield (
             "**The study's training does not withstand a correct attack.** Repeated in short "
-            f"({_short(main)}, {n} slices), it gives {own:.0f} % under the study's version of PGD and "
-            f"{correct:.0f} % under PGD at {eps} ([published "
+            f"({_short(main)}, {n} slices), it gives {whole_percent(own)} % under the study's version of "
+            f"PGD and {whole_percent(correct)} % under PGD at {eps} ([published "
             "protocol](notebooks/06_published_protocol.ipynb), [claims](docs/claims.md))."
         )
     if grouped is not None:
@@ -314,7 +315,7 @@ def budget(tables: Path) -> str:
 
 
 def _percent(table, training, attack):
-    return f"{100 * table.loc[(training, attack), 'accuracy']:.0f} %"
+    return f"{whole_percent(table.loc[(training, attack), 'accuracy'])} %"
 
 
 def _interval(row):
@@ -322,4 +323,4 @@ def _interval(row):
 
 
 def _points(cell):
-    return "–" if cell is None else "{:.0f} ({:.0f}–{:.0f})".format(*cell)
+    return "–" if cell is None else "{} ({:.0f}–{:.0f})".format(whole_percent(cell[0] / 100), *cell[1:])
