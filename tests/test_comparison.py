@@ -259,7 +259,7 @@ def test_only_what_the_groups_bear_out_is_said_to_be_ahead():
         in words["attacked"]
     )
     assert (
-        "For *a* this is 0% (0/4). Of clean slices *a* classifies 50% correctly (2/4)." in words["attacked"]
+        "For *a* this is 0 % (0/4). Of clean slices *a* classifies 50 % correctly (2/4)." in words["attacked"]
     )
 
 
