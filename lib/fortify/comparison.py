@@ -62,8 +62,11 @@ def contenders_of(
     baseline: Mapping[str, Any],
     hardening: Mapping[str, Any],
     epochs: int,
+    pretrained: Sequence[str] = (),
 ) -> list[Contender]:
     """Contenders of notebook 10: the ``objectives`` on the run's network, then ``architectures`` by the mix.
+
+    ``pretrained`` are architectures that start from ImageNet weights (:func:`at_hand`), by the mix too.
 
     ``baseline`` are notebook 2's parameters; of ``hardening``, notebook 4's, the recipe, the budget and PGD's
     steps. All train for ``epochs``, without mixup. Objectives are named as below; KeyError for another one.
@@ -84,7 +87,24 @@ def contenders_of(
         "noise": (clean, "noise", {}),
     }
     found = [Contender(name, *ways[name], arch=baseline["arch"]) for name in objectives]
-    return found + [Contender(arch, *ways[PAPERS], arch=arch) for arch in architectures]
+    found += [Contender(arch, *ways[PAPERS], arch=arch) for arch in architectures]
+    mix, of_imagenet = ways[PAPERS], {"weights": "imagenet"}
+    return found + [Contender(f"{arch}, ImageNet", *mix, arch=arch, **of_imagenet) for arch in pretrained]
+
+
+def at_hand(archs: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """(those of ``archs`` whose ImageNet weights can be had, {another: why not}).
+
+    Not without a network, for those that are downloaded, nor without the extra ``pretrained`` for Lite0.
+    """
+    found, missing = [], {}
+    for arch in archs:
+        try:
+            build_model(arch, num_classes=2, weights="imagenet")
+            found.append(arch)
+        except (ImportError, OSError) as error:
+            missing[arch] = str(error)
+    return found, missing
 
 
 def run_contender(

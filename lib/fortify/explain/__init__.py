@@ -13,8 +13,8 @@ from fortify.explain.measures import (
     randomised,
     rank_correlation,
     sanity,
-    spoken,
 )
+from fortify.explain.study import clean_and_attacked, explained, spoken
 
 __all__ = [
     "CONTROLS",
@@ -22,9 +22,11 @@ __all__ = [
     "alignment",
     "attribute",
     "average_precision",
+    "clean_and_attacked",
     "concentration",
     "control",
     "deletion_insertion",
+    "explained",
     "hits",
     "located",
     "located_layout",

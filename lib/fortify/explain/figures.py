@@ -49,12 +49,40 @@ def measure_dots(table: pd.DataFrame, *, measures: dict[str, str]) -> Figure:
             at = np.array([maps.index(name) for name in of_model["map"]]) + shift
             ax.hlines(at, of_model.low, of_model.high, color=colour, lw=1)
             ax.plot(of_model["mean"], at, marker, color=colour, label=model or "control")
-        ax.axvline(own.floor.mean(), color="0.4", lw=0.8, ls=":")
+        ax.axvline(own.floor.mean(), color="0.4", lw=0.8, ls=":", label="floor: a map that knows nothing")
         ax.set(xlabel=label)
         ax.set_yticks(range(len(maps)), maps)
         ax.grid(axis="x")
     axes[0].invert_yaxis()
     handles, labels = zip(*(ax.get_legend_handles_labels() for ax in axes), strict=True)
     shown = dict(zip(sum(labels, []), sum(handles, []), strict=True))  # each label once
-    fig.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3)
+    fig.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown))
+    return fig
+
+
+@styled
+def cascade_lines(table: pd.DataFrame) -> Figure:
+    """Rank correlation with the network's own maps while layers are drawn anew, a panel a network.
+
+    ``table``: the rows "cascade" of :func:`fortify.explain.sanity`, with intervals as bars. The floor, two
+    different slices' correlation, is dotted: a map that stays above it does not depend on what was learnt.
+    """
+    models, methods = table.model.unique(), list(table["map"].unique())
+    fig = Figure(figsize=(DOUBLE, 2.4), layout="constrained")
+    axes = fig.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    for ax, name in zip(axes, models, strict=True):
+        own = table[table.model.eq(name)]
+        for i, method in enumerate(methods):
+            line = own[own["map"].eq(method)]
+            spread = (line["mean"] - line.low, line.high - line["mean"])
+            style = {"marker": "osD^v"[i % 5], "ms": 4, "lw": 1, "color": f"C{i}", "label": method}
+            ax.errorbar(line.layers + 0.06 * (i - 1.5), line["mean"], spread, elinewidth=0.8, **style)
+        ax.axhline(own.floor.mean(), color="0.4", lw=0.8, ls=":", label="floor: two different slices")
+        ax.set(
+            title=f"{name} training",
+            xlabel="last layers drawn anew",
+            xticks=sorted(set(own.layers.astype(int))),
+        )
+    axes[0].set_ylabel("rank correlation")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods) + 1)
     return fig

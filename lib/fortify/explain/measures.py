@@ -25,6 +25,7 @@ from fortify.runtime import device_of, float32_convolutions, frozen, seeded
 from fortify.training import layers
 
 _TINY = 1e-12
+_DEPTHS = 5  # of the cascade
 
 
 def concentration(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
@@ -224,14 +225,20 @@ def sanity(
 ) -> pd.DataFrame:
     """Rank correlations of a model's maps with others of the same images: rows as :func:`measured`'s.
 
-    ``again`` {what was changed: maps}, for example under noise and under attack. ``drawn anew`` is with all
-    but the first layer's weights drawn anew. The floor is that of each image's map with the next group's.
+    ``again`` {what was changed: maps}, for example under noise and under attack. ``cascade`` is with the last
+    ``layers`` drawn anew (:func:`randomised`), at most five depths; ``drawn anew`` is its last row, where the
+    first layer alone is kept. The floor is that of each image's map with the next group's.
     """
     other = _of_another_group(groups)
     floor = np.nanmean(rank_correlation(maps, maps[other])) if other is not None else np.nan
-    *_, (_, last) = itertools.islice(randomised(model, seed=seed), len(layers(model)) - 1)
-    changed = dict(again) | {"drawn anew": attribute(last, images, targets, method, seed=seed)}
-    rows = [
+    changed, rows, total = dict(again), [], len(layers(model)) - 1
+    depths = set(np.linspace(1, total, min(total, _DEPTHS)).round().astype(int).tolist())
+    for depth, net in itertools.islice(randomised(model, seed=seed), total):
+        if depth in depths:
+            changed["drawn anew"] = attribute(net, images, targets, method, seed=seed)
+            same = rank_correlation(maps, changed["drawn anew"])
+            rows.append(_line("cascade", method, name, same, floor, groups) | {"layers": depth})
+    rows += [
         _line(what, method, name, rank_correlation(maps, found), floor, groups)
         for what, found in changed.items()
     ]
@@ -257,41 +264,3 @@ def _line(measure, method, name, values, floor, groups):
         return line | dict.fromkeys(("mean", "low", "high"), np.nan)
     low, high = mean_interval(np.asarray(values)[known], np.asarray(groups)[known])
     return line | {"mean": float(np.mean(np.asarray(values)[known])), "low": low, "high": high}
-
-
-_STABLE = {
-    "attack": "Under attack the map of a slice keeps a rank correlation with its clean map of",
-    "drawn anew": "After all layers but the first are initialised again, the rank correlation is",
-}
-
-
-def spoken(table: pd.DataFrame) -> str:
-    """What the table says, as Markdown: lungs against the controls, stability under attack, and sanity.
-
-    ``table`` holds :func:`measured`'s and :func:`sanity`'s rows.
-    """
-    sentences = []
-    lungs = table[table.measure.eq("lungs")].set_index(["model", "map"])
-    for name in ("normal", "adversarial"):
-        if name in lungs.index:
-            best = lungs.loc[name].sort_values("mean").iloc[-1]
-            sentences.append(
-                f"Of the {name} network's maps *{best.name}* lies most in the lungs: its share there "
-                f"is {best['mean']:.1f} times that of the area (95 % interval {best.low:.1f} "
-                f"to {best.high:.1f})."
-            )
-    if "" in lungs.index:
-        best = lungs.loc[""].sort_values("mean").iloc[-1]
-        sentences.append(
-            f"The best control, *{best.name}*, which knows nothing of a network, reaches {best['mean']:.1f}."
-        )
-    for measure, words in _STABLE.items():
-        own = table[table.measure.eq(measure)]
-        means = own.groupby("model", sort=False)["mean"].mean()
-        said = " and ".join(f"{value:.2f} ({name} training)" for name, value in means.items())
-        if said:
-            sentences.append(
-                f"{words} {said}, averaged over the methods. Maps of two different slices correlate by "
-                f"{own.floor.mean():.2f}."
-            )
-    return "\n".join(f"- {sentence}" for sentence in sentences)
