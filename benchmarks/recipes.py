@@ -28,6 +28,7 @@ from fortify.attacks import PGD, craft
 from fortify.data import load_folder, to_tensor
 from fortify.files import find_root, write_csv
 from fortify.models import build_model, predict, save_model
+from fortify.objectives import OBJECTIVES
 from fortify.runtime import describe_device, pick_device
 from fortify.splits import grouped_split
 from fortify.training import fit
@@ -50,6 +51,7 @@ class Variant:
     recipe: dict = field(default_factory=dict)  # parts of notebook 4's
     members: int = 1  # networks of as many seeds, whose logits are averaged, and attacked so
     lidc: bool = False  # first trained under attack on LIDC nodules
+    objective: str = ""  # in place of the mix of attacks, a name in OBJECTIVES; attacks by PGD alone
     parameters: dict = field(default_factory=dict)  # others of notebook 4
 
 
@@ -63,6 +65,7 @@ VARIANTS = {
     "lungs, balanced loss": Variant("lungs", LUNGS | dict(class_balance=0.5)),
     "lungs, three seeds averaged": Variant("lungs", LUNGS, members=3),
     "lungs, first on LIDC": Variant("lungs", LUNGS, lidc=True),
+    "lungs, single-step (N-FGSM)": Variant("lungs", LUNGS, objective="n_fgsm"),
     "Lite0, ImageNet, to 4/255, lungs": Variant("lungs", FINE, parameters=LITE0 | dict(train_eps_255=4.0)),
     "Lite0, ImageNet, to 8/255": Variant(recipe=FINE, parameters=LITE0 | dict(train_eps_255=8.0)),
     "Lite0, ImageNet, to 8/255, layer-wise": Variant(
@@ -125,6 +128,10 @@ def measure(variant, fold, root, device, precision):
     parameters = parameters | own.parameters
     parameters["train_recipe"] = parameters["train_recipe"] | own.recipe | {"precision": precision}
     recipe, attacks, judge = recipe_of(parameters)
+    options = {"attacks": attacks, "val_attack": judge if attacks else None}
+    if own.objective:
+        pgd = next(attack for attack in attacks if isinstance(attack, PGD))
+        options |= {"attacks": {pgd: 1.0}, "objective": OBJECTIVES[own.objective]()}
     part = grouped_split(slices.labels, slices.groups, seed=fold, val=WIDE)
     train, val = slices.subset(part["train"]), slices.subset(part["val"])
     weights = parameters["weights"] or None
@@ -136,9 +143,7 @@ def measure(variant, fold, root, device, precision):
             parameters["arch"], num_classes=len(train.class_names), weights=weights, seed=seed
         )
         model = model.to(device)
-        history = fit(
-            model, train, val, recipe, attacks=attacks, val_attack=judge if attacks else None, seed=seed
-        )
+        history = fit(model, train, val, recipe, **options, seed=seed)
         members.append(model)
         epochs.append(int(history[history.selected].epoch.item()))
     row = {"variant": variant, "fold": fold, "training_s": time.perf_counter() - start}
@@ -173,7 +178,21 @@ def section(table):
         f"({table.groups.min()} to {table.groups.max()} groups); per cent, mean over the folds (range). "
         f"PGD: {STEPS} steps.\n\n"
     )
-    return text + "\n".join(lines) + "\n"
+    return text + "\n".join(lines) + "\n" + choices(table)
+
+
+def choices(table):
+    """What each fold's own validation slices choose under attack, of the recipes that all folds have."""
+    whole = table.groupby("variant").filter(lambda own: len(own) == table.fold.nunique())
+    if whole.variant.nunique() < 2:
+        return ""
+    ahead = whole.assign(share=whole.pgd / whole.n).sort_values("share", kind="stable").groupby("fold").last()
+    chosen = [
+        f"*{variant}* (fold{'s' if len(folds) > 1 else ''} {', '.join(map(str, folds))})"
+        for variant, folds in ahead.reset_index().groupby("variant").fold.apply(list).items()
+    ]
+    of = f"Of the {whole.variant.nunique()} recipes that all folds have, their own validation slices"
+    return f"\n{of} under attack choose {', '.join(chosen)}.\n"
 
 
 def _shown(values):

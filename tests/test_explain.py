@@ -177,7 +177,7 @@ def test_the_table_tells_a_network_that_looks_in_the_mask_from_a_control(shown):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "normal",
         "control",
-        "floor: a map that knows nothing",
+        "floor",
     ]
 
 

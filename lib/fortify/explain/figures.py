@@ -49,7 +49,7 @@ def measure_dots(table: pd.DataFrame, *, measures: dict[str, str]) -> Figure:
             at = np.array([maps.index(name) for name in of_model["map"]]) + shift
             ax.hlines(at, of_model.low, of_model.high, color=colour, lw=1)
             ax.plot(of_model["mean"], at, marker, color=colour, label=model or "control")
-        ax.axvline(own.floor.mean(), color="0.4", lw=0.8, ls=":", label="floor: a map that knows nothing")
+        ax.axvline(own.floor.mean(), color="0.4", lw=0.8, ls=":", label="floor")
         ax.set(xlabel=label)
         ax.set_yticks(range(len(maps)), maps)
         ax.grid(axis="x")
@@ -68,7 +68,7 @@ def cascade_lines(table: pd.DataFrame) -> Figure:
     different slices' correlation, is dotted: a map that stays above it does not depend on what was learnt.
     """
     models, methods = table.model.unique(), list(table["map"].unique())
-    fig = Figure(figsize=(DOUBLE, 2.4), layout="constrained")
+    fig = Figure(figsize=(DOUBLE, 2.6), layout="constrained")
     axes = fig.subplots(1, len(models), sharey=True, squeeze=False)[0]
     for ax, name in zip(axes, models, strict=True):
         own = table[table.model.eq(name)]
@@ -84,5 +84,5 @@ def cascade_lines(table: pd.DataFrame) -> Figure:
             xticks=sorted(set(own.layers.astype(int))),
         )
     axes[0].set_ylabel("rank correlation")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods) + 1)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
