@@ -304,8 +304,8 @@ def test_a_fold_chooses_among_the_recipes_that_all_folds_have():
     rows = [("a", 0, 5), ("a", 1, 9), ("b", 0, 6), ("b", 1, 8), ("c", 1, 10)]
     table = pd.DataFrame(rows, columns=["variant", "fold", "pgd"]).assign(n=10)
     assert recipes.choices(table) == (
-        "\nOf the 2 recipes that all folds have, their own validation slices under attack choose *a* (fold 1), "
-        "*b* (fold 0).\n"
+        "\nOf the 2 recipes that all folds have, their own validation slices under attack choose "
+        "*a* (fold 1), *b* (fold 0).\n"
     )
     assert recipes.choices(table[table.variant != "b"]) == ""
 
