@@ -150,6 +150,7 @@ PAGES = {  # and what is generated there
     "README.md": ("finding", "hero", "summary", "findings", "awaiting"),
     "docs/results.md": ("results",),
     "docs/claims.md": ("claims",),
+    "docs/recipe.md": ("aims",),
 }
 
 
@@ -395,8 +396,16 @@ def test_who_awaits_a_run_is_named_until_it_is_published(checkout):
     waiting.metadata["fortify"] = {"profile": "laptop", "awaiting": "another run"}
     nbformat.write(waiting, path)
     assert publish.awaiting(checkout) == {"01_a": "another run"}
-    assert publish.awaiting_line(checkout) == "All notebooks await another run.\n", "there is one"
+    assert publish.awaiting_line(checkout) == "Notebook 01 awaits another run.\n"
     other = checkout / "notebooks/02_b.ipynb"
+    nbformat.write(waiting, other)
+    assert publish.awaiting_line(checkout) == "All notebooks await another run.\n"
+    waiting.metadata["fortify"]["awaiting"] = "its first run"
+    nbformat.write(waiting, other)
+    nbformat.write(waiting, other.with_stem("03_c"))
+    words = "Notebook 01 awaits another run. Notebooks 02 and 03 await its first run.\n"
+    assert publish.awaiting_line(checkout) == words
+    other.with_stem("03_c").unlink()
     nbformat.write(source(), other)
     assert publish.awaiting_line(checkout) == "Notebook 01 awaits another run.\n"
     other.unlink()

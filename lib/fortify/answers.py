@@ -204,7 +204,7 @@ def _percent(share):
 def _interval(row):
     """Of a row of an accuracy table: by groups, where there is one."""
     (low, high), by = interval_of(row), "" if pd.isna(row.group_low) else " by groups"
-    return f"95 % interval{by} {100 * low:.0f} to {_percent(high)}"
+    return f"95 % interval{by} {100 * low:.0f} to {100 * high:.0f} %"
 
 
 def _both_clean(of):

@@ -26,6 +26,7 @@ import pandas as pd
 from fortify.files import atomic_path, find_root, write_csv, write_text
 from fortify.runs import literals, run_order
 from fortify.workflow import front
+from fortify.workflow.aims import aims
 from fortify.workflow.profiles import (
     ProfileError,
     companion_profiles,
@@ -165,11 +166,16 @@ def awaiting_line(root: Path) -> str:
     stems = awaiting(root)
     if not stems:
         return ""
-    every = len(stems) == len(list((root / "notebooks").glob("[0-9]*.ipynb")))
-    named = "All notebooks" if every else f"Notebooks {', '.join(stem[:2] for stem in stems)}"
-    if not every and len(stems) == 1:
-        return f"Notebook {next(iter(stems))[:2]} awaits {next(iter(stems.values()))}.\n"
-    return f"{named} await {next(iter(stems.values()))}.\n"
+    total, said = len(list((root / "notebooks").glob("[0-9]*.ipynb"))), []
+    for why in dict.fromkeys(stems.values()):
+        own = [stem[:2] for stem in stems if stems[stem] == why]
+        if len(own) == total > 1:
+            said.append(f"All notebooks await {why}.")
+        elif len(own) > 1:
+            said.append(f"Notebooks {', '.join(own[:-1])} and {own[-1]} await {why}.")
+        else:
+            said.append(f"Notebook {own[0]} awaits {why}.")
+    return " ".join(said) + "\n"
 
 
 def shown_profile(root: Path) -> str:
@@ -400,7 +406,7 @@ def _publish_one(build, root, run, training, manifests):
 
 
 def update_pages(root: Path, profile: str) -> None:
-    """Rewrite what is ``generated`` in README.md, docs/results.md and docs/claims.md.
+    """Rewrite what is ``generated`` in README.md, docs/results.md, docs/claims.md and docs/recipe.md's aims.
 
     They are made of the published tables of ``profile``, and of its companions'.
     """
@@ -431,10 +437,12 @@ def update_pages(root: Path, profile: str) -> None:
     }
     parts = [*chain(*(beside[name] for name in before)), *parts, *chain(*(beside[name] for name in after))]
     results, claims, readme = root / "docs/results.md", root / "docs/claims.md", root / "README.md"
+    published = {name: published_folders(root, name)[1] for name in (*before, profile, *after)}
     sections = {results: {"results": "\n".join(parts)}}
     pictures = [front.strip(relative / path.name) for path in protocol_strips(figures)[:1]]
     ledger = (tables / "claims.md").read_text(encoding="utf-8")
     sections[claims] = {"claims": "\n".join([*pictures, ledger])}
+    sections[root / "docs/recipe.md"] = {"aims": aims(published)}
     shown = [
         front.Network.of_profile(read_profile(profiles / f"{name}.yaml")[0], published_folders(root, name)[1])
         for name in (*before, profile)
