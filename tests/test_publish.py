@@ -53,6 +53,16 @@ def test_outputs_travel_and_papermills_additions_stay_behind():
     nbformat.validate(made)
 
 
+def test_warnings_are_told_to_who_publishes_and_not_published(checkout, capsys):
+    ran = executed()
+    ran.cells[3].outputs.append(new_output("stream", name="stderr", text=f"{checkout}/a.py:1: beware\n"))
+    nbformat.write(ran, checkout / "build/laptop/notebooks/01_a.ipynb")
+    assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
+    assert f"01_a: not published, a warning of cell c: {checkout}/a.py:1: beware" in capsys.readouterr().err
+    cell = nbformat.read(checkout / "notebooks/01_a.ipynb", as_version=4).cells[2]
+    assert [output.output_type for output in cell.outputs] == ["execute_result"]
+
+
 def test_the_parameters_cell_shows_what_the_profile_changed():
     made = with_outputs(source(), executed(), profile="laptop")
     assert made.cells[1].source == "x = 1"

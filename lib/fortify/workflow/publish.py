@@ -94,7 +94,8 @@ def with_outputs(
 
     The parameters cell keeps the source's values and shows, as its output, those that the profile changed.
     Styled tables, whose ids pandas draws, are named by their cells, and objects lose their addresses in
-    memory: the same result is the same file. Prose is the source's, which executes nothing.
+    memory: the same result is the same file. Prose is the source's, which executes nothing. What a cell wrote
+    to stderr, as warnings with paths of the machine, stays behind (:func:`warned`).
     Raises PublishError when a code cell's source differs, when one is gone or moved, or when a cell failed.
     """
     made = {cell.id: cell for cell in code_cells(executed)}
@@ -115,7 +116,8 @@ def with_outputs(
         if any(output.output_type == "error" for output in ran.outputs):
             raise PublishError(f"cell {cell.id} failed when it was executed")
         count, tables = count + 1, 0
-        cell.execution_count, cell.outputs = count, ran.outputs
+        cell.execution_count = count
+        cell.outputs = [output for output in ran.outputs if output.get("name") != "stderr"]
         if "parameters" in cell.metadata.get("tags", []):
             cell.outputs = [_changed_parameters(cell, executed, profile)]
         for output in cell.outputs:
@@ -130,6 +132,16 @@ def with_outputs(
                 output.data["text/html"] = html = html.replace(f"T_{drawn}", f"T_{cell.id}-{tables}")
     published.metadata["fortify"] = {"profile": profile, "source_sha256": source_sha256(published)}
     return published
+
+
+def warned(executed: nbformat.NotebookNode) -> list[str]:
+    """What the cells of an executed notebook wrote to stderr, as "cell: text"."""
+    return [
+        f"{cell.id}: {output.text.strip()}"
+        for cell in code_cells(executed)
+        for output in cell.outputs
+        if output.get("name") == "stderr"
+    ]
 
 
 def _changed_parameters(cell, executed, profile):
@@ -216,8 +228,10 @@ def commit(build: str | Path) -> list[Path]:
         what = "Table 1" if companion else "ledger of claims"
         raise PublishError(f"{build}/tables holds no {what}; run that profile to its end first")
     for stem, path in executed.items():
-        source = nbformat.read(sources[stem], as_version=4)
-        published = with_outputs(source, nbformat.read(path, as_version=4), profile=profile)
+        source, ran = (nbformat.read(p, as_version=4) for p in (sources[stem], path))
+        published = with_outputs(source, ran, profile=profile)
+        for warning in warned(ran):
+            print(f"publish: {stem}: not published, a warning of cell {warning}", file=sys.stderr)
         ready[sources[stem]] = text = nbformat.writes(published) + "\n"
         home = f"{Path.home()}/"
         if str(root) in text or (home != "//" and home in text):  # a container's user may live in /
