@@ -102,12 +102,14 @@ def test_it_opens_with_a_question_and_what_it_reads_and_writes(path):
 
 @each
 def test_every_parameter_is_a_literal_with_a_line_of_its_own(path):
-    """Or, of a mapping, each entry."""
+    """Or, of a mapping and of a list that is too long for one, each entry."""
     source = parameters_cell(path).source
     lines = ast.parse(source).body
     assert len(lines) == len(declared_parameters(path)) == len({line.lineno for line in lines})
     for line in lines:
         entries = line.value.keys if isinstance(line.value, ast.Dict) else []
+        if isinstance(line.value, ast.List) and line.end_lineno > line.lineno:
+            entries = line.value.elts
         assert [entry.lineno for entry in entries] == [*range(line.lineno + 1, line.end_lineno)], line.lineno
 
 
