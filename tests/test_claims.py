@@ -99,7 +99,7 @@ def test_no_number_of_ours_is_typed():
     """Outside {names} a claim's text holds only figures of the paper and its notebook, and names of cells."""
     theirs = {"160", "94.58", "454", "480", "05"}  # test images; their combined accuracy; our notebook's name
     for claim in load_claims(SOURCE):
-        text = re.sub(r"\{\w+\}", "", claim.ours)
+        text = re.sub(r"\{\w+(:\.\df)?\}", "", claim.ours)
         budgets = [f"{eps}/255" for eps in re.findall(r"at ([\d.]+)/255", text)]
         assert all(any(eps in cell for cell in claim.numbers.values()) for eps in budgets), claim.id
         budgets = [f"CW L2 {l2}]" for l2 in re.findall(r"an L2 of ([\d.]+)", text)]
@@ -159,6 +159,8 @@ def test_the_ledger_fills_in_numbers_and_judges(tables):
     table = ledger(load_claims(write(tables)), tables)
     assert table.ours.tolist() == ["90.0 % (9/10, 40.0–95.0) and 0.25"] and table.holds.all()
     assert layout(table).columns.tolist() == ["The paper", "Measured here", "Verdict"]
+    rounded = ledger(load_claims(write(tables, ours="{r:.0f} and {p:.1f}, {p}")), tables)
+    assert rounded.ours.tolist() == ["90 and 0.2, 0.25"]
     open_ = ledger(load_claims(write(tables, holds=["r > 80", "r < p + 10"])), tables)
     assert not open_.holds.any() and open_.verdict[0].startswith("open:") and "r < p + 10" in open_.verdict[0]
 

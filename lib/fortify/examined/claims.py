@@ -142,7 +142,7 @@ def ledger(claims: Iterable[Claim], tables: str | Path, *, partial: bool = False
         verdict = f"{claim.verdict} {claim.under}".strip()
         try:
             cells = {name: read_cell(tables, cell) for name, cell in claim.numbers.items()}
-            ours = claim.ours.format(**{name: text for name, (_, text) in cells.items()})
+            ours = claim.ours.format(**{name: _Shown(*cell) for name, cell in cells.items()})
             values = {name: value for name, (value, _) in cells.items()}
             broken = [rule for rule in claim.holds if not _true(rule, values)]
             if broken:
@@ -176,6 +176,18 @@ def ledger(claims: Iterable[Claim], tables: str | Path, *, partial: bool = False
             }
         )
     return pd.DataFrame(rows)
+
+
+class _Shown(str):
+    """A cell's text, or with a format, as in ``{name:.2f}``, its number in that format."""
+
+    def __new__(cls, number, text):
+        shown = super().__new__(cls, text)
+        shown.number = number
+        return shown
+
+    def __format__(self, spec):
+        return format(self.number, spec) if spec else str(self)
 
 
 def _true(rule, values):
