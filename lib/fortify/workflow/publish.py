@@ -9,8 +9,11 @@ python -m fortify.workflow.publish pdf [laptop]
     committed notebooks'
 """
 
+import base64
+import functools
 import gzip
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -118,6 +121,9 @@ def with_outputs(
         count, tables = count + 1, 0
         cell.execution_count = count
         cell.outputs = [output for output in ran.outputs if output.get("name") != "stderr"]
+        for data in (output.get("data", {}) for output in cell.outputs):
+            if "image/png" in data:
+                data["image/png"] = base64.b64encode(small_png(base64.b64decode(data["image/png"]))).decode()
         if "parameters" in cell.metadata.get("tags", []):
             cell.outputs = [_changed_parameters(cell, executed, profile)]
         for output in cell.outputs:
@@ -132,6 +138,23 @@ def with_outputs(
                 output.data["text/html"] = html = html.replace(f"T_{drawn}", f"T_{cell.id}-{tables}")
     published.metadata["fortify"] = {"profile": profile, "source_sha256": source_sha256(published)}
     return published
+
+
+@functools.lru_cache
+def small_png(data: bytes) -> bytes:
+    """A large PNG with 256 colours, for notebooks that GitHub shows; the same always gives the same.
+
+    Few pixels change by more than some grey levels. The PDF beside it has all colours.
+    """
+    from PIL import Image
+
+    if len(data) < 150_000:
+        return data
+    small = io.BytesIO()
+    Image.open(io.BytesIO(data)).convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE).save(
+        small, "PNG", optimize=True
+    )
+    return small.getvalue()
 
 
 def warned(executed: nbformat.NotebookNode) -> list[str]:
@@ -255,6 +278,8 @@ def commit(build: str | Path) -> list[Path]:
             # What a companion's figures only repeat, as Figure 1, is published once.
             if kind == "tables" or beside is None or not _same(path, beside / path.name):
                 written.append(Path(shutil.copy(path, folder)))
+                if path.suffix == ".png":
+                    written[-1].write_bytes(small_png(path.read_bytes()))
     for path in per_example_results(build, runs):
         packed = tables / "runs" / path.relative_to(build)
         if path.suffix == ".csv":
