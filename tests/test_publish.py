@@ -522,6 +522,10 @@ def test_what_the_page_says_of_cropped_slices():
     """More of unseen groups, the more so under attack, fewer of the random split; on the same splits."""
     apart = pd.read_csv(ROOT / "benchmarks/cropped.csv").query("model == 'adversarial'").set_index("split")
     assert (apart.high_percent["random"] < 0).all() and (apart.low_percent["grouped"] < 0).all()
+    assert (apart.high_percent["grouped"] > 0).all(), "no change is established"
+    plain = pd.read_csv(ROOT / "benchmarks/cropped.csv").query("model == 'normal' and eps_255 == 0")
+    plain = plain.set_index("split")
+    assert plain.high_percent["random"] < 0 < plain.low_percent["grouped"]
     tables = {name: ROOT / "paper/tables" / name for name in ("laptop", "lungs")}
     read = {}
     for name, folder in tables.items():
