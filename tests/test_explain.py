@@ -181,7 +181,7 @@ def test_the_table_tells_a_network_that_looks_in_the_mask_from_a_control(shown):
     ]
 
 
-def test_every_measure_of_both_networks_clean_and_attacked(shown, model):
+def test_every_measure_of_both_networks_clean_and_attacked(shown):
     pytest.importorskip("captum", reason="the extra explain is not installed")
     nets, ones = {"normal": LooksInTheMask(), "adversarial": LooksInTheMask()}, np.ones(len(shown), int)
     black = {

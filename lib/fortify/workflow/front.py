@@ -224,12 +224,8 @@ def findings(lead: Path, main: Path, benchmarks: Path) -> Iterator[str]:
 
 def _price(lead, main):
     """What robustness costs beside the best network without it, on the same clean slices of unseen groups."""
-    path = next((f / "table1_gains.csv" for f in (lead, main) if (f / "table1_gains.csv").is_file()), None)
-    if path is None:
-        return ""
-    gains = pd.read_csv(path)
-    gains = gains[gains.split.eq("grouped") & gains.model.eq("frozen features")].set_index("attack")
-    if gains.empty or gains.loc["clean", "low_percent"] <= 0:
+    gains = next((own for own in (frozen_gains(f, "grouped") for f in (lead, main)) if own is not None), None)
+    if gains is None or gains.loc["clean", "low_percent"] <= 0:
         return ""
     clean = gains.loc["clean"]
     return (
@@ -290,6 +286,16 @@ def accuracies(tables: Path, split: str) -> pd.DataFrame | None:
         return None
     table = pd.read_csv(path)
     table = table[table.split.eq(split) & table.protocol.eq("adaptive")].set_index(["model", "attack"])
+    return None if table.empty else table
+
+
+def frozen_gains(tables: Path, split: str) -> pd.DataFrame | None:
+    """How far the frozen features are ahead of adversarial training, by attack; None where not published."""
+    path = tables / "table1_gains.csv"
+    if not path.is_file():
+        return None
+    table = pd.read_csv(path)
+    table = table[table.split.eq(split) & table.model.eq("frozen features")].set_index("attack")
     return None if table.empty else table
 
 

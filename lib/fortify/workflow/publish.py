@@ -144,17 +144,19 @@ def with_outputs(
 def small_png(data: bytes) -> bytes:
     """A large PNG with 256 colours, for notebooks that GitHub shows; the same always gives the same.
 
-    Few pixels change by more than some grey levels. The PDF beside it has all colours.
+    One that would lose a colour stays as it is: of a thousand pixels one may change by more than 16 levels.
+    The PDF beside it has all colours.
     """
+    import numpy as np
     from PIL import Image
 
     if len(data) < 150_000:
         return data
-    small = io.BytesIO()
-    Image.open(io.BytesIO(data)).convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE).save(
-        small, "PNG", optimize=True
-    )
-    return small.getvalue()
+    image, small = Image.open(io.BytesIO(data)).convert("RGB"), io.BytesIO()
+    reduced = image.quantize(256, kmeans=1, dither=Image.Dither.NONE)
+    change = np.abs(np.asarray(reduced.convert("RGB"), int) - np.asarray(image, int)).max(2)
+    reduced.save(small, "PNG", optimize=True)
+    return data if (change > 16).mean() > 0.001 else small.getvalue()
 
 
 def warned(executed: nbformat.NotebookNode) -> list[str]:
@@ -275,11 +277,12 @@ def commit(build: str | Path) -> list[Path]:
             elif profile != "paper" or path.name not in others:  # whose folders hold the others'
                 shutil.rmtree(path)
         for path in _of_first_seed(_whole_files(build / kind), runs):
+            data = path.read_bytes()
+            data = small_png(data) if path.suffix == ".png" else data
             # What a companion's figures only repeat, as Figure 1, is published once.
-            if kind == "tables" or beside is None or not _same(path, beside / path.name):
-                written.append(Path(shutil.copy(path, folder)))
-                if path.suffix == ".png":
-                    written[-1].write_bytes(small_png(path.read_bytes()))
+            if kind == "tables" or beside is None or not _holds(beside / path.name, data):
+                (folder / path.name).write_bytes(data)
+                written.append(folder / path.name)
     for path in per_example_results(build, runs):
         packed = tables / "runs" / path.relative_to(build)
         if path.suffix == ".csv":
@@ -336,8 +339,8 @@ def _of_first_seed(paths, runs):
     return [p for p in paths if p not in seed_of or seeds.get(p) == first is not None]
 
 
-def _same(path, other):
-    return other.is_file() and path.read_bytes() == other.read_bytes()
+def _holds(path, data):
+    return path.is_file() and path.read_bytes() == data
 
 
 def _whole_files(folder):
