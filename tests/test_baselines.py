@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
@@ -216,6 +217,26 @@ def test_frozen_features_are_a_logistic_regression_on_the_networks_own(images, l
     rows, _ = evaluate_baselines({"frozen features": model}, x[:20], y[:20], [PGD(EPS_255, steps=3)])
     accuracy = rows.assign(right=~rows.success).groupby("attack").right.mean()
     assert accuracy["pgd"] < accuracy["clean"] and rows.linf_255.max() <= EPS_255 + ONE_ULP_255
+
+
+def test_frozen_features_choose_their_penalty_on_the_validation_slices(images, labels):
+    backbone = headless(build_model("resnet_small", num_classes=3, seed=0))
+    x, y = images[:120], labels[:120].numpy()
+    val = np.arange(0, 120, 4)
+    known = np.setdiff1d(np.arange(120), val)
+    features = predict_logits(backbone, x).double().numpy()
+    losses = {}
+    for penalty in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
+        fitted = make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=2000))
+        shares = fitted.fit(features[known], y[known]).predict_proba(features[val])
+        losses[penalty] = log_loss(y[val], shares, labels=[0, 1, 2])
+    model = FrozenFeatures(backbone, x, y, num_classes=3, validation=val)
+    assert model.penalty == min(losses, key=losses.get)
+    again = FrozenFeatures(backbone, x, y, num_classes=3, penalty=model.penalty)
+    assert torch.equal(model.head.weight, again.head.weight), "fitted at last on all slices"
+    y[val] = (y[val] + 1) % 3
+    wrong = FrozenFeatures(backbone, x, y, num_classes=3, validation=val)
+    assert wrong.penalty == 1e-4, "where training says nothing about validation, the simplest is taken"
 
 
 def test_what_needs_an_extra_is_left_out_and_named(phantoms, monkeypatch):

@@ -22,6 +22,7 @@ from fortify.transfer.networks import Regime, trained
 KINDS = ("random", "near-duplicate groups", "patients")  # how folds keep slices together
 FEATURES = {"diameter_mm": "diameter alone", "area_px": "mask area alone"}
 MIDDLE_MM = (7.0, 14.0)  # diameters between which size says little
+_PENALTY = 1e-3  # C of the linear head on frozen features
 _SUBSETS = {"all": (0.0, np.inf), "7 to 14 mm": MIDDLE_MM}
 
 
@@ -180,14 +181,14 @@ def with_frozen_features(
     """For each fold a linear classifier of the features of ``backbone``, which stays as it is.
 
     ``backbone`` is a classifier of other classes, whose last linear layer is left out; the new one is fitted
-    on training and validation slices (:class:`fortify.baselines.FrozenFeatures`).
+    on training and validation slices (:class:`fortify.baselines.FrozenFeatures`), with the same C for all.
     """
     device, features = next(backbone.parameters()).device, headless(backbone)
     models = []
     for own in splits:
         known = study.slices.subset(np.concatenate([own["train"], own["val"]]))
         images, classes = to_tensor(known.images), len(known.class_names)
-        fitted = FrozenFeatures(features, images, known.labels, num_classes=classes)
+        fitted = FrozenFeatures(features, images, known.labels, num_classes=classes, penalty=_PENALTY)
         models.append(fitted.to(device).eval())
     return models
 
