@@ -33,12 +33,14 @@ def test_the_examples_run_as_printed(phantoms, tmp_path, monkeypatch, capsys):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path.with_suffix(".png"))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FORTIFY_ROOT", str(ROOT))
     library = (ROOT / "docs/library.md").read_text(encoding="utf-8")
     examples = re.findall(r"<!-- example.*?-->\n```python\n(.*?)```", README + library, re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     exec(compile("\n".join(examples), "README.md", "exec"), {})
     first, *table = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"robust accuracy \d+\.\d%", first)
+    assert re.fullmatch(r"fooled: \d+\.\d%", table.pop())
     ids = {line.split("|")[1].strip() for line in table if line.startswith("|")}
     assert ids >= {"T0", "T0b", "T7", "T15"}
 
