@@ -25,6 +25,7 @@ from fortify.comparison import (
     run_contender,
     size_of,
     standings,
+    standings_layout,
 )
 from fortify.data import to_tensor
 from fortify.figures import comparison_dots
@@ -176,6 +177,16 @@ def test_standings_pool_slices_and_balance_classes():
     assert table.loc["a", ["k_correct", "n", "correct", "balanced_correct"]].tolist() == [2, 4, 0.5, 0.5]
     assert table.loc["b", ["k_attacked", "attacked", "balanced_attacked"]].tolist() == [2, 0.5, 0.5]
     assert table.loc["b", "attacked_low"] == 0 and table.loc["b", "attacked_high"] == 1
+
+
+def test_the_standings_show_a_line_a_contender_and_each_split_beside_the_other():
+    rows = pd.concat([hand_made(), hand_made().query("contender == 'a'").assign(split="random")])
+    shown = standings_layout(standings(rows, [0, 0, 1, 1])).set_index("contender")
+    assert shown.loc["a"].to_dict() == {
+        "grouped: clean": "50", "grouped: PGD": "0", "grouped: balanced": "50",
+        "random: clean": "50", "random: PGD": "0", "random: balanced": "50",
+    }  # fmt: skip
+    assert shown.loc["b"].tolist() == ["100", "50", "100", "–", "–", "–"]
 
 
 def test_a_difference_counts_where_the_groups_bear_it_out():

@@ -238,6 +238,20 @@ def standings(rows: pd.DataFrame, groups: Sequence[Any]) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
+def standings_layout(table: pd.DataFrame) -> pd.DataFrame:
+    """A display table of :func:`standings`: a line a contender, each split beside the other, in %.
+
+    Balanced accuracy is of the clean slices.
+    """
+    names = {"correct": "clean", "attacked": "PGD", "balanced_correct": "balanced"}
+    lines = {name: {"contender": name} for name in table.contender.unique()}
+    for split, own in table.groupby("split", sort=False):
+        for _, row in own.iterrows():
+            cells = {f"{split}: {shown}": whole_percent(row[name]) for name, shown in names.items()}
+            lines[row.contender] |= cells
+    return pd.DataFrame(lines.values()).fillna("–")
+
+
 def rank(rows: pd.DataFrame, groups: Sequence[Any], *, reference: str) -> pd.DataFrame:
     """How many points more than ``reference`` each contender classifies correctly, of the same slices.
 
