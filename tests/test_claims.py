@@ -137,7 +137,7 @@ def test_a_claim_may_wait_for_its_notebook_but_not_for_a_number(tables):
             pd.DataFrame({"missing": []}).to_csv(tables / "later.csv", index=False)
         waiting = load_claims(write(tables, numbers=later, measured_in="13"))
         (line,) = ledger(waiting, tables, partial=there).itertuples()
-        assert line.verdict == "open: not yet measured; notebook 13 does"
+        assert line.verdict == "open: not yet measured; notebook 13 will"
         assert line.ours == "" and not line.holds
     with pytest.raises(MissingNumber, match="a.csv"):
         gone = {"r": "a.csv[split=odd]", "p": "b.csv[name=x].p"}
@@ -147,7 +147,7 @@ def test_a_claim_may_wait_for_its_notebook_but_not_for_a_number(tables):
 
 
 def test_a_row_reads_as_accuracy_with_counts_and_interval(tables):
-    assert read_cell(tables, "a.csv[split=random]") == (90.0, "90.0 % (9/10, 40.0–95.0)")
+    assert read_cell(tables, "a.csv[split=random]") == (90.0, "90 % (9/10, 40–95)")
     assert read_cell(tables, "b.csv[name=x].p") == (0.25, "0.25")
     assert read_cell(tables, "b.csv[name=x].text") == ("none", "none")
     assert read_cell(tables, "a.csv[split=random].k") == (9, "9")
@@ -157,7 +157,7 @@ def test_a_row_reads_as_accuracy_with_counts_and_interval(tables):
 
 def test_the_ledger_fills_in_numbers_and_judges(tables):
     table = ledger(load_claims(write(tables)), tables)
-    assert table.ours.tolist() == ["90.0 % (9/10, 40.0–95.0) and 0.25"] and table.holds.all()
+    assert table.ours.tolist() == ["90 % (9/10, 40–95) and 0.25"] and table.holds.all()
     assert layout(table).columns.tolist() == ["The paper", "Measured here", "Verdict"]
     rounded = ledger(load_claims(write(tables, ours="{r:.0f} and {p:.1f}, {p}")), tables)
     assert rounded.ours.tolist() == ["90 and 0.2, 0.25"]

@@ -60,12 +60,12 @@ def test_classes_stand_by_slice_and_by_scan_the_baselines_last():
     ]  # fmt: skip
     low, high = (100 * bound for bound in intervals.wilson(20, 160))
     assert shown.iloc[0].tolist() == [
-        "normal", "slice", f"12.5 ({low / 2:.1f}–{high:.1f}) 20/160", shown.iloc[0, 3], "6.2 / 2.5", "– / –",
-        "25.0 / 25.0",
+        "normal", "slice", f"12 ({low / 2:.0f}–{high:.0f}) 20/160", shown.iloc[0, 3], "6 / 2", "– / –",
+        "25 / 25",
     ]  # fmt: skip
     low, high = (100 * bound for bound in intervals.wilson(12, 40))
     assert shown.iloc[3].tolist()[:4] == [
-        "", "scan", shown.iloc[3, 2], f"30.0 ({low:.1f}–{high:.1f}) 12/40"
+        "", "scan", shown.iloc[3, 2], f"30 ({low:.0f}–{high:.0f}) 12/40"
     ]  # fmt: skip
     lacking = by_scan[~(by_scan.model.eq("normal") & by_scan.attack.eq("pgd"))]
     with pytest.raises(ValueError, match="random split's table of classes lacks normal/scan/pgd"):
@@ -116,7 +116,7 @@ def test_the_caption_says_which_baseline_is_ahead_and_how_surely():
         "Clean, ahead of it, but not beyond chance: thumbnail by 1.0 points (-3 to 4). "
         "Attacked within 4/255, no baseline is ahead of the adversarially trained network. "
     )
-    assert "Without a gradient (forest): the strongest" in said and "3 of 40 hold" in said
+    assert "Without a gradient (forest): the strongest" in said and "Of these 40, 3 hold slices" in said
     assert "Left out" not in said
     assert "Left out, for the extra `pretrained` is not installed: x and y." in words(
         GAINS, missing=["x", "y"]

@@ -65,11 +65,11 @@ def test_an_incomplete_table_names_what_is_missing():
         tables.table1(accuracy(), split="grouped")
 
 
-def test_the_layout_is_the_papers_to_one_decimal():
+def test_the_layout_is_the_papers_in_whole_per_cent():
     shown = tables.layout1(tables.table1(accuracy(), split="random"))
     assert list(shown.columns) == ["Training", "", "Clean", "PGD", "FGSM", "CW", "Combined"]
-    assert shown.iloc[0].tolist() == ["normal", "accuracy (%)", "93.1", "45.0", "46.9", "41.9", "44.6"]
-    assert shown.iloc[1].tolist()[:3] == ["", "95 % interval", "88.1–96.1"]
+    assert shown.iloc[0].tolist() == ["normal", "accuracy (%)", "93", "45", "47", "42", "45"]
+    assert shown.iloc[1].tolist()[:3] == ["", "95 % interval", "88–96"]
     assert shown.iloc[2].tolist() == ["", "k/n", "149/160", "72/160", "75/160", "67/160", "214/480"]
     assert shown.iloc[3].tolist() == ["", "printed (%)", *PAPER["normal"].split()]
     assert shown["Training"].tolist() == ["normal", "", "", "", "adversarial", "", "", ""]
@@ -77,19 +77,20 @@ def test_the_layout_is_the_papers_to_one_decimal():
 
 def test_a_spread_is_shown_where_there_are_seeds():
     shown = tables.layout1(tables.table1(accuracy(seeds=3), split="random"))
-    assert shown.iloc[3].tolist() == ["", "sd over seeds", *["1.2"] * 5]
+    assert shown.iloc[3].tolist() == ["", "sd over seeds", *["1"] * 5]
     assert "sd over seeds" not in tables.layout1(tables.table1(accuracy(), split="random")).to_string()
 
 
 def test_intervals_by_groups_are_shown_where_there_are_any(tmp_path):
     known = accuracy().assign(group_low=0.25, group_high=0.98765)
     shown = tables.layout1(tables.table1(known, split="random"))
-    assert shown.iloc[2].tolist() == ["", "95 %, by groups", *["25.0–98.8"] * 5]
-    assert shown.iloc[3].tolist()[:2] == ["", "k/n"]
+    assert shown.iloc[1].tolist() == ["", "95 %, by groups", *["25–99"] * 5]
+    assert shown.iloc[2].tolist()[:2] == ["", "k/n"]
     assert "by groups" not in tables.layout1(tables.table1(accuracy(), split="random")).to_string()
     for table, said in ((known, True), (accuracy(), False)):
         text = tables.write_table1(tmp_path, table, **WORDS)["md"].read_text(encoding="utf-8")
-        assert ("; by groups: bootstrap of whole groups" in text) is said
+        assert ("a bootstrap of whole groups" in text) is said
+        assert ("95 % Wilson intervals" in text) is not said
 
 
 def test_the_caption_says_what_a_reader_must_know():
@@ -122,10 +123,10 @@ def test_the_three_files_hold_the_same_table(tmp_path):
         "model,attack,k,n,accuracy_percent,low_percent,high_percent,"
         "group_low_percent,group_high_percent,sd_percent,seeds,printed\n"
     )
-    for cell in ("149/160", "451/480", "93.1", "93.12", "95.0"):
+    for cell in ("149/160", "451/480", "93", "93.12", "95.0"):
         assert f"| {cell} |" in md
         assert f"& {cell} " in tex
-    assert "| 88.1–96.1 |" in md and "& 88.1--96.1 &" in tex
+    assert "| 88–96 |" in md and "& 88--96 &" in tex
     assert "100 % phantoms_of & #1" in md and r"100 \% phantoms\_of \& \#1" in tex
 
 
@@ -201,8 +202,8 @@ def test_the_overview_is_a_line_a_split_and_training():
     both = pd.concat([both, both.assign(protocol="static", accuracy=0.0)], ignore_index=True)
     shown = tables.overview(both)
     assert list(shown) == ["Split", "Training", "clean (%)", "PGD (%)", "worst (%)", "balanced, clean / PGD"]
-    assert shown.iloc[0].tolist()[:3] == ["random", "normal", "93.1 (25.0–98.8)"]
-    assert shown.iloc[1].tolist()[4:] == ["12.5 (25.0–98.8)", "50 / 50"]
+    assert shown.iloc[0].tolist()[:3] == ["random", "normal", "93 (25–99)"]
+    assert shown.iloc[1].tolist()[4:] == ["12 (25–99)", "50 / 50"]
     assert [*zip(shown.Split, shown.Training, strict=True)] == [
         (split, model) for split in ("random", "grouped") for model in PAPER
     ]
@@ -212,12 +213,12 @@ def test_the_attacks_of_one_model_are_a_line_each_without_the_pooled_one():
     own = small().query("model == 'normal'")
     shown = tables.attack_layout(own)
     assert shown.attack.tolist() == ["clean", "PGD", "FGSM", "CW", "worst"] and "static attack" not in shown
-    assert shown.iloc[0].tolist() == ["clean", "93.1 (25.0–98.8)", "149/160", "50.0"]
+    assert shown.iloc[0].tolist() == ["clean", "93 (25–99)", "149/160", "50"]
     static = own[own.attack.eq("pgd")].assign(protocol="static", accuracy=0.75)
     with_static = tables.attack_layout(pd.concat([own, static], ignore_index=True))
-    assert with_static["static attack"].tolist() == ["–", "75.0", "–", "–", "–"]
+    assert with_static["static attack"].tolist() == ["–", "75", "–", "–", "–"]
     wilson = tables.attack_layout(own.assign(group_low=np.nan))
-    assert wilson.iloc[0, 1] == "93.1 (88.1–96.1)"
+    assert wilson.iloc[0, 1] == "93 (88–96)"
 
 
 def test_a_simple_classifier_counts_under_the_attack_it_can_be_given():
@@ -225,7 +226,7 @@ def test_a_simple_classifier_counts_under_the_attack_it_can_be_given():
     other = own.assign(model="forest", attack=own.attack.replace("pgd", "black-box"), balanced_accuracy=0.4)
     shown = tables.baselines_layout(pd.concat([own, other], ignore_index=True))
     assert shown.Classifier.tolist() == ["normal", "forest"] and shown.attack.tolist() == ["PGD", "black-box"]
-    assert shown["clean (%)"].tolist() == ["93.1 (88.1–96.1)"] * 2
+    assert shown["clean (%)"].tolist() == ["93 (88–96)"] * 2
     assert shown["balanced, clean / attacked"].tolist() == ["50 / 50", "40 / 40"]
 
 
@@ -261,8 +262,8 @@ def test_scores_have_six_columns():
     rows += [("random", "adversarial", 1, 0.9, np.nan, "1, 4", np.inf, 0, 9, 0)]
     shown = tables.scores_layout(pd.DataFrame(rows, columns=names))
     assert shown.values.tolist() == [
-        ["random", "normal", "50.4", "1.8", "0.9", "7/9"],
-        ["random", "adversarial", "90.0", "–", "inf", "0/9"],
+        ["random", "normal", "50", "2", "0.9", "7/9"],
+        ["random", "adversarial", "90", "–", "inf", "0/9"],
     ]
 
 
@@ -329,7 +330,8 @@ def test_the_caption_to_the_letter():
     )
     by_groups = tables.caption(table.assign(group_low_percent=1.0), **WORDS, protocol="static")
     assert by_groups == words.replace(
-        "once.", "once; by groups: bootstrap of whole groups of near-duplicates."
+        "Wilson intervals, each image counted once.",
+        "intervals, a bootstrap of whole groups of near-duplicates.",
     )
 
 

@@ -19,6 +19,7 @@ from fortify.evaluation import (
     scan_decisions,
 )
 from fortify.files import write_csv, write_text
+from fortify.intervals import whole_percent
 from fortify.tables import listed, to_latex, to_markdown
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def classes_layout(table: pd.DataFrame) -> pd.DataFrame:
         for column in table:
             if column == "balanced_accuracy_percent" or column.startswith("recall_"):
                 name = column.removesuffix("_percent").replace("_accuracy", "").replace("_", " ")
-                shares = ["–" if pd.isna(share) else f"{share:.1f}" for share in part[column]]
+                shares = ["–" if pd.isna(share) else whole_percent(share / 100) for share in part[column]]
                 line[name] = " / ".join(shares)
         lines.append(line)
     return pd.DataFrame(lines)
@@ -137,7 +138,7 @@ def classes_brief(table: pd.DataFrame, *, rare: str) -> pd.DataFrame:
 def _cell(row):
     """An accuracy in % with its interval, by groups where there is one."""
     low, high = interval_of(row, "_percent")
-    return f"{row.accuracy_percent:.1f} ({low:.1f}–{high:.1f})"
+    return f"{whole_percent(row.accuracy_percent / 100)} ({low:.0f}–{high:.0f})"
 
 
 def classes_caption(
@@ -169,8 +170,9 @@ def classes_caption(
         ]
     words += [
         "By scan: the class of the highest mean logit over a group's test slices, each attacked on its own. "
-        f"Groups of near-duplicates stand in for scans; {scans[0]} of {scans[1]} hold slices of several "
-        "classes and count for the most frequent one. Intervals: 95 %, "
+        "Groups of near-duplicates stand in for scans, and count once for each seed that tests them. "
+        f"Of these {scans[1]}, {scans[0]} hold slices of several classes; the most frequent class counts. "
+        "Intervals: 95 %, "
         + ("by groups for slices, " if table.group_low_percent.notna().any() else "Wilson's for slices, ")
         + "Wilson's for scans."
     ]

@@ -13,8 +13,9 @@ import pandas as pd
 
 from fortify.evaluation import BLACK_BOX, TRAININGS, attacks_in, interval_of
 from fortify.files import write_csv, write_text
+from fortify.intervals import whole_percent
 
-BY_GROUPS = "95 %, by groups"  # the line of cluster intervals
+WILSON, BY_GROUPS = "95 % interval", "95 %, by groups"  # the line of intervals, of either kind
 _BRIEF = {"clean": "clean", "pgd": "PGD", "worst": "worst"}  # the attacks of a short table, and their titles
 
 PRINTED_SOURCE = (
@@ -56,27 +57,26 @@ def table1(accuracy: pd.DataFrame, *, split: str, protocol: str = "adaptive") ->
 
 
 def layout1(table: pd.DataFrame) -> pd.DataFrame:
-    """The display table of :func:`table1`, in the layout of the paper, percent to one decimal.
+    """The display table of :func:`table1`, in the layout of the paper, in whole per cent.
 
-    Each training has the lines accuracy, its intervals (the one by groups where there are any), k/n, where
-    there are several seeds their sd, and printed.
+    Each training has the lines accuracy, its 95 % interval (the one by groups where there is one, else
+    Wilson's), k/n, where there are several seeds their sd, and printed.
     """
     lines = []
     titles = columns1(table)
     for model in table.model.unique():
         cells = table[table.model.eq(model)].set_index("attack").loc[list(titles)].reset_index()
         shown = {
-            "accuracy (%)": cells.accuracy_percent.map("{:.1f}".format),
-            "95 % interval": [f"{c.low_percent:.1f}–{c.high_percent:.1f}" for c in cells.itertuples()],
-            BY_GROUPS: [f"{c.group_low_percent:.1f}–{c.group_high_percent:.1f}" for c in cells.itertuples()],
+            "accuracy (%)": (cells.accuracy_percent / 100).map(whole_percent),
+            WILSON: [f"{c.low_percent:.0f}–{c.high_percent:.0f}" for c in cells.itertuples()],
+            BY_GROUPS: [f"{c.group_low_percent:.0f}–{c.group_high_percent:.0f}" for c in cells.itertuples()],
             "k/n": cells.k.map(str) + "/" + cells.n.map(str),
-            "sd over seeds": cells.sd_percent.map("{:.1f}".format),
+            "sd over seeds": cells.sd_percent.map("{:.0f}".format),
             "printed (%)": cells.printed.map(str).replace("nan", "–"),  # as many decimals as the paper prints
         }
         if cells.seeds.max() == 1:
             del shown["sd over seeds"]
-        if cells.group_low_percent.isna().all():
-            del shown[BY_GROUPS]
+        del shown[BY_GROUPS if cells.group_low_percent.isna().all() else WILSON]
         for i, (name, values) in enumerate(shown.items()):
             lines.append([model if i == 0 else "", name, *values])
     return pd.DataFrame(lines, columns=["Training", "", *titles.values()])
@@ -88,11 +88,10 @@ def brief1(table: pd.DataFrame) -> pd.DataFrame:
     The interval is the one by groups, where there is one.
     """
     shown = layout1(table)
-    interval = BY_GROUPS if (shown[""] == BY_GROUPS).any() else "95 % interval"
     names = shown.Training.where(shown.Training.ne("")).ffill() + ": " + shown[""]
     short = shown.drop(columns=["Training", ""])
     short.insert(0, "Training", names)
-    return short[shown[""].isin(["accuracy (%)", interval, "printed (%)"])].reset_index(drop=True)
+    return short[shown[""].isin(["accuracy (%)", WILSON, BY_GROUPS, "printed (%)"])].reset_index(drop=True)
 
 
 def overview(accuracy: pd.DataFrame) -> pd.DataFrame:
@@ -124,7 +123,7 @@ def counted(accuracy: pd.DataFrame, *, split: str) -> str:
 def _with_interval(row):
     """An accuracy in % with its interval, by groups where there is one."""
     low, high = interval_of(row)
-    return f"{100 * row.accuracy:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+    return f"{whole_percent(row.accuracy)} ({100 * low:.0f}–{100 * high:.0f})"
 
 
 def attack_layout(accuracy: pd.DataFrame) -> pd.DataFrame:
@@ -139,9 +138,9 @@ def attack_layout(accuracy: pd.DataFrame) -> pd.DataFrame:
     for row in own.itertuples():
         line = {"attack": row.attack if row.attack in ("clean", "worst") else row.attack.upper()}
         line |= {"accuracy (95 % interval)": _with_interval(row), "k/n": f"{row.k}/{row.n}"}
-        line |= {"balanced": f"{100 * row.balanced_accuracy:.1f}"}
+        line |= {"balanced": whole_percent(row.balanced_accuracy)}
         if len(static):
-            line["static attack"] = f"{100 * static[row.attack]:.1f}" if row.attack in static else "–"
+            line["static attack"] = whole_percent(static[row.attack]) if row.attack in static else "–"
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -190,8 +189,8 @@ def scores_layout(scores: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for row in scores.itertuples():
         line = {"Split": row.split, "Training": row.model}
-        line["mean over budgets (%)"] = f"{100 * row.mean_robust_accuracy:.1f}"
-        line |= {"sd over seeds": "–" if pd.isna(row.sd) else f"{100 * row.sd:.1f}"}
+        line["mean over budgets (%)"] = whole_percent(row.mean_robust_accuracy)
+        line |= {"sd over seeds": "–" if pd.isna(row.sd) else f"{100 * row.sd:.0f}"}
         line |= {"CW median L2": f"{row.cw_median_l2:.2g}", "CW succeeds": f"{row.cw_k}/{row.cw_n}"}
         lines.append(line)
     return pd.DataFrame(lines)
@@ -233,21 +232,22 @@ def caption(
         "static": "crafted on the normally trained model",
     }
     by_groups = table.group_low_percent.notna().any()
-    drawn = "; by groups: bootstrap of whole groups of near-duplicates" if by_groups else ""
+    drawn = "intervals, a bootstrap of whole groups of near-duplicates"
+    drawn = drawn if by_groups else "Wilson intervals, each image counted once"
     kinds, seeds = attacks_in(table), int(table.seeds.max())
     linf, free = (sorted(name.upper() for name in kinds if kinds[name] == kind) for kind in (False, True))
     budgets = [f"{listed(linf)}: Linf budget {eps_255:g}/255."] if linf else []
     budgets += [f"{listed(free)}: L2 budget {cw_l2:g}, image in [0, 1]."] if free else []
     lost = ""
     if protocol == "adaptive":
-        lost = "A slice that is misclassified when clean counts as misclassified under every attack"
-        lost += ", one that PGD breaks as broken at every larger budget. " if "pgd" in kinds else ". "
+        lost = "A slice that is misclassified when clean counts as misclassified under every attack. "
+        if "pgd" in kinds:
+            lost += "A slice that PGD breaks counts as broken at every larger budget. "
     return (
         f"Accuracy on the test set in percent, {split} split, {protocol} attacks ({crafted[protocol]}). "
         f"{' '.join(budgets)} {lost}"
-        f"Combined: pooled over the attacks. {seeds} seed{'s' if seeds != 1 else ''}; 95 % Wilson "
-        f"intervals, each image counted once{drawn}. Images: {source}. Profile: {profile}. "
-        f"Printed: {PRINTED_SOURCE}."
+        f"Combined: pooled over the attacks. {seeds} seed{'s' if seeds != 1 else ''}; 95 % {drawn}. "
+        f"Images: {source}. Profile: {profile}. Printed: {PRINTED_SOURCE}."
     )
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from fortify.intervals import whole_percent
+
 VERDICTS = {  # and each in one word
     "reproduced": "reproduced",
     "reproduced only under": "conditional",
@@ -126,7 +128,7 @@ def read_cell(tables: str | Path, cell: str) -> tuple[float | str, str]:
     grouped = row.get(f"group_low{suffix}", "") != ""
     bounds, words = (("group_low", "group_high"), "by groups ") if grouped else (("low", "high"), "")
     accuracy, low, high = (scale * float(row[f"{name}{suffix}"]) for name in ("accuracy", *bounds))
-    return accuracy, f"{accuracy:.1f} % ({row.k}/{row.n}, {words}{low:.1f}–{high:.1f})"
+    return accuracy, f"{whole_percent(accuracy / 100)} % ({row.k}/{row.n}, {words}{low:.0f}–{high:.0f})"
 
 
 def ledger(claims: Iterable[Claim], tables: str | Path, *, partial: bool = False) -> pd.DataFrame:
@@ -153,7 +155,7 @@ def ledger(claims: Iterable[Claim], tables: str | Path, *, partial: bool = False
             ours, broken = "", [str(error)]
             verdict = f"{OPEN}: not measured here ({str(error).partition(': ')[0]})"
             if claim.measured_in:
-                verdict = f"{OPEN}: not yet measured; notebook {claim.measured_in} does"
+                verdict = f"{OPEN}: not yet measured; notebook {claim.measured_in} will"
         except MissingNumber as error:
             if not partial:
                 raise MissingNumber(f"claim {claim.id}: {error}") from None

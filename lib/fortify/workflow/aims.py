@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from fortify.tables import to_markdown
-from fortify.workflow.front import accuracies, frozen_gains
+from fortify.workflow.front import accuracies, gains_over_adversarial
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def _share(attack, column):
 
 
 def _price(tables, split):
-    gains = frozen_gains(tables, split)
+    gains = gains_over_adversarial(tables, tables, split, "frozen features")
     return None if gains is None else gains.loc["clean", "gain_percent"]
 
 

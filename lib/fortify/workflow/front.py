@@ -74,7 +74,11 @@ def finding(lead: Path, main: Path) -> Iterator[str]:
     words = (
         "On a random split of the slices, adversarial training raises the accuracy under attack from {} to {}"
     )
-    yield f"{words}, and on unseen groups from {{}} to {{}}.".format(*shares)
+    most = simple_classifiers(lead, main, "grouped").get("largest class")
+    most = (
+        f", where one answer for all slices gives {whole_percent(most['clean'][0] / 100)} %" if most else ""
+    )
+    yield f"{words}, and on unseen groups from {{}} to {{}}{most}.".format(*shares)
     benign = grouped.loc[("adversarial", "clean"), "recall_benign"]
     seen = "no benign slice" if benign == 0 else f"{whole_percent(benign)} % of the benign slices"
     yield f"On unseen groups it recognises {seen}{_against_rivals(lead, main, grouped)}."
@@ -86,8 +90,13 @@ def finding(lead: Path, main: Path) -> Iterator[str]:
         same = abs(clamp - attack) <= 0.05
         yield (
             "In the study's public code a fixed clamp of the grey levels, without any attack, lowers the "
-            f"accuracy of normal training from {whole_percent(clean)} % to {whole_percent(clamp)} %"
-            + (", as far as its PGD does." if same else f". Its PGD lowers it to {whole_percent(attack)} %.")
+            f"accuracy of normal training on one random split from {whole_percent(clean)} % to "
+            f"{whole_percent(clamp)} %"
+            + (
+                ", as far as that code's PGD does."
+                if same
+                else f". That code's PGD lowers it to {whole_percent(attack)} %."
+            )
         )
 
 
@@ -197,42 +206,73 @@ def findings(lead: Path, main: Path, benchmarks: Path) -> Iterator[str]:
         yield (
             "**A random split can be solved by look-up.** The nearest thumbnail classifies "
             f"{whole_percent(shares[0])} % of its test slices correctly, and {whole_percent(shares[1])} % "
-            "on unseen groups ([leakage](notebooks/07_leakage.ipynb))."
+            f"on unseen groups ([results](docs/results.md)){_frame(main)}."
         )
     matrix = _matrix(main, "random")
     eps = budget(main)
     if matrix is not None and ("published", f"PGD {eps}") in matrix.index:
-        own = matrix.loc[("published", "published PGD"), "accuracy"]
-        correct = matrix.loc[("published", f"PGD {eps}"), "accuracy"]
+        own, correct, normal = (
+            f"{whole_percent(matrix.loc[key, 'accuracy'])} %"
+            for key in (("published", "published PGD"), ("published", f"PGD {eps}"), ("normal", f"PGD {eps}"))
+        )
         n = matrix.loc[("published", "published PGD"), "n"]
         yield (
-            "**The study's training does not withstand a correct attack.** Repeated in short "
-            f"({_short(main)}, {n} slices), it gives {whole_percent(own)} % under the study's version of "
-            f"PGD and {whole_percent(correct)} % under PGD at {eps} ([published "
+            "**The study's training, repeated in short, does not withstand a correct attack.** After "
+            f"{_short(main)} it classifies {own} of {n} slices correctly under the study's version of PGD "
+            f"and {correct} under PGD at {eps}. Normal training keeps {normal} there ([published "
             "protocol](notebooks/06_published_protocol.ipynb), [claims](docs/claims.md))."
         )
     if grouped is not None:
         normal, trained = (_percent(grouped, name, "pgd") for name in ("normal", "adversarial"))
         yield (
-            f"**Adversarial training works against the attack.** On unseen groups, accuracy under PGD at "
-            f"{budget(lead)} is {normal} after normal and {trained} after adversarial training"
-            f"{_price(lead, main)} ([results](docs/results.md))."
+            f"**On unseen groups adversarial training withstands the attack far better than normal "
+            f"training.** Accuracy under PGD at {budget(lead)} is {normal} after normal and {trained} after "
+            f"adversarial training{_beside_one_answer(lead, main)}{_price(lead, main)} "
+            "([results](docs/results.md))."
         )
     yield from _blanked(main)
     yield from _groupings(benchmarks / "grouping_cpu.csv")
 
 
+def _frame(main):
+    """How much the frame alone tells, the pixels that show no lung, of notebook 7's splits."""
+    path = main / "leak_summary.csv"
+    if not path.is_file():
+        return ""
+    table = pd.read_csv(path).set_index(["classifier", "split"]).accuracy
+    if ("frame", "random") not in table.index:
+        return ""
+    shares = [whole_percent(table[("frame", split)]) for split in _SPLITS]
+    return (
+        f". The frame of the slice alone, which shows no lung, gives {shares[0]} % and {shares[1]} % on ten "
+        "other splits of each kind ([leakage](notebooks/07_leakage.ipynb))"
+    )
+
+
+def _beside_one_answer(lead, main):
+    """How far adversarial training under attack is ahead of one answer for all slices of unseen groups."""
+    gains = gains_over_adversarial(lead, main, "grouped", "largest class")
+    if gains is None:
+        return ""
+    own = gains.loc["pgd"]
+    gain, low, high = (f"{-own[f'{name}_percent']:.0f}" for name in ("gain", "high", "low"))
+    words = (
+        f". One answer for all slices gives {whole_percent(own.k / own.n)} %, {gain} points less (95 % "
+        f"interval {low} to {high}"
+    )
+    return words + (", so this may be chance)" if own.high_percent > 0 else ")")
+
+
 def _price(lead, main):
     """What robustness costs beside the best network without it, on the same clean slices of unseen groups."""
-    gains = next((own for own in (frozen_gains(f, "grouped") for f in (lead, main)) if own is not None), None)
+    gains = gains_over_adversarial(lead, main, "grouped", "frozen features")
     if gains is None or gains.loc["clean", "low_percent"] <= 0:
         return ""
     clean = gains.loc["clean"]
     return (
-        f". Its price is clean accuracy: {_RIVALS['frozen features']} classifies {clean.gain_percent:.0f} "
-        f"points more of the clean slices correctly (95 % interval {clean.low_percent:.0f} to "
-        f"{clean.high_percent:.0f}), and {whole_percent(gains.loc['pgd', 'k'] / gains.loc['pgd', 'n'])} % "
-        "under PGD"
+        f". The price of robustness is that {_RIVALS['frozen features']}, which has none, classifies "
+        f"{clean.gain_percent:.0f} points more of the clean slices correctly (95 % interval "
+        f"{clean.low_percent:.0f} to {clean.high_percent:.0f})"
     )
 
 
@@ -242,7 +282,7 @@ def _short(main):
     if not seeds:
         return "few epochs"
     epochs = json.loads(seeds[0].read_text(encoding="utf-8"))["parameters"]["published_epochs"]
-    return f"{epochs} epochs, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+    return f"{epochs} epochs ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})"
 
 
 def _blanked(main):
@@ -289,14 +329,16 @@ def accuracies(tables: Path, split: str) -> pd.DataFrame | None:
     return None if table.empty else table
 
 
-def frozen_gains(tables: Path, split: str) -> pd.DataFrame | None:
-    """How far the frozen features are ahead of adversarial training, by attack; None where not published."""
-    path = tables / "table1_gains.csv"
-    if not path.is_file():
-        return None
-    table = pd.read_csv(path)
-    table = table[table.split.eq(split) & table.model.eq("frozen features")].set_index("attack")
-    return None if table.empty else table
+def gains_over_adversarial(lead: Path, main: Path, split: str, classifier: str) -> pd.DataFrame | None:
+    """How far a simple classifier is ahead of adversarial training, by attack; None where not published."""
+    for folder in (lead, main):
+        path = folder / "table1_gains.csv"
+        if path.is_file():
+            table = pd.read_csv(path)
+            table = table[table.split.eq(split) & table.model.eq(classifier)].set_index("attack")
+            if len(table):
+                return table
+    return None
 
 
 def _matrix(main, split):
