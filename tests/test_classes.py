@@ -115,6 +115,7 @@ def test_the_caption_says_which_baseline_is_ahead_and_how_surely():
         "Clean, ahead of the adversarially trained network: forest by 12 points (5 to 20). "
         "Clean, ahead of it, but not beyond chance: thumbnail by 1.0 points (-3 to 4). "
         "Attacked within 4/255, no baseline is ahead of the adversarially trained network. "
+        "Attacked within 4/255, behind it, but not beyond chance: thumbnail by 0.0 points (-1 to 1). "
     )
     assert "Without a gradient (forest): the strongest" in said and "Of these 40, 3 hold slices" in said
     assert "Left out" not in said

@@ -184,24 +184,30 @@ def classes_caption(
 
 
 def _ahead(gains, attack, eps_255):
-    """Whether a baseline classifies more of the same slices correctly than adversarial training does."""
+    """Which baselines classify more of the same slices correctly than adversarial training, or nearly so."""
     when = "Clean" if attack == "clean" else f"Attacked within {eps_255:g}/255"
-    more = gains[gains.attack.eq(attack) & gains.gain_percent.gt(0)]
-    if more.empty:
-        return f"{when}, no baseline is ahead of the adversarially trained network."
+    own = gains[gains.attack.eq(attack)]
+    more, fewer = own[own.gain_percent.gt(0)], own[own.gain_percent.le(0) & own.high_percent.ge(0)]
 
     def shown(rows):
         words = []
         for row in rows.itertuples():
-            points = f"{row.gain_percent:.{0 if row.gain_percent >= 1.5 else 1}f}"
-            words.append(f"{row.model} by {points} points ({row.low_percent:.0f} to {row.high_percent:.0f})")
+            gain, low, high = row.gain_percent, row.low_percent, row.high_percent
+            if gain <= 0:  # behind, by so many points
+                gain, low, high = abs(gain), -high, -low
+            points = f"{gain:.{0 if gain >= 1.5 else 1}f}"
+            words.append(f"{row.model} by {points} points ({low:.0f} to {high:.0f})")
         return listed(words)
 
     beyond = more.low_percent.gt(0)
     parts = []
+    if more.empty:
+        parts.append(f"{when}, no baseline is ahead of the adversarially trained network.")
     if beyond.any():
         parts.append(f"{when}, ahead of the adversarially trained network: {shown(more[beyond])}.")
     if (~beyond).any():
         than = "it" if parts else "the adversarially trained network"
         parts.append(f"{when}, ahead of {than}, but not beyond chance: {shown(more[~beyond])}.")
+    if len(fewer):
+        parts.append(f"{when}, behind it, but not beyond chance: {shown(fewer)}.")
     return " ".join(parts)

@@ -525,6 +525,8 @@ def _fewest_seeds(tables):
 
 def _audited(tables):
     """What notebook 8 says against Table 1: the checks that failed. Markdown."""
+    from fortify.audit.checks import MEANINGS  # here: it loads torch
+
     audits = {split: sorted(tables.glob(f"audit_{split}-s*.csv"), key=_seed_of) for split in _SPLITS}
     audited, failed = [split for split, paths in audits.items() if paths], []
     for split, paths in audits.items():
@@ -532,14 +534,15 @@ def _audited(tables):
             where = f"{split} split, seed {path.stem.partition('-s')[2]}"
             for row in pd.read_csv(path).query("verdict == 'fail'").itertuples():
                 found = row.measured if pd.isna(row.note) else row.note
-                failed.append(f"*{row.check}* ({where}, {row.model} model: {found})")
+                meant = {own.name: own.must_hold for own in MEANINGS.values()}.get(row.check, "")
+                failed.append(f"*{row.check}* ({where}, {row.model} model: {found}). {meant}".strip())
     if not audited:
         return "Notebook 08, the audit, has not been run.\n"
     only = "" if len(audited) == len(_SPLITS) else f", {audited[0]} split alone"
-    said = f"Checks of the audit (notebook 08{only}) that fail: {'; '.join(failed) if failed else 'none'}."
-    if failed:
-        said += " Where a check of an attack's strength fails, the true accuracy may be lower."
-    return said + "\n"
+    if not failed:
+        return f"Checks of the audit (notebook 08{only}) that fail: none.\n"
+    said = f"Checks of the audit (notebook 08{only}) that fail: {' '.join(failed)}"
+    return f"{said} Where a check of an attack's strength fails, the true accuracy may be lower.\n"
 
 
 def _seed_of(path):
