@@ -139,7 +139,7 @@ def both(normal=NORMAL, robust=ROBUST, **where):
     [
         (ROBUST, "is not clear: the difference, **-5 points**, could be chance"),
         ({**ROBUST, "clean": 20}, "The price of robust training is **80 points**"),
-        ({**ROBUST, "clean": 0}, "Robust training has no price here: it gains **20 points**"),
+        ({**ROBUST, "clean": 0}, "Beside normal training it costs no clean accuracy: it gains **20 points**"),
     ],
 )
 def test_the_price_of_robust_training_is_the_paired_gain(robust, said):

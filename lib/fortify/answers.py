@@ -220,7 +220,8 @@ def _price(gains):
     if row.high_percent < 0:
         return f"The price of robust training is **{_points(-gain)}** ({between})."
     if row.low_percent > 0:
-        return f"Robust training has no price here: it gains **{_points(gain)}** ({between})."
+        gains = f"it gains **{_points(gain)}** ({between})"
+        return f"Beside normal training it costs no clean accuracy: {gains}. Another training would differ."
     unclear = f"the difference, **{_points(gain, '+')}**, could be chance ({between})"
     return f"The price of robust training is not clear: {unclear}."
 

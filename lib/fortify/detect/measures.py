@@ -223,8 +223,8 @@ def answer(
         )
     of_both, of_one = times.set_index("detector").p50_ms[[best.detector, "none"]]
     words.append(
-        f"Network and *{best.detector}* together take {of_both:.2g} ms a slice (median), and the network "
-        f"alone {of_one:.2g} ms."
+        f"Network and *{best.detector}* together take about {of_both:.{0 if of_both > 1 else 1}f} ms a slice "
+        f"(median), and the network alone about {of_one:.{0 if of_one > 1 else 1}f} ms."
     )
     return "**Short answer of this run**\n\n" + "\n".join(f"- {line}" for line in words)
 

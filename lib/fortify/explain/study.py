@@ -94,7 +94,7 @@ def spoken(table: pd.DataFrame) -> str:
         if name in lungs.index:
             best = lungs.loc[name].sort_values("mean").iloc[-1]
             sentences.append(
-                f"Of the {name} network's maps *{best.name}* lies most in the lungs: its share there "
+                f"Of the {name} network's maps *{best.name}* has the highest share in the lungs: it "
                 f"is {best['mean']:.1f} times that of the area (95 % interval {best.low:.1f} "
                 f"to {best.high:.1f})."
             )
@@ -103,6 +103,11 @@ def spoken(table: pd.DataFrame) -> str:
         sentences.append(
             f"The best control, *{best.name}*, which knows nothing of a network, reaches {best['mean']:.1f}."
         )
+        maps = lungs[lungs.index.get_level_values("model") != ""]
+        if len(maps) and maps["mean"].max() < best["mean"]:
+            sentences[-1] += (
+                " So the share in the lungs does not show that a map finds what the prediction rests on."
+            )
     sentences += _pointed(table[table.measure.eq("pointing game")])
     for measure, words in _STABLE.items():
         own = table[table.measure.eq(measure)]

@@ -7,6 +7,7 @@ from fortify.transfer.crafting import NOISE, OTHERS
 from fortify.transfer.nodules import FEATURES
 
 SIZE = FEATURES["diameter_mm"]
+_ONE_ANSWER = 0.55  # a balanced accuracy of two classes below this is hardly that of a classifier
 _NAMES = {"pgd": "PGD"}
 _WORDS = {
     "clean": "The next figures count the slices that were attacked. Before the attack the networks classify "
@@ -38,7 +39,10 @@ def transfer_answer(table: pd.DataFrame, *, eps_255: float) -> str:
     best = max(other.attack.unique(), key=lambda attack: _pooled(other[other.attack.eq(attack)]).accuracy)
     other = other[other.attack.eq(best)]
     named = _NAMES.get(best, best)
-    lines = [f"Of the attacks tried, *{named}* transfers best to another network on these slices."]
+    lines = [
+        f"These figures are of *{named}*, the attack with the highest share on another network. Whether the "
+        "attacks differ was not tested."
+    ]
     for training in ("normal", "adversarial"):
         of = table[table.target.str.endswith(training)]
         own = _pooled(of[of.white_box & of.attack.eq(best)])
@@ -81,8 +85,11 @@ def nodule_answer(
     by_kind = ", ".join(f"{_percent(own.loc[(kind, 'normal')])} on folds by {kind}" for kind in kinds)
     by_kind = by_kind.replace("folds by random", "random folds")
     groups = agreement.set_index("folds").loc["near-duplicate groups"]
-    lines = [
-        f"**{source}.** Trained by the same recipe, the network's accuracy is {by_kind}.",
+    lines = [f"**{source}.** Trained by the same recipe, the network's accuracy is {by_kind}."]
+    if {("random", "normal"), ("patients", "normal")} <= set(own.index):
+        more = 100 * (own.accuracy["random", "normal"] - own.accuracy["patients", "normal"])
+        lines[0] += f" So random folds differ from folds by patients by {more:+.0f} points here."
+    lines += [
         f"Near-duplicate groups have a pairwise precision of {groups.precision:.2f} and a recall of "
         f"{groups.recall:.2f} against the patients. In folds by such groups "
         f"{100 * groups.patient_in_training:.0f} % of the test slices still have their patient in training.",
@@ -104,4 +111,11 @@ def nodule_answer(
         of = attacked[attacked.unit.eq("slice") & attacked.attack.eq(attack)]
         named = ", ".join(f"{row.model} {_percent(row)}" for row in of.itertuples())
         lines.append(f"{_WORDS[attack]}: {named}.")
+    lost = attacked[attacked.unit.eq("slice") & attacked.attack.eq("clean")]
+    lost = lost[lost.balanced_accuracy.lt(_ONE_ANSWER)].model.tolist()
+    if lost:
+        lines.append(
+            f"On clean slices the balanced accuracy of {' and '.join(lost)} is near a half, as of one answer "
+            "for all slices. An attack then has little to change."
+        )
     return "\n".join(f"- {line}" for line in lines)
