@@ -1,4 +1,4 @@
-"""How much of what pretrained features tell of unseen patients is fine detail? By resolution and noise.
+"""How much of what pretrained features tell of unseen groups is fine detail? By resolution and noise.
 
     python benchmarks/resolution.py    about ten minutes on two cores
 
@@ -27,7 +27,7 @@ from fortify.workflow.publish import replace_section
 
 SIDE = 224
 PIXELS, NOISE_255 = (224, 112, 56, 28, 14), (4, 8, 16)
-PENALTY = 0.001  # C of the logistic regression, as the table's baseline has
+PENALTY = 0.001  # C of the logistic regression, the same for all
 
 
 def shown(images):
