@@ -149,6 +149,8 @@ def test_a_claim_may_wait_for_its_notebook_but_not_for_a_number(tables):
 def test_a_row_reads_as_accuracy_with_counts_and_interval(tables):
     assert read_cell(tables, "a.csv[split=random]") == (90.0, "90 % (9/10, 40–95)")
     assert read_cell(tables, "b.csv[name=x].p") == (0.25, "0.25")
+    (tables / "d.csv").write_text('name,split,p\n"net, ImageNet",random,0.5\n')
+    assert read_cell(tables, "d.csv[name=net, ImageNet, split=random].p") == (0.5, "0.5")
     assert read_cell(tables, "b.csv[name=x].text") == ("none", "none")
     assert read_cell(tables, "a.csv[split=random].k") == (9, "9")
     (tables / "c.csv").write_text("name,value\nx,99.465\ny,\n")  # read as text, for one cell is empty

@@ -418,7 +418,13 @@ def test_the_answer_holds_the_numbers(calibrated):
     said = answer(table, claims, [0.6, np.nan], 0.2, times)
     for number in ("75 % of the slices that PGD", "0 % of the slices that attackers", "10 (10–10) % of 8"):
         assert number in said, said
-    for number in ("suggest 50 %", "network classifies 20 %", "training classifies 60 %", "about 3 ms", "alone about 1 ms"):
+    for number in (
+        "suggest 50 %",
+        "network classifies 20 %",
+        "training classifies 60 %",
+        "about 3 ms",
+        "alone about 1 ms",
+    ):
         assert number in said, said
     assert "training" not in answer(table, claims, [np.nan, np.nan], 0.2, times)
     line = layout(table, claims).iloc[0]

@@ -105,7 +105,7 @@ def read_cell(tables: str | Path, cell: str) -> tuple[float | str, str]:
     table = pd.read_csv(path, keep_default_na=False)
     if table.empty:  # what it is of was not there
         raise MissingTable(f"{cell}: {path.name} has no rows")
-    for condition in filter(None, (part.strip() for part in parsed["row"].split(","))):
+    for condition in filter(None, (part.strip() for part in re.split(r",(?=\s*\w+=)", parsed["row"]))):
         column, _, value = condition.partition("=")
         if column not in table:
             raise ClaimError(f"{cell}: {path.name} has no column {column!r}, only {', '.join(table)}")
