@@ -546,6 +546,22 @@ def test_the_published_table_1_is_what_the_published_rows_say():
     pd.testing.assert_frame_equal(gain.round(1), pd.read_csv(tables / "gain.csv"), check_dtype=False)
 
 
+def test_what_the_page_says_of_other_objectives():
+    """TRADES alone is ahead of the mix on unseen groups, and behind on the random split; N-FGSM is neither."""
+    folder = ROOT / "paper/tables/laptop"
+    gains = pd.read_csv(folder / "comparison_gains.csv").query("kind == 'attacked'")
+    gains = gains.set_index(["split", "contender"])
+    objectives = ["PGD alone", "TRADES", "MART", "AWP", "N-FGSM"]
+    low, high = (gains[f"{end}_percent"].unstack("contender")[objectives] for end in ("low", "high"))
+    assert low.columns[low.loc["grouped"] > 0].tolist() == ["TRADES"]
+    assert gains.gain_percent["grouped", "TRADES"] < 10 and high.loc["random", "TRADES"] < 0
+    assert not gains.differs.unstack("contender")["N-FGSM"].any()
+    costs = pd.read_csv(folder / "comparison_costs.csv").groupby("contender")
+    assert (costs.epochs.min() == costs.epochs.max()).all() and costs.epochs.first().eq(10).all()
+    cost = costs.forwards.first()
+    assert 0.4 < cost["N-FGSM"] / cost["the paper's mix"] < 0.6
+
+
 def test_what_the_page_says_of_cropped_slices():
     """More of unseen groups, the more so under attack, fewer of the random split; on the same splits."""
     apart = pd.read_csv(ROOT / "benchmarks/cropped.csv").query("model == 'adversarial'").set_index("split")
