@@ -558,6 +558,10 @@ def test_what_the_page_says_of_other_objectives():
     assert not gains.differs.unstack("contender")["N-FGSM"].any()
     costs = pd.read_csv(folder / "comparison_costs.csv").groupby("contender")
     assert (costs.epochs.min() == costs.epochs.max()).all() and costs.epochs.first().eq(10).all()
+    table = pd.read_csv(folder / "comparison.csv").set_index(["contender", "split"])
+    lite, own = (table.loc[name] for name in ("efficientnet_lite0, ImageNet", "the paper's mix"))
+    assert (lite.correct > own.correct).all() and (lite.attacked < 0.05).all()
+    assert table.balanced_correct.loc["squeezenet1_1"].between(0.33, 0.34).all()
     cost = costs.forwards.first()
     assert 0.4 < cost["N-FGSM"] / cost["the paper's mix"] < 0.6
 
