@@ -319,7 +319,7 @@ def test_the_slider_the_training_and_the_attack_by_keyboard(page, data):
     press(page, choice, Keys.END)
     last = data["slices"][-1]
     check(page, data, last, "normal", "clamp", 0)
-    assert "unseen patients" in page.find_element("id", "split").text
+    assert "stand in for patients" in page.find_element("id", "split").text
     assert not page.find_element("css selector", "[value=published]").is_enabled()
     assert not [line for line in page.get_log("browser") if line["level"] == "SEVERE"]
 

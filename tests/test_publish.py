@@ -339,7 +339,7 @@ def test_another_network_stands_beside_what_is_shown(checkout, capsys):
     assert results.count("(notebook 08, random split alone) that fail: ") == 1
     assert results.count("the true accuracy may be lower.\n") == 1
     where = "(random split, seed 0, normal model:"
-    failed = f"*gradients* {where} 1 of 2); *Square* {where} the note)"
+    failed = f"*gradients* {where} 1 of 2). *Square* {where} the note)."
     assert results.index("| b |") < results.index(failed)
     assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
     assert (checkout / "docs/results.md").read_text() == results, "the next publish of the other keeps it"
