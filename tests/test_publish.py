@@ -547,7 +547,7 @@ def test_the_published_table_1_is_what_the_published_rows_say():
 
 
 def test_what_the_page_says_of_other_objectives():
-    """TRADES alone is ahead of the mix on unseen groups, and behind on the random split; N-FGSM is neither."""
+    """TRADES alone is ahead of the mix on unseen groups, and behind on the random split."""
     folder = ROOT / "paper/tables/laptop"
     gains = pd.read_csv(folder / "comparison_gains.csv").query("kind == 'attacked'")
     gains = gains.set_index(["split", "contender"])
