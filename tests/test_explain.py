@@ -169,7 +169,7 @@ def test_the_table_tells_a_network_that_looks_in_the_mask_from_a_control(shown):
     assert checks.set_index("measure").loc["attack", "mean"] == pytest.approx(1)
     words = spoken(pd.concat([table, checks]))
     assert (
-        "Of the normal network's maps *gradient* lies most in the lungs: its share there is 16.0 times"
+        "Of the normal network's maps *gradient* has the highest share in the lungs: it is 16.0 times"
         in words
     )
     assert "with its clean map of 1.00 (normal training)" in words
