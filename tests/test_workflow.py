@@ -201,7 +201,7 @@ AFTER_TRAINING |= {"explorer": 1, "results": 1, "claims": 1, "html": 1, "all": 1
         ("train_pgd_steps=3", {"adversarial_training": 2, **AFTER_TRAINING}),
         ("cw_steps=6", {"attacks": 2, "adversarial_training": 2, **AFTER_TRAINING}),
         ("published_epochs=1", {"published_protocol": 2, "claims": 1, "explorer": 1, "html": 1, "all": 1}),
-        ("second_epochs=3", {"transfer": 1, "explanations": 1, "claims": 1, "html": 1, "all": 1}),
+        ("second_epochs=2", {"transfer": 1, "explanations": 1, "claims": 1, "html": 1, "all": 1}),
         ("leak_seeds=4", {"leakage": 1, "claims": 1, "html": 1, "all": 1}),
     ],
 )
