@@ -1,6 +1,7 @@
 """Simple classifiers say what their parts say, and are attacked within the budget like any network."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -237,6 +238,15 @@ def test_frozen_features_choose_their_penalty_on_the_validation_slices(images, l
     y[val] = (y[val] + 1) % 3
     wrong = FrozenFeatures(backbone, x, y, num_classes=3, validation=val)
     assert wrong.penalty == 1e-4, "where training says nothing about validation, the simplest is taken"
+
+
+def test_the_tables_frozen_features_are_given_the_validation_slices(phantoms, monkeypatch):
+    net = build_model("resnet_small", num_classes=3, seed=0)
+    monkeypatch.setattr(baselines, "build_model", lambda *args, **options: net)
+    val, labels = np.arange(0, 120, 4), phantoms.labels.copy()
+    labels[val] = (labels[val] + 1) % 3
+    wrong, _ = fit_baselines(["frozen features"], replace(phantoms, labels=labels), validation=val)
+    assert wrong["frozen features"].penalty == 1e-4, "training says nothing about validation"
 
 
 def test_what_needs_an_extra_is_left_out_and_named(phantoms, monkeypatch):

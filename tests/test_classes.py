@@ -122,5 +122,8 @@ def test_the_caption_says_which_baseline_is_ahead_and_how_surely():
     assert "Left out, for the extra `pretrained` is not installed: x and y." in words(
         GAINS, missing=["x", "y"]
     )
+    behind = GAINS.assign(gain_percent=-13.4, low_percent=-28.8, high_percent=1.5)
+    behind = words(behind[behind.model.eq("thumbnail")])
+    assert "behind it, but not beyond chance: thumbnail by 13 points (-2 to 29)." in behind
     none = words(GAINS.assign(gain_percent=-1.0))
     assert none.count("no baseline is ahead of the adversarially trained network") == 2

@@ -173,6 +173,10 @@ def test_the_table_tells_a_network_that_looks_in_the_mask_from_a_control(shown):
         in words
     )
     assert "with its clean map of 1.00 (normal training)" in words
+    no_proof = "So the share in the lungs does not show that a map finds what the prediction rests on."
+    assert no_proof not in words, "the network's map is ahead of the control"
+    ahead = table["mean"].where(table.model.ne("") | table.measure.ne("lungs"), 17)
+    assert no_proof in spoken(pd.concat([table.assign(mean=ahead), checks]))
     figure = measure_dots(table, measures={"lungs": "lungs / area"})
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "normal",

@@ -317,6 +317,7 @@ def test_another_network_stands_beside_what_is_shown(checkout, capsys):
         nbformat.write(made, checkout / folder / "09_claims.ipynb")
     audit = "check,model,verdict,measured,note\ngradients,normal,fail,1 of 2,\n"
     audit += "Square,normal,fail,a word,the note\n"
+    audit += "mutants are caught,normal,fail,1 of 2,survive: one\n"
     (checkout / "build/resnet18/tables/audit_random-s0.csv").write_text(audit)
     (checkout / "build/resnet18/tables/table1_random.md").write_text("| b |\n")
     assert publish.main(["commit", str(checkout / "build/resnet18")]) == 1
@@ -341,6 +342,10 @@ def test_another_network_stands_beside_what_is_shown(checkout, capsys):
     where = "(random split, seed 0, normal model:"
     failed = f"*gradients* {where} 1 of 2). *Square* {where} the note)."
     assert results.index("| b |") < results.index(failed)
+    meant = (
+        f"*mutants are caught* {where} survive: one). Attacks and defences broken on purpose fail a check."
+    )
+    assert meant in results
     assert publish.main(["commit", str(checkout / "build/laptop")]) == 0
     assert (checkout / "docs/results.md").read_text() == results, "the next publish of the other keeps it"
 
@@ -544,6 +549,33 @@ def test_the_published_table_1_is_what_the_published_rows_say():
     groups = pd.read_csv(next((tables / "runs/data/splits").glob("*.csv.gz"))).group
     gain = paired_gain(at_budget(rows, eps_255=budget["eps_255"], cw_l2=budget["cw_l2"]), groups)
     pd.testing.assert_frame_equal(gain.round(1), pd.read_csv(tables / "gain.csv"), check_dtype=False)
+
+
+def test_what_is_published_has_names_that_every_system_takes():
+    names = [p.name for folder in ("figures", "paper/tables") for p in (ROOT / folder).rglob("*")]
+    assert [name for name in names if not re.fullmatch(r"[\w.-]+", name)] == []
+
+
+def test_what_the_page_says_of_speed():
+    table = pd.read_csv(ROOT / "benchmarks/speed_cpu.csv").set_index(["task", "library"])
+    faster = table.fortify_is_faster.unstack()
+    assert faster.foolbox[["crafting", "training"]].between(1.4, 1.6).all()
+    assert faster.torchattacks.between(0.9, 1.15).all()
+    assert table.bfloat16_is_faster["crafting", "torchattacks"] == pytest.approx(2, abs=0.1)
+
+
+def test_what_the_page_says_of_groups():
+    """A third of the accuracy goes; groups hold one patient each, but not all of a patient."""
+    rows = pd.read_csv(ROOT / "benchmarks/grouping_cpu.csv").groupby("groups")
+    found = rows[["clean", "pgd_4", "n"]].sum()
+    shares = found.div(found.n, axis=0)
+    near, exact = shares[found.index < 165], shares.loc[shares.index.max()]
+    lost = 1 - near / exact
+    assert lost.clean.between(0.28, 0.4).all() and lost.pgd_4.between(0.28, 0.45).all()
+    assert near.clean.idxmax() == 100 and 0.09 < near.clean.max() - near.clean.min() < 0.11
+    agreement = pd.read_csv(ROOT / "paper/tables/laptop/nodules_groups_grouped-s0.csv").set_index("folds")
+    groups = agreement.loc["near-duplicate groups"]
+    assert groups.precision > 0.95 and groups.recall < 0.5 and groups.patient_in_training > 0.3
 
 
 def test_what_the_page_says_of_other_objectives():

@@ -494,6 +494,11 @@ def test_the_answers_and_figures_are_of_the_tables(matrix, monkeypatch, tmp_path
         in text
     )
     assert "Normal training differs from it by +0 points" in text
+    assert "So random folds differ from folds by patients by +0 points here." in text
+    assert "as of one answer" not in text
+    lost = attacked.assign(balanced_accuracy=np.where(attacked.model.eq("normal"), 0.51, 0.9))
+    text = nodule_answer(found, group_agreement(study, folds), gains, lost, source="phantoms")
+    assert "the balanced accuracy of normal is near a half, as of one answer for all slices." in text
     assert (
         nodule_layout(found)
         .set_index(["model", "folds"])["all: accuracy, k/n"]["normal", "patients"]

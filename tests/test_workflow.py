@@ -17,6 +17,7 @@ from workflow import BUILD, OPTIONS, ROOT, snakemake
 
 from fortify.data import Slices
 from fortify.evaluation import check_rows, read_rows
+from fortify.intervals import whole_percent
 from fortify.regions import lung_mask
 from fortify.workflow.locks import wait_for_profile
 from fortify.workflow.notebooks import code_of, inherited_parameters
@@ -106,7 +107,8 @@ def test_classes_and_scans_under_table_1_are_what_the_rows_say(finished):
         for model, part in own.groupby("model"):
             (line,) = [line for line in text.splitlines() if line.startswith(f"| {model} |")]
             cells = [cell.strip() for cell in line.strip("|").split("|")]
-            assert [cell.split(" (")[0] for cell in cells[1:3]] == [f"{v:.1f}" for v in part.accuracy_percent]
+            shares = [whole_percent(v / 100) for v in part.accuracy_percent]
+            assert [cell.split(" (")[0] for cell in cells[1:3]] == shares
             recalls = [float(share) for share in cells[4].split(" / ")]
             assert recalls == pytest.approx(part.recall_benign_percent.tolist(), abs=0.5)
 

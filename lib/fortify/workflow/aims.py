@@ -30,7 +30,7 @@ def _share(attack, column):
 
 
 def _price(tables, split):
-    gains = gains_over_adversarial(tables, tables, split, "frozen features")
+    gains = gains_over_adversarial([tables], split, "frozen features")
     return None if gains is None else gains.loc["clean", "gain_percent"]
 
 

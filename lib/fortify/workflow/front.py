@@ -74,11 +74,11 @@ def finding(lead: Path, main: Path) -> Iterator[str]:
     words = (
         "On a random split of the slices, adversarial training raises the accuracy under attack from {} to {}"
     )
+    words = f"{words}, and on unseen groups from {{}} to {{}}".format(*shares)
     most = simple_classifiers(lead, main, "grouped").get("largest class")
-    most = (
-        f", where one answer for all slices gives {whole_percent(most['clean'][0] / 100)} %" if most else ""
-    )
-    yield f"{words}, and on unseen groups from {{}} to {{}}{most}.".format(*shares)
+    if most:
+        words += f", where one answer for all slices gives {whole_percent(most['clean'][0] / 100)} %"
+    yield f"{words}."
     benign = grouped.loc[("adversarial", "clean"), "recall_benign"]
     seen = "no benign slice" if benign == 0 else f"{whole_percent(benign)} % of the benign slices"
     yield f"On unseen groups it recognises {seen}{_against_rivals(lead, main, grouped)}."
@@ -239,33 +239,33 @@ def _frame(main):
     path = main / "leak_summary.csv"
     if not path.is_file():
         return ""
-    table = pd.read_csv(path).set_index(["classifier", "split"]).accuracy
-    if ("frame", "random") not in table.index:
+    table = pd.read_csv(path).query("classifier == 'frame'").set_index("split")
+    if not set(_SPLITS) <= set(table.index):
         return ""
-    shares = [whole_percent(table[("frame", split)]) for split in _SPLITS]
+    shares = [whole_percent(table.accuracy[split]) for split in _SPLITS]
     return (
-        f". The frame of the slice alone, which shows no lung, gives {shares[0]} % and {shares[1]} % on ten "
-        "other splits of each kind ([leakage](notebooks/07_leakage.ipynb))"
+        f". The frame of the slice alone, which shows no lung, gives {shares[0]} % and {shares[1]} % on "
+        f"{table.seeds.min()} other splits of each kind ([leakage](notebooks/07_leakage.ipynb))"
     )
 
 
 def _beside_one_answer(lead, main):
     """How far adversarial training under attack is ahead of one answer for all slices of unseen groups."""
-    gains = gains_over_adversarial(lead, main, "grouped", "largest class")
+    gains = gains_over_adversarial((lead, main), "grouped", "largest class")
     if gains is None:
         return ""
     own = gains.loc["pgd"]
-    gain, low, high = (f"{-own[f'{name}_percent']:.0f}" for name in ("gain", "high", "low"))
-    words = (
-        f". One answer for all slices gives {whole_percent(own.k / own.n)} %, {gain} points less (95 % "
-        f"interval {low} to {high}"
+    gain, low, high = (-own[f"{name}_percent"] for name in ("gain", "high", "low"))
+    chance = ", so this may be chance" if low < 0 < high else ""
+    return (
+        f". One answer for all slices gives {whole_percent(own.k / own.n)} %. Adversarial training differs "
+        f"from that by {gain:+.0f} points (95 % interval {low:+.0f} to {high:+.0f}{chance})"
     )
-    return words + (", so this may be chance)" if own.high_percent > 0 else ")")
 
 
 def _price(lead, main):
     """What robustness costs beside the best network without it, on the same clean slices of unseen groups."""
-    gains = gains_over_adversarial(lead, main, "grouped", "frozen features")
+    gains = gains_over_adversarial((lead, main), "grouped", "frozen features")
     if gains is None or gains.loc["clean", "low_percent"] <= 0:
         return ""
     clean = gains.loc["clean"]
@@ -329,9 +329,12 @@ def accuracies(tables: Path, split: str) -> pd.DataFrame | None:
     return None if table.empty else table
 
 
-def gains_over_adversarial(lead: Path, main: Path, split: str, classifier: str) -> pd.DataFrame | None:
-    """How far a simple classifier is ahead of adversarial training, by attack; None where not published."""
-    for folder in (lead, main):
+def gains_over_adversarial(published: Sequence[Path], split: str, classifier: str) -> pd.DataFrame | None:
+    """How far a simple classifier is ahead of adversarial training, by attack; None where not published.
+
+    Of the first of the folders of tables that has it.
+    """
+    for folder in published:
         path = folder / "table1_gains.csv"
         if path.is_file():
             table = pd.read_csv(path)

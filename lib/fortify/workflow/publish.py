@@ -529,13 +529,14 @@ def _audited(tables):
 
     audits = {split: sorted(tables.glob(f"audit_{split}-s*.csv"), key=_seed_of) for split in _SPLITS}
     audited, failed = [split for split, paths in audits.items() if paths], []
+    must_hold = {check.name: check.must_hold for check in MEANINGS.values()}
     for split, paths in audits.items():
         for path in paths:
             where = f"{split} split, seed {path.stem.partition('-s')[2]}"
             for row in pd.read_csv(path).query("verdict == 'fail'").itertuples():
                 found = row.measured if pd.isna(row.note) else row.note
-                meant = {own.name: own.must_hold for own in MEANINGS.values()}.get(row.check, "")
-                failed.append(f"*{row.check}* ({where}, {row.model} model: {found}). {meant}".strip())
+                said = f"*{row.check}* ({where}, {row.model} model: {found}). {must_hold.get(row.check, '')}"
+                failed.append(said.strip())
     if not audited:
         return "Notebook 08, the audit, has not been run.\n"
     only = "" if len(audited) == len(_SPLITS) else f", {audited[0]} split alone"
