@@ -3,6 +3,7 @@
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from workflow import BUILD, ROOT, clear, snakemake
@@ -160,10 +161,14 @@ def checkout(tmp_path):
 
 @pytest.fixture(scope="session")
 def phantoms():
-    """120 phantom slices of 40 patients at 32 px."""
+    """120 phantom slices of 40 patients at 32 px, read-only: a test that changes them changes a copy."""
     from fortify.phantom import phantom_slices
 
-    return phantom_slices(patients=40, slices_per_patient=3, size=32, seed=0)
+    made = phantom_slices(patients=40, slices_per_patient=3, size=32, seed=0)
+    for array in vars(made).values():
+        if isinstance(array, np.ndarray):
+            array.flags.writeable = False
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -176,7 +181,22 @@ def images(phantoms):
 
 @pytest.fixture(scope="session")
 def labels(phantoms):
-    return torch.from_numpy(phantoms.labels)
+    return torch.tensor(phantoms.labels)
+
+
+@pytest.fixture(autouse=True)
+def shared_ones_stay(request):
+    """A test that changes the shared images or labels in place fails itself, and not the tests after it."""
+    yield
+    given = getattr(request.node, "callspec", None)  # parameters of a test may have the same names
+    used = {"images", "labels"} & set(request.fixturenames) - set(given.params if given else ())
+    if used:
+        from fortify.data import to_tensor
+
+        own = request.getfixturevalue("phantoms")
+        whole = {"images": to_tensor(own.images), "labels": torch.tensor(own.labels)}
+        for name in used:
+            assert torch.equal(request.getfixturevalue(name), whole[name]), f"{name} were changed in place"
 
 
 @pytest.fixture(scope="session")
