@@ -29,6 +29,7 @@ from fortify.comparison import (
 )
 from fortify.data import to_tensor
 from fortify.figures import comparison_dots
+from fortify.looks import AutoAttackLeft, Certificates, sample
 from fortify.models import build_model
 from fortify.training import Recipe, fit
 
@@ -169,7 +170,7 @@ def hand_made():
     second = pd.DataFrame(
         base | {"contender": "b", "correct": [True] * 4, "attacked": [False] * 2 + [True] * 2}
     )
-    return pd.concat([first, second]).assign(prediction=0)
+    return pd.concat([first, second]).assign(prediction=[0, 0, 1, 1] * 2)
 
 
 def test_standings_pool_slices_and_balance_classes():
@@ -199,7 +200,9 @@ def test_a_difference_counts_where_the_groups_bear_it_out():
 
 def test_certified_accuracy_counts_correct_predictions_within_the_radius():
     found = pd.DataFrame({"prediction": [0, 1, -1, 1], "label": [0, 1, 1, 0], "radius": [0.5, 0.1, 0, 0.9]})
-    assert certified(found, [0, 0.3, 0.6]).k.tolist() == [2, 1, 0]
+    table = certified(found.assign(group=[0, 0, 1, 1]), [0, 0.3, 0.6])
+    assert table.k.tolist() == [2, 1, 0]
+    assert table[["low", "high"]].loc[0].tolist() == [0, 1], "of two groups, of which one is all right"
 
 
 def test_the_objectives_with_a_cost_are_all_there_are():
@@ -216,9 +219,15 @@ def test_a_comparison_that_stopped_goes_on_where_it_was(phantoms, parts, tmp_pat
     runs = {"random-s0": parts, "grouped-s0": parts, "grouped-s1": turned}
     looked = []
 
-    def look(model, test, rows):
-        looked.append(len(test))
-        return {"seen": int(rows.attacked.sum())}
+    class Look:
+        def __repr__(self):
+            return "Look()"
+
+        def __call__(self, model, test, rows):
+            looked.append(len(test))
+            return {"seen": int(rows.attacked.sum())}
+
+    look = Look()
 
     options = dict(folder=tmp_path, eps_255=4, steps=2, lrs=[1e-3, 3e-3], looks={"mix": look})
     calls, real = [], comparison.run_contender
@@ -233,7 +242,8 @@ def test_a_comparison_that_stopped_goes_on_where_it_was(phantoms, parts, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         compare(contenders, phantoms, runs, **options)
     rows, costs = compare(contenders, phantoms, runs, **options)
-    assert len(calls) == 5 + 2, "the four that were whole are read, the fifth is run again, and the sixth"
+    assert len(calls) == 5 + 3, "the four that were whole are read, the fifth is run again, then its look"
+    assert calls[6] == ("mix", 0, (costs.lr[4],)), "the rate that was kept alone"
     assert [c[1:] for c in calls[:3]] == [(0, (1e-3, 3e-3)), (0, (1e-3, 3e-3)), (1, (costs.lr[1],))]
     assert looked == [len(parts["test"])], "one network: of the last split's first run"
     assert costs[["contender", "split", "seed"]].to_numpy().tolist() == [
@@ -244,7 +254,9 @@ def test_a_comparison_that_stopped_goes_on_where_it_was(phantoms, parts, tmp_pat
     assert costs.seen.notna().tolist() == [False] * 4 + [True, False]
     assert len(rows) == 6 * len(parts["test"])
     again, _ = compare(contenders, phantoms, runs, **options)
-    assert len(calls) == 7 and again.equals(rows)
+    assert len(calls) == 8 and again.equals(rows)
+    compare(contenders, phantoms, runs, **options | {"looks": {"mix": look, "normal": look}})
+    assert [c[0] for c in calls[8:]] == ["normal"], "another look trains no other contender again"
 
 
 def test_what_was_made_of_something_else_is_made_again(tmp_path, monkeypatch):
@@ -299,3 +311,30 @@ def test_the_figure_has_a_panel_a_split_and_a_line_a_contender():
     assert [label.get_text() for label in panels[0].get_yticklabels()] == ["a", "b"]
     clean, attacked = panels[0].lines[:2]
     assert clean.get_xdata().tolist() == [50, 100] and attacked.get_xdata().tolist() == [0, 50]
+
+
+def test_further_looks_draw_their_slices_from_all_classes(phantoms, model, images, labels):
+    """Of slices that are sorted by class the first ones would be of one class."""
+    order = np.argsort(phantoms.labels, kind="stable")
+    test = phantoms.subset(order)
+    rows = pd.DataFrame({"attacked": [True] * len(test)})
+    found = pd.DataFrame(Certificates(images=30, samples=20, sigma=0.25)(model, test, rows)["certified"])
+    assert len(found) == 30 and found.label.nunique() == 3
+    assert found.group.tolist() == test.groups[sample(30, len(test))].tolist()
+    left = AutoAttackLeft(images=12, steps=2, eps_255=8)(model, test, rows)
+    assert left["autoattack_n"] == 12 and 0 < left["autoattack_broken"] <= 12
+    assert AutoAttackLeft(images=12, steps=2, eps_255=8)(model, test, rows.eq(False)) == {
+        "autoattack_n": 0, "autoattack_broken": 0
+    }  # fmt: skip
+
+
+def test_a_training_that_gives_one_answer_is_named():
+    rows = hand_made()
+    assert "one answer" not in leaders(
+        standings(rows, [0, 0, 1, 1]), rank(rows, [0, 0, 1, 1], reference="a"), reference="a", eps_255=4
+    )
+    rows.loc[rows.contender.eq("b"), "prediction"] = 1
+    table = standings(rows, [0, 0, 1, 1])
+    assert table.set_index("contender").one_answer.to_dict() == {"a": 0, "b": 1}
+    said = leaders(table, rank(rows, [0, 0, 1, 1], reference="a"), reference="a", eps_255=4)
+    assert said.endswith("failed: *b* (grouped split).")

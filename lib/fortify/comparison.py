@@ -4,6 +4,7 @@ A :class:`Contender` says how a network is trained. :func:`run_contender` trains
 and :func:`rank` says which of them differ by more than chance, with whole groups resampled.
 """
 
+import functools
 import hashlib
 import json
 import shutil
@@ -21,11 +22,12 @@ from torch import nn
 from fortify.attacks import FGSM, PGD, Attack, craft, prepared
 from fortify.data import Slices, to_tensor
 from fortify.files import write_csv, write_json
-from fortify.intervals import cluster_interval, gain_interval, whole_percent, wilson
+from fortify.intervals import cluster_interval, gain_interval, whole_percent
 from fortify.models import build_model, predict
 from fortify.objectives import OBJECTIVES
 from fortify.runs import lib_sha256
 from fortify.runtime import device_of, pick_device
+from fortify.tables import listed
 from fortify.training import Recipe, fit
 
 NORMAL = "normal"  # the objective of a training without attacks
@@ -220,7 +222,8 @@ def size_of(model: nn.Module, side: int) -> dict[str, float]:
 
 
 def standings(rows: pd.DataFrame, groups: Sequence[Any]) -> pd.DataFrame:
-    """One line a (split, contender): n, k, accuracy and balanced accuracy, clean and attacked.
+    """One line a (split, contender): n, k, accuracy and balanced accuracy, clean and attacked, and
+    ``one_answer``, how many of the trainings predict one class for every test slice.
 
     ``rows`` are those of :func:`run_contender`, with the columns contender, split and seed; ``groups`` (N,)
     the group of every slice. Seeds are pooled. Fractions, with intervals by groups.
@@ -234,6 +237,7 @@ def standings(rows: pd.DataFrame, groups: Sequence[Any]) -> pd.DataFrame:
             line |= {f"k_{kind}": int(own[kind].sum()), kind: own[kind].mean()}
             line |= {f"{kind}_low": low, f"{kind}_high": high}
             line[f"balanced_{kind}"] = own.groupby("label")[kind].mean().mean()
+        line["one_answer"] = int(own.groupby("seed").prediction.nunique().eq(1).sum())
         found.append(line)
     return pd.DataFrame(found)
 
@@ -283,16 +287,18 @@ def rank(rows: pd.DataFrame, groups: Sequence[Any], *, reference: str) -> pd.Dat
 
 
 def certified(certificates: pd.DataFrame, radii: Sequence[float]) -> pd.DataFrame:
-    """Certified accuracy by radius: k of n images predicted correctly within it, with Wilson's interval.
+    """Certified accuracy by radius: k of n images predicted correctly within it, with a 95 % interval.
 
-    ``certificates`` are :func:`fortify.smoothing.certify`'s; ``radii`` are L2, image in [0, 1].
+    ``certificates`` are :func:`fortify.smoothing.certify`'s, with the column ``group``, which the interval
+    resamples; ``radii`` are L2, image in [0, 1].
     """
-    right = certificates.prediction.eq(certificates.label)
+    right, group = certificates.prediction.eq(certificates.label), certificates.group.to_numpy()
     found = []
     for radius in radii:
-        k, n = int((right & certificates.radius.ge(radius)).sum()), len(certificates)
-        low, high = wilson(k, n)
-        found.append({"radius": radius, "k": k, "n": n, "accuracy": k / n, "low": low, "high": high})
+        held = (right & certificates.radius.ge(radius)).to_numpy()
+        low, high = cluster_interval(held, group)
+        line = {"radius": radius, "k": int(held.sum()), "n": len(held), "accuracy": held.mean()}
+        found.append(line | {"low": low, "high": high})
     return pd.DataFrame(found)
 
 
@@ -331,9 +337,10 @@ def compare(
 
     ``parts`` are splits by the name of their run, ``<split>-s<seed>``. The learning rate is chosen on the
     first run of each split (:func:`run_contender`) and kept for its others. ``looks`` are further looks at
-    the network of the last split's first run, {name of a contender, or "all": function (model, test slices,
-    rows) -> facts}. ``rows``: those of :func:`run_contender` with contender, split and seed; ``costs``: a
-    line a contender and run, its facts. A contender that ran before, by the same code, is read.
+    the network of the last split's first run, {name of a contender, or "all": one of :mod:`fortify.looks`}.
+    It is trained again for them, so that another look leaves all else as it is. ``rows``: those of
+    :func:`run_contender` with contender, split and seed; ``costs``: a line a contender and run, its facts. A
+    contender that ran before, by the same code, is read.
     """
     first = {name.rpartition("-s")[0]: name for name in reversed(list(parts))}
     looked_at = list(dict.fromkeys(name.rpartition("-s")[0] for name in parts))[-1]
@@ -342,32 +349,27 @@ def compare(
         chosen = {}
         for name, part in parts.items():
             split, _, seed = name.rpartition("-s")
-            own = lrs if name == first[split] else [chosen[split]]
-            wanted = []
-            if name == first[looked_at]:
-                wanted = [look for of, look in (looks or {}).items() if of in (contender.name, "all")]
+            options = {"seed": int(seed), "eps_255": eps_255, "steps": steps, "device": device}
+            options |= {"checkpoints": Path(folder) / "checkpoints"}
+            own = list(lrs) if name == first[split] else [chosen[split]]
+            key = {"contender": repr(contender), "run": name, "eps_255": eps_255, "steps": steps}
+            key |= {"data": slices.sha256, "size": slices.images.shape}
+            key |= {"parts": {kind: np.asarray(index).tolist() for kind, index in part.items()}}
 
-            def make(own=own, part=part, seed=int(seed), wanted=wanted, contender=contender):
-                options = {"seed": seed, "eps_255": eps_255, "steps": steps, "lrs": own, "device": device}
-                checkpoints = Path(folder) / "checkpoints"
-                model, rows, facts = run_contender(
-                    contender, slices, part, checkpoints=checkpoints, **options
-                )
+            def make(lrs=own, contender=contender, part=part, options=options, wanted=()):
+                model, rows, facts = run_contender(contender, slices, part, lrs=lrs, **options)
                 for look in wanted:
                     facts |= look(model, slices.subset(part["test"]), rows)
-                shutil.rmtree(checkpoints, ignore_errors=True)
+                shutil.rmtree(options["checkpoints"], ignore_errors=True)
                 return rows, facts
 
-            key = {"contender": repr(contender), "run": name, "eps_255": eps_255, "steps": steps}
-            key |= {
-                "lrs": list(own),
-                "looks": len(wanted),
-                "data": slices.sha256,
-                "size": slices.images.shape,
-            }
-            key |= {"parts": {kind: np.asarray(index).tolist() for kind, index in part.items()}}
-            rows, facts = remembered(folder, key, make)
+            rows, facts = remembered(folder, key | {"lrs": own}, make)
             chosen[split] = facts["lr"]
+            wanted = [look for of, look in (looks or {}).items() if of in (contender.name, "all")]
+            if wanted and name == first[looked_at]:  # the kept training once more, and looked at
+                again = functools.partial(make, lrs=[facts["lr"]], wanted=wanted)
+                named = key | {"lrs": [facts["lr"]], "looks": [repr(look) for look in wanted]}
+                facts = remembered(folder, named, again)[1] | {"seconds": facts["seconds"]}
             about = {"contender": contender.name, "split": split, "seed": int(seed)}
             all_rows.append(rows.assign(**about))
             costs.append(about | facts)
@@ -397,7 +399,7 @@ def leaders(table: pd.DataFrame, gains: pd.DataFrame, *, reference: str, eps_255
     """Who classifies most attacked slices, and who is ahead of the reference or behind, a line a split.
 
     ``table`` is :func:`standings`', ``gains`` :func:`rank`'s. Only what intervals by groups bear out is said
-    to be ahead or behind. Markdown.
+    to be ahead or behind. Trainings that failed are named. Markdown.
     """
     lines = []
     for split, own in table.groupby("split", sort=False):
@@ -425,6 +427,12 @@ def leaders(table: pd.DataFrame, gains: pd.DataFrame, *, reference: str, eps_255
         if apart.empty:
             said += f" Under attack no other training differs from {it}: every interval includes zero."
         lines.append(f"- {said}")
+    lost = [
+        f"*{r.contender}* ({r.split} split{f', {r.one_answer} of {r.seeds} folds' if r.seeds > 1 else ''})"
+        for r in table[table.one_answer.gt(0)].itertuples()
+    ]
+    if lost:
+        lines.append(f"- Trainings that gave one answer for all test slices, and so failed: {listed(lost)}.")
     return "\n".join(lines)
 
 
