@@ -11,6 +11,7 @@ from torch import nn
 from fortify.attacks import PGD, craft, perturbation_norms
 from fortify.augmentation import Augmentation
 from fortify.data import Slices, to_tensor
+from fortify.intervals import cluster_interval
 from fortify.models import build_model, predict
 from fortify.splits import grouped_split
 from fortify.training import Recipe
@@ -27,7 +28,15 @@ from fortify.transfer.crafting import (
     transferred,
 )
 from fortify.transfer.figures import nodule_attacks, nodule_dots, transfer_matrix
-from fortify.transfer.networks import Regime, attackers_share, regimes_of, trained
+from fortify.transfer.networks import (
+    Regime,
+    attackers_share,
+    from_trained,
+    pair,
+    regimes_of,
+    trained,
+    without_idle,
+)
 from fortify.transfer.nodules import (
     Study,
     attack_layout,
@@ -109,10 +118,15 @@ def test_what_fools_a_network_fools_its_copy_and_not_one_that_looks_elsewhere(ma
 
 def test_pairs_are_pooled_by_what_the_attack_was_crafted_on(matrix):
     rows, table = matrix
-    pooled = pooled_transfer(table).set_index(["crafted_on", "attack"])
+    groups = np.arange(124) // 2
+    pooled = pooled_transfer(rows, groups).set_index(["crafted_on", "attack"])
     own = cell(table, source="top", attack="pgd", target="top").k
     assert pooled.loc[("the target itself", "pgd"), ["k", "n"]].tolist() == [48 + own, 72]
     assert pooled.loc[("another network", "pgd"), "n"] == 6 * 24
+    of = rows[rows.attack.eq("pgd") & rows.source.isin(rows.target) & rows.source.ne(rows.target) & rows.both]
+    assert tuple(pooled.loc[("another network", "pgd"), ["low", "high"]]) == cluster_interval(
+        of.fooled.to_numpy(bool), groups[of["index"]]
+    )
     assert (
         pooled.loc[("stolen", "pgd"), ["k", "n"]].tolist() == [48, 72]
         and (OTHERS, "momentum") in pooled.index
@@ -448,6 +462,27 @@ def test_a_recipe_is_that_of_the_notebooks_and_a_slow_batchnorm_is_told_to_follo
     )
 
 
+def test_another_network_goes_on_under_attack_from_its_normal_weights():
+    slices, options = phantom(n_patients=8, each=2), {"seed": 0}
+    hard = Regime(Recipe(epochs=1, batch_size=8, lr=0.004), {PGD(16, steps=2): 1.0}, PGD(4, steps=2))
+    milder = from_trained(hard, eps_255=4)
+    assert milder.attacks == {PGD(4, steps=2): 1.0} and milder.recipe == replace(hard.recipe, lr=0.001)
+    still = replace(milder, recipe=replace(milder.recipe, lr=1e-12, ema=0))
+    regimes = {"normal": Regime(Recipe(epochs=1, batch_size=8)), "adversarial": still}
+    both = pair("resnet_small", slices, regimes, **options)
+    for name, weight in both["normal"].named_parameters():
+        assert torch.allclose(weight, both["adversarial"].get_parameter(name), atol=1e-6), name
+
+
+def test_a_network_of_one_answer_is_left_out_and_named():
+    images, _ = sided()
+    models = {"a, normal": Half(), "b, normal": Half(at=200)}
+    kept, idle = without_idle(models, images)
+    assert list(kept) == ["a, normal"] and idle == ["b, normal"]
+    assert without_idle({"b, normal": models["b, normal"]}, images)[1] == ["b, normal"], "kept, and named"
+    assert without_idle({}, images) == ({}, [])
+
+
 def test_a_nodule_is_explained_on_its_largest_slice_of_an_unseen_patient():
     study = open_study("phantom", size=32)
     fold = nodule_folds(study, folds=1)["patients"][0]
@@ -494,11 +529,15 @@ def test_the_answers_and_figures_are_of_the_tables(matrix, monkeypatch, tmp_path
         in text
     )
     assert "Normal training differs from it by +0 points" in text
-    assert "So random folds differ from folds by patients by +0 points here." in text
-    assert "as of one answer" not in text
+    assert "by patients by +0 points here. The intervals overlap, so this may be chance." in text
+    assert "one answer" not in text and "frozen features" not in text
     lost = attacked.assign(balanced_accuracy=np.where(attacked.model.eq("normal"), 0.51, 0.9))
-    text = nodule_answer(found, group_agreement(study, folds), gains, lost, source="phantoms")
-    assert "the balanced accuracy of normal is near a half, as of one answer for all slices." in text
+    lost = pd.concat([lost, lost.assign(attack="pgd")])
+    heads = found[found.model.eq("normal") & found.split.eq("patients")]
+    heads = pd.concat([found, heads.assign(model="features, untrained")])
+    text = nodule_answer(heads, group_agreement(study, folds), gains, lost, source="phantoms")
+    assert "the balanced accuracy is 51 %, near that of one answer for all slices" in text
+    assert "training on the first dataset: untrained " in text
     assert (
         nodule_layout(found)
         .set_index(["model", "folds"])["all: accuracy, k/n"]["normal", "patients"]

@@ -9,15 +9,11 @@ from fortify.transfer.nodules import FEATURES
 SIZE = FEATURES["diameter_mm"]
 _ONE_ANSWER = 0.55  # a balanced accuracy of two classes below this is hardly that of a classifier
 _NAMES = {"pgd": "PGD"}
-_WORDS = {
-    "clean": "The next figures count the slices that were attacked. Before the attack the networks classify "
-    "correctly",
-    "pgd": "Under PGD they classify correctly",
-}
 
 
-def _percent(row):
-    return f"{whole_percent(row.accuracy)} % ({row.k:.0f} of {row.n:.0f})"
+def _percent(row, *, interval=False):
+    more = f"; {100 * row.group_low:.0f} to {100 * row.group_high:.0f}" if interval else ""
+    return f"{whole_percent(row.accuracy)} % ({row.k:.0f} of {row.n:.0f}{more})"
 
 
 def _pooled(table):
@@ -82,13 +78,21 @@ def nodule_answer(
     kinds = [
         kind for kind in ("random", "near-duplicate groups", "patients") if (kind, "normal") in own.index
     ]
-    by_kind = ", ".join(f"{_percent(own.loc[(kind, 'normal')])} on folds by {kind}" for kind in kinds)
+    by_kind = ", ".join(
+        f"{_percent(own.loc[(kind, 'normal')], interval=True)} on folds by {kind}" for kind in kinds
+    )
     by_kind = by_kind.replace("folds by random", "random folds")
     groups = agreement.set_index("folds").loc["near-duplicate groups"]
-    lines = [f"**{source}.** Trained by the same recipe, the network's accuracy is {by_kind}."]
+    lines = [
+        f"**{source}.** Trained normally by the same recipe, the network's accuracy is {by_kind} (95 % "
+        "intervals by patients)."
+    ]
     if {("random", "normal"), ("patients", "normal")} <= set(own.index):
-        more = 100 * (own.accuracy["random", "normal"] - own.accuracy["patients", "normal"])
-        lines[0] += f" So random folds differ from folds by patients by {more:+.0f} points here."
+        random, patients = (own.loc[(kind, "normal")] for kind in ("random", "patients"))
+        more = 100 * (random.accuracy - patients.accuracy)
+        lines[0] += f" So random folds differ from folds by patients by {more:+.0f} points here"
+        apart = random.group_low > patients.group_high or patients.group_low > random.group_high
+        lines[0] += "." if apart else ". The intervals overlap, so this may be chance."
     lines += [
         f"Near-duplicate groups have a pairwise precision of {groups.precision:.2f} and a recall of "
         f"{groups.recall:.2f} against the patients. In folds by such groups "
@@ -107,15 +111,24 @@ def nodule_answer(
                 )
                 text += f"(95 % interval by patients {row.low_percent:+.0f} to {row.high_percent:+.0f})."
         lines.append(text)
-    for attack in ("clean", "pgd"):
-        of = attacked[attacked.unit.eq("slice") & attacked.attack.eq(attack)]
-        named = ", ".join(f"{row.model} {_percent(row)}" for row in of.itertuples())
-        lines.append(f"{_WORDS[attack]}: {named}.")
-    lost = attacked[attacked.unit.eq("slice") & attacked.attack.eq("clean")]
-    lost = lost[lost.balanced_accuracy.lt(_ONE_ANSWER)].model.tolist()
-    if lost:
+    found = attacked[attacked.unit.eq("slice")].set_index(["attack", "model"])
+    for training in ("normal", "adversarial"):
+        if ("pgd", training) in found.index:
+            clean, pgd = found.loc[("clean", training)], found.loc[("pgd", training)]
+            text = f"{training.capitalize()} training classifies {_percent(clean)} of the attacked slices "
+            text += f"correctly before and {_percent(pgd)} under PGD."
+            if clean.balanced_accuracy < _ONE_ANSWER:
+                text += (
+                    f" Before it the balanced accuracy is {100 * clean.balanced_accuracy:.0f} %, near that "
+                    "of one answer for all slices, so that an attack has little to change."
+                )
+            lines.append(text)
+    heads = accuracies[accuracies.nodules.eq("all") & accuracies.unit.eq("nodule")]
+    heads = heads[heads.model.str.startswith("features, ")]
+    if len(heads):
+        named = ", ".join(f"{row.model[10:]} {_percent(row, interval=True)}" for row in heads.itertuples())
         lines.append(
-            f"On clean slices the balanced accuracy of {' and '.join(lost)} is near a half, as of one answer "
-            "for all slices. An attack then has little to change."
+            "A linear head on frozen features classifies of the nodules correctly, by the network's "
+            f"training on the first dataset: {named}. *Untrained* is the control."
         )
     return "\n".join(f"- {line}" for line in lines)

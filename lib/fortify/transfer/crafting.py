@@ -204,14 +204,15 @@ def transfer_table(rows: pd.DataFrame, groups: Sequence[Any]) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def pooled_transfer(table: pd.DataFrame) -> pd.DataFrame:
-    """:func:`transfer_table` pooled over targets: a row per attack and what it was crafted on.
+def pooled_transfer(rows: pd.DataFrame, groups: Sequence[Any]) -> pd.DataFrame:
+    """:func:`transferred`'s rows pooled over targets: a row per attack and what it was crafted on.
 
     ``crafted_on`` is "the target itself", "another network", or a source that is no target, by its name.
-    ``k`` of ``n`` and ``accuracy`` as there; ``l2`` is the median of the pairs' medians.
+    ``k`` of ``n``, ``accuracy`` (the share that fools the target), ``low`` and ``high`` as in
+    :func:`transfer_table`, the interval by groups over all pairs; ``l2`` is the median.
     """
-    kind = table.white_box.map({True: "the target itself", False: "another network"})
-    kind = kind.where(table.source.isin(table.target), table.source)
-    pooled = table.assign(crafted_on=kind).groupby(["crafted_on", "attack"], sort=False)
-    pooled = pooled.agg({"k": "sum", "n": "sum", "l2": "median"}).reset_index()
-    return pooled.assign(accuracy=pooled.k / pooled.n)
+    kind = np.where(rows.source.eq(rows.target), "the target itself", "another network")
+    kind = np.where(rows.source.isin(rows.target), kind, rows.source)
+    pooled = rows.assign(target="", white_box=False, source=kind)
+    table = transfer_table(pooled, groups).rename(columns={"source": "crafted_on"})
+    return table[["crafted_on", "attack", "k", "n", "l2", "accuracy", "low", "high"]]

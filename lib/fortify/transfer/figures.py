@@ -55,9 +55,7 @@ def transfer_matrix(table: pd.DataFrame, *, attack: str) -> Figure:
             ax.add_patch(
                 mpl.patches.Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, lw=1.5, ec="black")
             )
-    ax.set_xticks(
-        range(columns), [name.replace(", ", ",\n") for name in shares.columns], rotation=30, ha="right"
-    )
+    ax.set_xticks(range(columns), shares.columns, rotation=35, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(rows), shares.index)
     ax.set(xlabel="target", ylabel="source of the attack")
     ax.spines[:].set_visible(False)
@@ -105,19 +103,24 @@ def nodule_dots(table: pd.DataFrame) -> Figure:
 @styled
 @_legible
 def nodule_attacks(table: pd.DataFrame) -> Figure:
-    """Accuracy in % of each model, clean and under each attack, by slice, with intervals that draw patients.
+    """Accuracy in % of each model, clean and under each attack, by slice, with intervals that draw patients
+    and with the number of slices.
 
     ``table`` is :func:`fortify.transfer.nodules.attacked_table`.
     """
     own = table[table.unit.eq("slice") & ~table.attack.isin(("combined", "worst"))]
     attacks, models = list(own.attack.unique()), list(own.model.unique())
-    fig = Figure(figsize=(DOUBLE, 0.9 + 0.3 * len(models)), layout="constrained")
+    fig = Figure(figsize=(DOUBLE, 1.1 + 0.3 * len(models)), layout="constrained")
+    fig.suptitle(f"{own.n.max()} slices; bars: 95 % interval by patients", fontsize=8)
     axes = fig.subplots(1, len(attacks), sharey=True, squeeze=False)[0]
     for ax, attack in zip(axes, attacks, strict=True):
         part = own[own.attack.eq(attack)].set_index("model").reindex(models)
         for y, (name, row) in enumerate(part.iterrows()):
             look = next((TRAININGS[t] for t in ("adversarial", "normal") if name.endswith(t)), None)
             colour, marker = (look.colour, look.marker) if look else ("0.35", "^")
+            if np.isnan(row.accuracy):
+                ax.text(50, y, "not run", ha="center", va="center", color="0.45")
+                continue
             ax.hlines(y, 100 * row.group_low, 100 * row.group_high, color=colour, lw=1.6, alpha=0.4)
             ax.plot(100 * row.accuracy, y, marker, color=colour, clip_on=False)
         title = attack if attack == "clean" else attack.upper()

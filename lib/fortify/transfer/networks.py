@@ -11,11 +11,13 @@ from torch import nn
 
 from fortify.attacks import PGD, Attack, attacks_over
 from fortify.data import Slices
-from fortify.models import build_model
+from fortify.models import build_model, predict
 from fortify.objectives import OBJECTIVES
 from fortify.training import Recipe, fit
 
 LEAST = 30  # slices of an attacker's own, below which no surrogate is trained
+_SLOWER = 4  # how much lower the learning rate is that goes on from trained weights
+_JUDGED = 4  # one of so many training slices chooses the epoch
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,42 @@ def regimes_of(
     }
 
 
+def from_trained(regime: Regime, *, eps_255: float) -> Regime:
+    """An adversarial ``regime`` as it goes on from a normally trained network: at the budget ``eps_255``,
+    with a quarter of the learning rate.
+
+    From nothing and at a large budget, networks other than the run's own often learn to give one answer.
+    """
+    attacks = {replace(attack, eps_255=eps_255): share for attack, share in regime.attacks.items()}
+    return replace(regime, recipe=replace(regime.recipe, lr=regime.recipe.lr / _SLOWER), attacks=attacks)
+
+
+def pair(arch: str, train: Slices, regimes: Mapping[str, Regime], **options: Any) -> dict[str, nn.Module]:
+    """{"normal", "adversarial"}: ``arch`` trained normally, and then on under attack (:func:`from_trained`).
+
+    Both keep the epoch that is best on some of their own training slices. On unseen groups, validation often
+    prefers an early epoch that gives one answer for all. ``options`` are :func:`trained`'s.
+    """
+    own = train.subset(range(0, len(train), _JUDGED))
+    normal = trained(arch, train, own, regimes["normal"], **options)
+    return {
+        "normal": normal,
+        "adversarial": trained(arch, train, own, regimes["adversarial"], start=normal, **options),
+    }
+
+
+def without_idle(
+    models: Mapping[str, nn.Module], images: torch.Tensor
+) -> tuple[dict[str, nn.Module], list[str]]:
+    """(``models`` that predict more than one class for ``images`` (N, C, H, W), names of the others).
+
+    An attack on a network that gives one answer for all tells nothing. Where all of them do, all are kept.
+    """
+    idle = [n for n, model in models.items() if predict(model, images).argmax(1).unique().numel() == 1]
+    kept = {name: model for name, model in models.items() if name not in idle}
+    return kept or dict(models), idle
+
+
 def trained(
     arch: str,
     train: Slices,
@@ -57,13 +95,16 @@ def trained(
     seed: int,
     device: str | torch.device = "cpu",
     weights: str | None = None,
+    start: nn.Module | None = None,
     checkpoints: str | Path | None = None,
 ) -> nn.Module:
-    """A network ``arch`` in eval mode, trained as ``regime`` says.
+    """A network ``arch`` in eval mode, trained as ``regime`` says, from the weights of ``start`` if given.
 
     With ``checkpoints``, a folder, an interrupted call goes on, and a finished one is not made again.
     """
     model = build_model(arch, num_classes=len(train.class_names), weights=weights, seed=seed).to(device)
+    if start is not None:
+        model.load_state_dict(start.state_dict())
     options = {"attacks": regime.attacks, "val_attack": regime.val_attack}
     options |= {"objective": OBJECTIVES[regime.objective](), "checkpoints": checkpoints}
     fit(model, train, val, regime.recipe, seed=seed, **options)

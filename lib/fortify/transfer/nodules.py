@@ -14,6 +14,7 @@ from fortify.attacks import Attack
 from fortify.baselines import FrozenFeatures, headless
 from fortify.data import Slices, to_tensor
 from fortify.evaluation import accuracy_table, at_budget, headline_gains, scan_decisions
+from fortify.intervals import whole_percent
 from fortify.phantom import lesion_masks, phantom_slices
 from fortify.scoring import evaluate, logits
 from fortify.splits import grouped_split, near_duplicate_groups, pairwise_agreement
@@ -346,7 +347,7 @@ def nodule_layout(table: pd.DataFrame) -> pd.DataFrame:
         part = own[own.nodules.eq(subset)].set_index(["model", "split"])
         part = part.loc[list(lines.itertuples(index=False, name=None))]
         lines[f"{subset}: accuracy, k/n"] = [_cell(row) for row in part.itertuples()]
-        lines[f"{subset}: balanced"] = [f"{100 * share:.1f}" for share in part.balanced_accuracy]
+        lines[f"{subset}: balanced"] = part.balanced_accuracy.map(whole_percent).tolist()
     return lines
 
 
@@ -355,10 +356,11 @@ def attack_layout(table: pd.DataFrame) -> pd.DataFrame:
     own = table[table.unit.eq("slice") & table.attack.ne("worst")]
     cells = own.assign(cell=[_cell(row) for row in own.itertuples()])
     shown = cells.pivot(index="model", columns="attack", values="cell")
-    shown = shown.loc[own.model.unique(), own.attack.unique()].fillna("")
+    shown = shown.loc[own.model.unique(), own.attack.unique()].fillna("not run")
     return shown.reset_index().rename_axis(columns=None)
 
 
 def _cell(row):
     """Accuracy in %, its interval by patients and k/n."""
-    return f"{100 * row.accuracy:.1f} ({100 * row.group_low:.0f}–{100 * row.group_high:.0f}) {row.k}/{row.n}"
+    interval = f"{100 * row.group_low:.0f}–{100 * row.group_high:.0f}"
+    return f"{whole_percent(row.accuracy)} ({interval}) {row.k}/{row.n}"
