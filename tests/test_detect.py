@@ -24,6 +24,7 @@ from fortify.detect import (
     implied,
     latency,
     load_detectors,
+    measures,
     save_detectors,
     score_rows,
     summary,
@@ -378,6 +379,33 @@ def test_latency_is_of_one_slice_and_says_of_what(calibrated, images):
     assert table.threads.eq(torch.get_num_threads()).all() and table.processor.str.len().gt(0).all()
 
 
+def test_detectors_are_timed_in_turn_so_that_the_machines_load_falls_on_all(calibrated, images, monkeypatch):
+    """A machine that slows down all the time: what is timed last in each turn is hardly slower."""
+    now, clock = [0.0], [0]
+
+    def ticking():
+        clock[0] += 1
+        now[0] += clock[0]  # each look at the clock finds it further on than the last
+        return now[0]
+
+    monkeypatch.setattr(measures.time, "perf_counter", ticking)
+    table = latency({"max softmax": calibrated["max softmax"]}, images[:6], warm_up=0)
+    assert (table.p50_ms.diff().abs().dropna() <= 2000).all(), "two ticks apart, not twelve"
+
+
+def test_false_alarms_are_shown_a_line_a_detector_and_a_column_a_source(calibrated, images, phantoms):
+    name = "max softmax"
+    parts = [
+        false_alarms({name: calibrated[name]}, images[i::2], phantoms.patients[i::2], source)
+        for i, source in enumerate(("some", "the rest"))
+    ]
+    shown = measures.alarms_layout(pd.concat(parts))
+    assert shown.columns.tolist() == ["detector", "some (60)", "the rest (60)"]
+    row = parts[1].iloc[0]
+    low, high = 100 * row.alarms_low, 100 * row.alarms_high
+    assert shown.loc[0, "the rest (60)"] == f"{100 * row.alarms:.0f} ({low:.0f}–{high:.0f})"
+
+
 def test_the_figure_is_of_printed_size_with_letters_of_8_points(calibrated, images, labels, right, attacked):
     x, y = images[right[:8]], labels[right[:8]]
     fgsm = craft(calibrated["max softmax"].model, x, y, FGSM(EPS)).images
@@ -416,6 +444,10 @@ def test_the_answer_holds_the_numbers(calibrated):
     claims = pd.DataFrame([{"detector": "d", "n": 8} | claim])
     times = pd.DataFrame({"detector": ["none", "d"], "p50_ms": [1.21, 3.44]})
     said = answer(table, claims, [0.6, np.nan], 0.2, times)
+    assert "which the interval includes" not in said
+    assert "classifies 10 % correctly, which the interval includes." in answer(
+        table, claims, [0.6, np.nan], 0.1, times
+    )
     for number in ("75 % of the slices that PGD", "0 % of the slices that attackers", "10 (10–10) % of 8"):
         assert number in said, said
     for number in (

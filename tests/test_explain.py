@@ -11,6 +11,8 @@ from torch import nn
 from fortify.explain import (
     CONTROLS,
     METHODS,
+    aligned,
+    aligned_layout,
     alignment,
     attribute,
     average_precision,
@@ -20,6 +22,7 @@ from fortify.explain import (
     deletion_insertion,
     explained,
     hits,
+    idle_networks,
     located,
     located_layout,
     measured,
@@ -168,12 +171,10 @@ def test_the_table_tells_a_network_that_looks_in_the_mask_from_a_control(shown):
     checks = sanity(net, shown, ones, "gradient", same, {"attack": same}, groups=groups, name="normal")
     assert checks.set_index("measure").loc["attack", "mean"] == pytest.approx(1)
     words = spoken(pd.concat([table, checks]))
-    assert (
-        "Of the normal network's maps *gradient* has the highest share in the lungs: it is 16.0 times"
-        in words
-    )
+    assert "divided by that of the area: 16.0 (normal training, *gradient*; 95 % interval" in words
+    assert "A control that knows nothing of a network, *edges*, has" in words
     assert "with its clean map of 1.00 (normal training)" in words
-    no_proof = "So the share in the lungs does not show that a map finds what the prediction rests on."
+    no_proof = "**No map is shown to find what a prediction rests on.**"
     assert no_proof not in words, "the network's map is ahead of the control"
     ahead = table["mean"].where(table.model.ne("") | table.measure.ne("lungs"), 17)
     assert no_proof in spoken(pd.concat([table.assign(mean=ahead), checks]))
@@ -207,6 +208,8 @@ def test_every_measure_of_both_networks_clean_and_attacked(shown):
     assert np.isnan(value["lungs, attacked", "normal", "integrated gradients"]), "of black nothing is left"
     line = clean_and_attacked(table, {"lungs": "in the lungs"}).set_index(["training", "map"])
     assert line.loc[("adversarial", "gradient"), "in the lungs"] == "16.00 → 16.00"
+    assert line.loc[("adversarial", "gradient"), "slices"] == "6"
+    assert line.loc[("normal", "integrated gradients"), "slices"] == "6 → 0", "of black nothing is left"
 
 
 def test_a_cascade_has_a_row_a_depth_and_ends_where_the_first_layer_is_left(model, images):
@@ -249,3 +252,31 @@ def test_a_panel_shows_the_slice_and_its_maps(shown):
     maps = {"edges": control(shown, "edges")[0], "the image": control(shown, "the image")[0]}
     figure = map_panel([("normal, clean", shown[0, 0].numpy(), maps)])
     assert [ax.get_title() for ax in figure.axes] == ["slice", "edges", "the image"]
+
+
+def test_alignment_is_in_the_table_with_its_interval(shown):
+    pytest.importorskip("captum", reason="the extra explain is not installed")
+    net, ones, groups = LooksInTheMask(), np.ones(len(shown), int), [0, 0, 1, 1, 2, 2]
+    maps = {("normal", "gradient"): attribute(net, shown, ones, "gradient")}
+    maps["", "the image"] = control(shown, "the image")
+    table = aligned({"normal": net}, shown, maps, groups=groups, where=", here").set_index("measure")
+    assert table.loc["alignment, here", "mean"] == pytest.approx(alignment(net, shown).mean())
+    correlation = rank_correlation(maps["normal", "gradient"], maps["", "the image"])
+    row = table.loc["correlation with the image, here"]
+    assert row["mean"] == pytest.approx(np.nanmean(correlation)) and row.low <= row["mean"] <= row.high
+    said = aligned_layout(table.reset_index())
+    assert said.columns.tolist() == ["training", *table.index] and said.training.tolist() == ["normal"]
+
+
+def test_a_network_that_does_not_classify_is_named_beside_its_maps(shown):
+    labels = np.arange(len(shown)) % 2
+
+    class Constant(nn.Module):
+        def forward(self, x):
+            return torch.stack([x.flatten(1).sum(1) * 0, x.flatten(1).sum(1) * 0 + 1], 1)
+
+    assert idle_networks({"adversarial": Constant()}, shown, labels) == ["adversarial"]
+    assert idle_networks({"adversarial": Constant()}, shown, np.ones(len(shown), int)) == []
+    none = pd.DataFrame(columns=["measure", "model", "map", "mean", "floor"])
+    words = spoken(none, idle=["adversarial"])
+    assert words.startswith("- Adversarial training hardly learned to classify the nodules")

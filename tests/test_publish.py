@@ -697,3 +697,25 @@ def test_no_number_of_ours_is_typed_in_the_paper():
     typed = set(re.findall(r"[\d.]+(?=[~ ]?%)|\d+/\d+", text))
     assert {"43.29", "4/255"} <= typed  # so the search finds what the paper prints and our budgets
     assert len(ours) > 100 and not (ours - printed) & typed
+
+
+def test_a_notebook_whose_finding_is_about_unseen_groups_is_shown_on_them(tmp_path):
+    stems = ["02_baseline", *publish.SHOWN_ON]
+    for run in ("grouped-s0", "random-s0"):
+        (tmp_path / "notebooks" / run).mkdir(parents=True)
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "02_baseline.json").write_text("{}")
+        for stem in stems:
+            (tmp_path / "notebooks" / run / f"{stem}.ipynb").write_text("{}")
+    (tmp_path / "data").mkdir()
+    own = {"parameters": {"splits": ["random", "grouped"], "seeds": [0]}}
+    (tmp_path / "data" / "01_data.json").write_text(json.dumps(own))
+    found = publish.executed_notebooks(tmp_path, stems)
+    assert {stem: path.parent.name for stem, path in found.items()} == {
+        "02_baseline": "random-s0",
+        "12_explanations": "grouped-s0",
+        "13_detection": "grouped-s0",
+    }
+    (tmp_path / "notebooks" / "grouped-s0" / "13_detection.ipynb").unlink()
+    found = publish.executed_notebooks(tmp_path, stems)
+    assert found["13_detection"].parent.name == "random-s0", "where there is no other"

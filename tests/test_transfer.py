@@ -11,7 +11,7 @@ from torch import nn
 from fortify.attacks import PGD, craft, perturbation_norms
 from fortify.augmentation import Augmentation
 from fortify.data import Slices, to_tensor
-from fortify.intervals import cluster_interval
+from fortify.intervals import cluster_interval, whole_percent
 from fortify.models import build_model, predict
 from fortify.splits import grouped_split
 from fortify.training import Recipe
@@ -367,7 +367,7 @@ def test_attacks_take_whole_nodules_and_both_units_are_in_the_table():
     line = attack_layout(table).iloc[0]
     row = cell(table, unit="slice", attack="pgd")
     low, high = 100 * row.group_low, 100 * row.group_high
-    assert line.pgd == f"{100 * row.accuracy:.1f} ({low:.0f}–{high:.0f}) {row.k}/16"
+    assert line.pgd == f"{whole_percent(row.accuracy)} ({low:.0f}–{high:.0f}) {row.k}/16"
 
 
 def test_frozen_features_stay_and_their_linear_head_learns_what_they_show():

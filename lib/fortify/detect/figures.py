@@ -41,12 +41,14 @@ def detector_dots(
             ax.plot(100 * found[name], y, marker, color=colour, clip_on=False, label=words)
     left.set_title("successful attacks that raise an alarm")
     right.set_title("correct or rejected, under attack")
-    for share, style, words in zip(trained or (), ("-", "--"), ("the budget", "half of it"), strict=False):
+    for share, style, words in zip(
+        trained or (), ("-", (0, (1, 2))), ("the budget", "half of it"), strict=False
+    ):
         if not np.isnan(share):
             right.axvline(
                 100 * share,
                 color="0.4",
-                lw=0.9,
+                lw=0.9 if style == "-" else 2.4,
                 ls=style,
                 zorder=0,
                 label=f"adversarial training, at {words}",
@@ -56,5 +58,6 @@ def detector_dots(
         ax.grid(axis="x")
         ax.tick_params(axis="y", length=0)
     left.set_yticks(range(len(names)), names)
+    fig.suptitle(f"{claims.n.max()} slices; bars: 95 % interval by groups", fontsize=8)
     fig.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return fig

@@ -214,7 +214,8 @@ def answer(
         f"The best detector on these test slices is *{best.detector}*. Under all attackers within the "
         f"budget {_shown(best, 'adaptive')} % of {best.n} slices are correct or rejected. PGD and "
         f"FGSM alone suggest {whole_percent(best.claimed)} %. Without a detector the network classifies "
-        f"{whole_percent(alone)} % correctly.",
+        f"{whole_percent(alone)} % correctly"
+        + (", which the interval includes." if best.adaptive_low <= alone <= best.adaptive_high else "."),
     ]
     if not math.isnan(trained[0]):
         words.append(
@@ -266,19 +267,28 @@ def latency(detectors: Mapping[str, Detector], images: Tensor, *, warm_up: int =
     """
     model = next(iter(detectors.values())).model
     timed = {"none": lambda x: predict(model, x)} | {name: d.score for name, d in detectors.items()}
-    lines = []
-    for name, call in timed.items():
-        taken = []
-        for i in [*range(min(warm_up, len(images))), *range(len(images))]:
+    taken = {name: [] for name in timed}
+    for i in [*range(min(warm_up, len(images))), *range(len(images))]:
+        for name, call in timed.items():  # in turn, so that what else the machine does falls on all alike
             started = time.perf_counter()
             call(images[i : i + 1])
-            taken.append(1000 * (time.perf_counter() - started))
-        p50, p99 = np.quantile(taken[-len(images) :], [0.5, 0.99])
-        about = {"n": len(images), "p50_ms": round(p50, 3), "p99_ms": round(p99, 3)}
+            taken[name].append(1000 * (time.perf_counter() - started))
+    lines, about = [], {"threads": torch.get_num_threads(), "processor": processor(model)}
+    for name, own in taken.items():
+        p50, p99 = np.quantile(own[-len(images) :], [0.5, 0.99])
         lines.append(
-            {"detector": name} | about | {"threads": torch.get_num_threads(), "processor": processor(model)}
+            {"detector": name, "n": len(images), "p50_ms": round(p50, 3), "p99_ms": round(p99, 3)} | about
         )
     return pd.DataFrame(lines)
+
+
+def alarms_layout(table: pd.DataFrame) -> pd.DataFrame:
+    """A display table of :func:`false_alarms`' rows: a line a detector, a column a source, in %."""
+    cells = table.assign(cell=[_shown(row, "alarms") for _, row in table.iterrows()])
+    cells["of"] = [f"{row.images} ({row.n})" for row in table.itertuples()]
+    shown = cells.pivot(index="detector", columns="of", values="cell")
+    shown = shown.loc[table.detector.unique(), cells.of.unique()]
+    return shown.rename_axis(columns=None).reset_index()
 
 
 def processor(model: torch.nn.Module) -> str:

@@ -14,11 +14,20 @@ from fortify.explain.measures import (
     rank_correlation,
     sanity,
 )
-from fortify.explain.study import clean_and_attacked, explained, spoken
+from fortify.explain.study import (
+    aligned,
+    aligned_layout,
+    clean_and_attacked,
+    explained,
+    idle_networks,
+    spoken,
+)
 
 __all__ = [
     "CONTROLS",
     "METHODS",
+    "aligned",
+    "aligned_layout",
     "alignment",
     "attribute",
     "average_precision",
@@ -28,6 +37,7 @@ __all__ = [
     "deletion_insertion",
     "explained",
     "hits",
+    "idle_networks",
     "located",
     "located_layout",
     "measured",

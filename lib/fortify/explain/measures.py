@@ -166,13 +166,13 @@ def measured(
     }
     for (name, method), own in maps.items():
         for region, mask in regions.items():
-            rows.append(_line(region, method, name, concentration(own, mask), 1.0, groups))
+            rows.append(line_of(region, method, name, concentration(own, mask), 1.0, groups))
         for of in [name] if name else models:
             for baseline in ("mean", "blur"):
                 found = deletion_insertion(models[of], images, targets, own, baseline=baseline)
                 pairs = zip(("deletion", "insertion"), found, floors[of, baseline], strict=True)
                 for kind, values, floor in pairs:
-                    rows.append(_line(f"{kind}, {baseline}", method, of, values, floor.mean(), groups))
+                    rows.append(line_of(f"{kind}, {baseline}", method, of, values, floor.mean(), groups))
     return pd.DataFrame(rows)
 
 
@@ -190,7 +190,7 @@ def located(
             ("pointing game", hits(own, masks)),
             ("AUPRC", average_precision(own, masks)),
         ):
-            rows.append(_line(measure + where, method, name, values.astype(float), area, groups))
+            rows.append(line_of(measure + where, method, name, values.astype(float), area, groups))
     return pd.DataFrame(rows)
 
 
@@ -237,9 +237,9 @@ def sanity(
         if depth in depths:
             changed["drawn anew"] = attribute(net, images, targets, method, seed=seed)
             same = rank_correlation(maps, changed["drawn anew"])
-            rows.append(_line("cascade", method, name, same, floor, groups) | {"layers": depth})
+            rows.append(line_of("cascade", method, name, same, floor, groups) | {"layers": depth})
     rows += [
-        _line(what, method, name, rank_correlation(maps, found), floor, groups)
+        line_of(what, method, name, rank_correlation(maps, found), floor, groups)
         for what, found in changed.items()
     ]
     return pd.DataFrame(rows)
@@ -257,7 +257,8 @@ def _of_another_group(groups):
     return np.array(found)
 
 
-def _line(measure, method, name, values, floor, groups):
+def line_of(measure, method, name, values, floor, groups) -> dict:
+    """A row of the tables: mean of ``values`` (N,) without NaN, and its interval by ``groups`` (N,)."""
     known = ~np.isnan(values)
     line = {"measure": measure, "map": method, "model": name, "n": int(known.sum()), "floor": float(floor)}
     if not known.any():

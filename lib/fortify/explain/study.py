@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fortify.attacks import checked
 from fortify.explain.attributions import CONTROLS, METHODS, attribute, control
-from fortify.explain.measures import measured, sanity
+from fortify.explain.measures import alignment, line_of, measured, rank_correlation, sanity
 from fortify.intervals import whole_percent
+from fortify.models import predict
 
 Maps = dict[tuple[str, str], np.ndarray]  # {(network, method): (N, H, W)}; a control's network is ""
 
@@ -64,8 +65,12 @@ def explained(
 
 
 def clean_and_attacked(table: pd.DataFrame, measures: Mapping[str, str]) -> pd.DataFrame:
-    """A display table: a line a network and method, "clean → attacked" of ``measures`` {name: column}."""
-    value = table.set_index(["measure", "model", "map"])["mean"]
+    """A display table: a line a network and method, "clean → attacked" of ``measures`` {name: column}.
+
+    ``slices`` is of how many, the fewest of the measures: a map that is zero everywhere has no share.
+    """
+    of = table.set_index(["measure", "model", "map"])
+    value = of["mean"]
     lines = []
     for name in dict.fromkeys(model for model in table.model if model):
         for method in dict.fromkeys(table[table.model.eq(name) & table["map"].isin(METHODS)]["map"]):
@@ -73,8 +78,37 @@ def clean_and_attacked(table: pd.DataFrame, measures: Mapping[str, str]) -> pd.D
             for measure, column in measures.items():
                 clean, attacked = (value[measure + state, name, method] for state in ("", ", attacked"))
                 line[column] = f"{clean:.2f} → {attacked:.2f}"
+            counts = [min(of.n[m + state, name, method] for m in measures) for state in ("", ", attacked")]
+            line["slices"] = " → ".join(map(str, counts)) if len(set(counts)) > 1 else str(counts[0])
             lines.append(line)
     return pd.DataFrame(lines)
+
+
+ALIGNED = ("alignment", "correlation with the image")  # the measures of :func:`aligned`
+
+
+def aligned(
+    models: Mapping[str, nn.Module], images: Any, maps: Maps, *, groups: Sequence[Any], where: str = ""
+) -> pd.DataFrame:
+    """How gradient and image resemble each other: rows as :func:`fortify.explain.measured`'s, no floor.
+
+    ``alignment`` is :func:`fortify.explain.alignment`; ``correlation with the image`` the rank correlation of
+    the map *gradient* with the control *the image*. ``images`` (N, C, H, W).
+    """
+    rows = []
+    for name, model in models.items():
+        correlation = rank_correlation(maps[name, "gradient"], maps["", "the image"])
+        for measure, values in zip(ALIGNED, (alignment(model, images), correlation), strict=True):
+            rows.append(line_of(measure + where, "gradient", name, values, np.nan, groups))
+    return pd.DataFrame(rows)
+
+
+def aligned_layout(table: pd.DataFrame) -> pd.DataFrame:
+    """A display table of :func:`aligned`: a line a network, the means with their intervals."""
+    cells = table.assign(cell=[f"{r['mean']:.2f} ({r.low:.2f}–{r.high:.2f})" for _, r in table.iterrows()])
+    shown = cells.pivot(index="model", columns="measure", values="cell")
+    shown = shown.loc[table.model.unique(), table.measure.unique()]
+    return shown.rename_axis(index="training", columns=None).reset_index()
 
 
 _STABLE = {
@@ -83,32 +117,20 @@ _STABLE = {
 }
 
 
-def spoken(table: pd.DataFrame) -> str:
+def spoken(table: pd.DataFrame, *, idle: Sequence[str] = ()) -> str:
     """What the table says, as Markdown: lungs and nodules against the controls, stability, and sanity.
 
-    ``table`` holds :func:`explained`'s rows and, where there are nodules, :func:`fortify.explain.located`'s.
+    ``table`` holds :func:`explained`'s rows and, where there are nodules, :func:`fortify.explain.located`'s;
+    ``idle`` names the networks that hardly classify the nodules.
     """
-    sentences = []
     lungs = table[table.measure.eq("lungs")].set_index(["model", "map"])
-    for name in ("normal", "adversarial"):
-        if name in lungs.index:
-            best = lungs.loc[name].sort_values("mean").iloc[-1]
-            sentences.append(
-                f"Of the {name} network's maps *{best.name}* has the highest share in the lungs: it "
-                f"is {best['mean']:.1f} times that of the area (95 % interval {best.low:.1f} "
-                f"to {best.high:.1f})."
-            )
-    if "" in lungs.index:
-        best = lungs.loc[""].sort_values("mean").iloc[-1]
-        sentences.append(
-            f"The best control, *{best.name}*, which knows nothing of a network, reaches {best['mean']:.1f}."
-        )
-        maps = lungs[lungs.index.get_level_values("model") != ""]
-        if len(maps) and maps["mean"].max() < best["mean"]:
-            sentences[-1] += (
-                " So the share in the lungs does not show that a map finds what the prediction rests on."
-            )
+    sentences = [_in_lungs(lungs)] if len(lungs) else []
     sentences += _pointed(table[table.measure.eq("pointing game")])
+    if idle:
+        sentences.append(
+            f"{' and '.join(idle).capitalize()} training hardly learned to classify the nodules (balanced "
+            f"accuracy below {100 * IDLE_BELOW:.0f} %), so its maps there say nothing of that training."
+        )
     for measure, words in _STABLE.items():
         own = table[table.measure.eq(measure)]
         means = own.groupby("model", sort=False)["mean"].mean()
@@ -119,6 +141,34 @@ def spoken(table: pd.DataFrame) -> str:
                 f"{own.floor.mean():.2f}."
             )
     return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def _in_lungs(lungs):
+    """Whether any map has a higher share in the lungs than the best control, and what the shares are."""
+    best = {name: own.loc[own["mean"].idxmax()] for name, own in lungs.groupby(level="model", sort=False)}
+    control = best.pop("", None)
+    said = " and ".join(
+        f"{row['mean']:.1f} ({name} training, *{row.name[1]}*; 95 % interval {row.low:.1f} to {row.high:.1f})"
+        for name, row in best.items()
+    )
+    words = f"Share of the best map in the lungs, divided by that of the area: {said}."
+    if control is None or not best:
+        return words
+    words += f" A control that knows nothing of a network, *{control.name[1]}*, has {control['mean']:.1f}."
+    if max(row["mean"] for row in best.values()) < control["mean"]:
+        return f"**No map is shown to find what a prediction rests on.** {words}"
+    return words
+
+
+IDLE_BELOW = 0.6  # balanced accuracy of two classes; guessing gives a half
+
+
+def idle_networks(models: Mapping[str, nn.Module], images: Any, labels: Any) -> list[str]:
+    """Names of those ``models`` whose balanced accuracy on ``images`` is below :data:`IDLE_BELOW`."""
+    images, labels = checked(images, labels)
+    right = {name: predict(model, images).argmax(1) == labels for name, model in models.items()}
+    shares = {n: np.mean([r[labels == c].float().mean() for c in labels.unique()]) for n, r in right.items()}
+    return [name for name, share in shares.items() if share < IDLE_BELOW]
 
 
 def _pointed(hits):

@@ -39,6 +39,8 @@ from fortify.workflow.profiles import (
 )
 
 _SPLITS = ("random", "grouped")
+# Notebooks whose finding is about unseen groups.
+SHOWN_ON = {"12_explanations": "grouped", "13_detection": "grouped"}
 PARTS1 = {"": "Table 1", "_classes": "Classes, scans and baselines"}  # {end of the file's name: title}
 
 
@@ -49,14 +51,15 @@ class PublishError(RuntimeError):
 def executed_notebooks(build: Path, stems: Iterable[str]) -> dict[str, Path]:
     """{stem: path} of the executed copies: of notebooks run once per split and seed, the first run's.
 
-    The first is the lowest seed of those in the tables on the random split, where there is one: the paper's
-    split. A stem that has not been executed is left out.
+    The first is the lowest seed of those in the tables on the random split, the paper's, or on that of
+    :data:`SHOWN_ON`, where there is one. A stem that has not been executed is left out.
     """
-    runs = [*sorted(published_runs(build), key=lambda run: (not run.startswith("random"), run_order(run)))]
-    found = {}
+    runs, found = published_runs(build), {}
     for stem in stems:
+        split = SHOWN_ON.get(stem, "random")
+        own = sorted(runs, key=lambda run, split=split: (not run.startswith(split), run_order(run)))
         places = [build / "notebooks" / f"{stem}.ipynb"]
-        places += [build / "notebooks" / run / f"{stem}.ipynb" for run in runs]
+        places += [build / "notebooks" / run / f"{stem}.ipynb" for run in own]
         if there := [path for path in places if path.is_file()]:
             found[stem] = there[0]
     return found
