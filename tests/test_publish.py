@@ -719,3 +719,13 @@ def test_a_notebook_whose_finding_is_about_unseen_groups_is_shown_on_them(tmp_pa
     (tmp_path / "notebooks" / "grouped-s0" / "13_detection.ipynb").unlink()
     found = publish.executed_notebooks(tmp_path, stems)
     assert found["13_detection"].parent.name == "random-s0", "where there is no other"
+
+
+def test_hours_are_of_the_trainings_that_a_later_run_of_notebook_10_reads(tmp_path):
+    times = {"notebook": ["02_baseline", "10_robust_optimisation"], "run": ["random-s0", ""]}
+    pd.DataFrame(times | {"seconds": [3600, 12], "cpu_seconds": [1, 1]}).to_csv(tmp_path / "run_times.csv")
+    assert publish._provenance(tmp_path)["hours"] == pytest.approx(1 + 12 / 3600)
+    pd.DataFrame({"contender": ["a", "b"], "seconds": [1800, 5400]}).to_csv(
+        tmp_path / "comparison_seconds.csv"
+    )
+    assert publish._provenance(tmp_path)["hours"] == 3
