@@ -19,6 +19,7 @@ from fortify.comparison import (
     contenders_of,
     cost_in_forwards,
     cost_summary,
+    gains_layout,
     leaders,
     rank,
     remembered,
@@ -196,6 +197,15 @@ def test_a_difference_counts_where_the_groups_bear_it_out():
     assert table.loc["attacked", "gain_percent"] == 50 and not table.loc["attacked", "differs"]
     with pytest.raises(ValueError, match="no 'c' on the grouped split"):
         rank(hand_made(), groups=[0, 0, 1, 1], reference="c")
+
+
+def test_differences_are_shown_a_line_a_contender_in_bold_where_the_groups_bear_them_out():
+    gains = rank(hand_made(), groups=[0, 0, 1, 1], reference="a")
+    assert gains_layout(gains, kind="correct").to_dict("list") == {
+        "contender": ["b"],
+        "grouped": ["**+50 (50 to 50)**"],
+    }
+    assert gains_layout(gains).grouped.tolist() == ["+50 (0 to 100)"]
 
 
 def test_certified_accuracy_counts_correct_predictions_within_the_radius():

@@ -286,6 +286,19 @@ def rank(rows: pd.DataFrame, groups: Sequence[Any], *, reference: str) -> pd.Dat
     return pd.DataFrame(found)
 
 
+def gains_layout(gains: pd.DataFrame, *, kind: str = "attacked") -> pd.DataFrame:
+    """A display table of :func:`rank`: a line a contender, a column a split, points with their interval.
+
+    In bold where the interval excludes zero.
+    """
+    own = gains[gains.kind.eq(kind)]
+    cells = [f"{r.gain_percent:+.0f} ({r.low_percent:.0f} to {r.high_percent:.0f})" for r in own.itertuples()]
+    cells = [f"**{cell}**" if differs else cell for cell, differs in zip(cells, own.differs, strict=True)]
+    shown = own.assign(cell=cells).pivot(index="contender", columns="split", values="cell")
+    shown = shown.loc[own.contender.unique(), own.split.unique()].fillna("–")
+    return shown.rename_axis(columns=None).reset_index()
+
+
 def certified(certificates: pd.DataFrame, radii: Sequence[float]) -> pd.DataFrame:
     """Certified accuracy by radius: k of n images predicted correctly within it, with a 95 % interval.
 
@@ -414,16 +427,12 @@ def leaders(table: pd.DataFrame, gains: pd.DataFrame, *, reference: str, eps_255
         said += f" Of clean slices {it} classifies {whole_percent(base.correct)} % correctly "
         said += f"({base.k_correct}/{base.n})."
         apart = gains[gains.split.eq(split) & gains.kind.eq("attacked") & gains.differs]
-        for word, side in (
-            ("ahead of", apart[apart.gain_percent > 0]),
-            ("behind", apart[apart.gain_percent < 0]),
-        ):
-            named = [
-                f"{r.contender} by {abs(r.gain_percent):.0f} points ({_span(r)})"
-                for r in side.sort_values("gain_percent", key=abs, ascending=False).itertuples()
-            ]
-            if named:
-                said += f" Under attack these are {word} {it} by more than chance: {', '.join(named)}."
+        ahead, behind = apart[apart.gain_percent > 0], apart[apart.gain_percent < 0]
+        if len(ahead):
+            named = [f"{r.contender} by {r.gain_percent:.0f} points ({_span(r)})" for r in ahead.itertuples()]
+            said += f" Under attack these are ahead of {it} by more than chance: {listed(named)}."
+        if len(behind):
+            said += f" These are behind it by more than chance: {'; '.join(behind.contender)}."
         if apart.empty:
             said += f" Under attack no other training differs from {it}: every interval includes zero."
         lines.append(f"- {said}")
@@ -437,5 +446,4 @@ def leaders(table: pd.DataFrame, gains: pd.DataFrame, *, reference: str, eps_255
 
 
 def _span(row):
-    ends = sorted(abs(end) for end in (row.low_percent, row.high_percent))
-    return f"{ends[0]:.0f} to {ends[1]:.0f}"
+    return f"{row.low_percent:.0f} to {row.high_percent:.0f}"
