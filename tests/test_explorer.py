@@ -293,9 +293,17 @@ def check(page, data, own, training, attack, at):
 def test_the_slider_the_training_and_the_attack_by_keyboard(page, data):
     from selenium.webdriver.common.keys import Keys
 
+    own = data["slices"][int(page.find_element("id", "slice").get_attribute("value"))]
+    start = data["budgets_255"].index(4)
+    broken = [
+        np.argmax(of["seen"]["normal"]["pgd"][0]["p"]) == of["label"]
+        and np.argmax(of["seen"]["normal"]["pgd"][start]["p"]) != of["label"]
+        for of in data["slices"]
+    ]
+    assert own == data["slices"][broken.index(True) if True in broken else 0], "one that the attack breaks"
+    press(page, page.find_element("id", "slice"), Keys.HOME)
     first = data["slices"][0]
     slider = page.find_element("id", "budget")
-    start = data["budgets_255"].index(4)
     check(page, data, first, "normal", "pgd", start)
     press(page, slider, Keys.ARROW_RIGHT)
     check(page, data, first, "normal", "pgd", start + 1)

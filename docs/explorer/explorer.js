@@ -4,6 +4,7 @@ const data = window.EXPLORER;
 const $ = (id) => document.getElementById(id);
 const picked = (name) => document.querySelector(`input[name=${name}]:checked`);
 const percent = (p) => `${Math.round(100 * p)} %`;
+const best = (p) => p.indexOf(Math.max(...p));
 
 // The bytes of one tile of a sprite.
 function tile(sprite, number) {
@@ -62,7 +63,7 @@ function show(sprites) {
   const training = picked("training").value, attack = picked("attack").value, pgd = attack === "pgd";
   const at = pgd ? Number($("budget").value) : 0, eps = data.budgets_255[at];
   const now = slice.seen[training][attack][at], before = slice.seen[training].pgd[0].p;
-  const answer = now.p.indexOf(Math.max(...now.p)), kind = answer === truth ? "right" : "wrong";
+  const answer = best(now.p), kind = answer === truth ? "right" : "wrong";
   $("split").textContent = $(slice.split).dataset.words;
   $("budget").disabled = !pgd;
   $("budget-shown").textContent = pgd ? `${eps} of 255 grey levels` : "this attack has none";
@@ -85,8 +86,10 @@ async function start() {
   for (const name in sprites) await Object.assign(sprites[name], { src: data[name] }).decode();
   data.slices.forEach(({ split, label, name }, i) =>
     $(split).append(new Option(`${data.classes[label]}: ${name.replace(/^.*\/|\.\w+$/g, "")}`, i)));
-  $("budget").max = data.budgets_255.length - 1;
-  $("budget").value = data.budgets_255.indexOf(data.eps_255);
+  Object.assign($("budget"), { max: data.budgets_255.length - 1, value: data.budgets_255.indexOf(data.eps_255) });
+  const broken = ({ label, seen: { normal } }) => normal && best(normal.pgd[0].p) === label &&
+    best(normal.pgd[$("budget").value].p) !== label;
+  $("slice").value = Math.max(data.slices.findIndex(broken), 0); // first one that shows what an attack does
   $("steps").textContent = data.pgd_steps;
   $("credit").textContent = `Slices: ${data.source}. ${data.credit} Results of the ${data.profile} profile.`;
   document.querySelector("form").addEventListener("input", () => show(sprites));
@@ -94,5 +97,4 @@ async function start() {
   $("explorer").hidden = false;
 }
 
-if (data) start();
-else $("missing").hidden = false;
+if (data) start(); else $("missing").hidden = false;
