@@ -49,21 +49,20 @@ def test_the_pictures_are_of_the_run(finished, drawn):
 
 
 def test_the_dots_are_of_the_tables(finished, drawn):
-    (ax,) = drawn.subfigs[1].axes
-    names = [label.get_text() for label in ax.get_yticklabels()]
-    table = pd.read_csv(ROOT / BUILD / "tables/accuracy.csv").query(
-        "protocol == 'adaptive' and model == 'adversarial'"
-    )
-    for line, split in zip(ax.lines, ("random", "grouped"), strict=True):
-        shown = dict(zip(names, line.get_xdata(), strict=True))
-        own = table[table.split.eq(split)].set_index("attack").accuracy
-        assert shown["adversarial training, clean"] == pytest.approx(100 * own["clean"])
-        assert shown["adversarial training, PGD 4/255"] == pytest.approx(100 * own["pgd"])
-        simple = pd.read_csv(ROOT / BUILD / f"tables/table1_{split}_classes.csv").query(
-            "unit == 'slice' and attack == 'clean'"
-        )
-        forest = simple.set_index("model").accuracy_percent["histogram forest"]
-        assert shown["random forest on a grey-level histogram, clean"] == pytest.approx(forest)
+    panels = drawn.subfigs[1].axes
+    assert [ax.get_title() for ax in panels] == ["clean", "attacked: PGD 4/255"]
+    names = [label.get_text() for label in panels[0].get_yticklabels()]
+    table = pd.read_csv(ROOT / BUILD / "tables/accuracy.csv").query("protocol == 'adaptive'")
+    for ax, attack, black_box in ((panels[0], "clean", "clean"), (panels[1], "pgd", "black-box")):
+        for line, split in zip(ax.lines, ("random", "grouped"), strict=True):
+            shown = dict(zip(names, line.get_xdata(), strict=True))
+            own = table[table.split.eq(split) & table.attack.eq(attack)].set_index("model").accuracy
+            for training in ("normal", "adversarial"):
+                assert shown[f"{training} training"] == pytest.approx(100 * own[training])
+            simple = pd.read_csv(ROOT / BUILD / f"tables/table1_{split}_classes.csv")
+            simple = simple[simple.unit.eq("slice") & simple.attack.eq(black_box)]
+            forest = simple.set_index("model").accuracy_percent["histogram forest"]
+            assert shown["random forest on a grey-level histogram"] == pytest.approx(forest)
 
 
 def test_it_is_of_printed_size_and_its_words_are_legible(drawn):

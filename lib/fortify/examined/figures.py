@@ -150,27 +150,32 @@ class Picture:
 def finding_figure(pictures: Sequence[Picture], standings: pd.DataFrame) -> Figure:
     """README's figure: slices above accuracies in percent by split, with 95 % intervals.
 
-    ``standings`` has a row for each classifier and split: classifier, split, accuracy, low, high.
+    ``standings`` has a row for each classifier, split and panel: classifier, shown (the panel's title),
+    split, accuracy, low, high.
     """
-    names = list(standings.classifier.unique())
-    fig = Figure(figsize=(DOUBLE, 2.9 + 0.28 * len(names)), layout="constrained")
-    top, bottom = fig.subfigures(2, 1, height_ratios=(2.3, 0.6 + 0.28 * len(names)))
+    names, panels = list(standings.classifier.unique()), list(standings.shown.unique())
+    fig = Figure(figsize=(DOUBLE, 3.1 + 0.28 * len(names)), layout="constrained")
+    top, bottom = fig.subfigures(2, 1, height_ratios=(2.3, 0.8 + 0.28 * len(names)))
     text = {"size": 8.5}
     for ax, picture in zip(top.subplots(1, len(pictures)), pictures, strict=True):
         show_image(ax, np.clip(picture.image, 0, 1), wrong=picture.wrong)
         ax.set_title(picture.title, **text)
         ax.set_xlabel(picture.words, labelpad=3, **text)
-    ax = bottom.subplots()
-    for split, (label, colour, marker) in _SPLITS.items():
-        own = standings[standings.split.eq(split)].set_index("classifier").reindex(names)
-        y = np.arange(len(names)) + (-0.15 if split == "random" else 0.15)
-        ax.hlines(y, own.low, own.high, color=colour, lw=2, alpha=0.4)
-        ax.plot(own.accuracy, y, marker, color=colour, label=label, ms=5, clip_on=False)
-    ax.set(xlim=(0, 100), ylim=(len(names) - 0.5, -0.5))
-    ax.set_xlabel("slices classified correctly (%)", **text)
-    ax.set_yticks(range(len(names)), names, **text)
-    ax.tick_params(axis="y", length=0)
-    ax.tick_params(axis="x", labelsize=8.5)
-    ax.grid(axis="x")
-    bottom.legend(loc="outside lower center", ncols=2, fontsize=8.5)
+    axes = bottom.subplots(1, max(len(panels), 1), sharey=True, squeeze=False)[0]
+    for ax, panel in zip(axes, panels, strict=False):
+        for split, (label, colour, marker) in _SPLITS.items():
+            own = standings[standings.split.eq(split) & standings.shown.eq(panel)]
+            own = own.set_index("classifier").reindex(names)
+            y = np.arange(len(names)) + (-0.15 if split == "random" else 0.15)
+            ax.hlines(y, own.low, own.high, color=colour, lw=2, alpha=0.4)
+            ax.plot(own.accuracy, y, marker, color=colour, label=label, ms=5, clip_on=False)
+        ax.set(xlim=(0, 100), ylim=(len(names) - 0.5, -0.5))
+        ax.set_title(panel, **text)
+        ax.set_xlabel("slices classified correctly (%)", **text)
+        ax.tick_params(axis="y", length=0)
+        ax.tick_params(axis="x", labelsize=8.5)
+        ax.grid(axis="x")
+    axes[0].set_yticks(range(len(names)), names, **text)
+    handles = axes[0].get_legend_handles_labels()
+    bottom.legend(*handles, loc="outside lower center", ncols=2, fontsize=8.5)
     return fig

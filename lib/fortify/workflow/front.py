@@ -126,8 +126,8 @@ def hero(figures: Path, strips: Sequence[Path]) -> str:
         words = "A test slice, its near-duplicate in training, accuracy by split, the clamp and a real attack"
         caption = (
             "*Above: one slice of a random split, the training slice most like it, and the normally trained "
-            "network's answers, with counts over the test slices. Below: accuracy by split, with 95 % "
-            "intervals as in the table.*"
+            "network's answers, with counts over the test slices. Below: accuracy on clean and on attacked "
+            "slices by split, with 95 % intervals as in the table.*"
         )
         return f"![{words}]({(figures / 'hero.png').as_posix()})\n\n{caption}\n"
     if not strips:

@@ -86,18 +86,20 @@ def shown_slice(r: np.ndarray, *, clean: np.ndarray, clamp: np.ndarray, pgd: np.
 
 
 def standings(tables: Path, eps: str) -> pd.DataFrame:
-    """Accuracies in percent with intervals: adversarial training, clean and under PGD; simple classifiers."""
-    rows = []
+    """Accuracies in percent with intervals, clean and attacked: both trainings and simple classifiers."""
+    rows, shown = [], {"clean": "clean", "pgd": f"attacked: PGD {eps}"}
     for split in ("random", "grouped"):
         table = front.accuracies(tables, split)
-        if table is not None:
-            for attack, words in (("clean", "clean"), ("pgd", f"PGD {eps}")):
-                row = table.loc[("adversarial", attack)]
+        for training in ("normal", "adversarial") if table is not None else ():
+            for attack, words in shown.items():
+                row = table.loc[(training, attack)]
                 shares = (100 * share for share in (row.accuracy, *interval_of(row)))
-                rows.append((f"adversarial training, {words}", split, *shares))
+                rows.append((f"{training} training", words, split, *shares))
         for name, cells in front.simple_classifiers(tables, tables, split).items():
-            rows.append((f"{front.SIMPLE[name][0]}, clean", split, *cells["clean"]))
-    return pd.DataFrame(rows, columns=["classifier", "split", "accuracy", "low", "high"])
+            for attack, kind in (("clean", "clean"), ("pgd", "attacked")):
+                if cells[kind] is not None:
+                    rows.append((front.SIMPLE[name][0], shown[attack], split, *cells[kind]))
+    return pd.DataFrame(rows, columns=["classifier", "shown", "split", "accuracy", "low", "high"])
 
 
 def main(arguments: Sequence[str]) -> int:
