@@ -127,6 +127,13 @@ def test_pairs_are_pooled_by_what_the_attack_was_crafted_on(matrix):
     assert tuple(pooled.loc[("another network", "pgd"), ["low", "high"]]) == cluster_interval(
         of.fooled.to_numpy(bool), groups[of["index"]]
     )
+    row = pooled.loc[("another network", "pgd")]
+    assert row.more == row.accuracy and row.more_low <= row.more <= row.more_high, "noise fools nobody here"
+    assert np.isnan(pooled.loc[(NOISE, NOISE), "more"])
+    broken = rows.assign(fooled=rows.fooled | rows.source.eq(NOISE))
+    assert (
+        pooled_transfer(broken, groups).set_index("crafted_on").more[[OTHERS, "the target itself"]] <= 0
+    ).all()
     assert (
         pooled.loc[("stolen", "pgd"), ["k", "n"]].tolist() == [48, 72]
         and (OTHERS, "momentum") in pooled.index

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fortify.attacks import Attack, check_budget, checked, craft, perturbation_norms
-from fortify.intervals import cluster_interval
+from fortify.intervals import cluster_interval, gain_interval
 from fortify.models import predict
 
 OTHERS = "all other models"  # the source that leaves the target out
@@ -209,10 +209,23 @@ def pooled_transfer(rows: pd.DataFrame, groups: Sequence[Any]) -> pd.DataFrame:
 
     ``crafted_on`` is "the target itself", "another network", or a source that is no target, by its name.
     ``k`` of ``n``, ``accuracy`` (the share that fools the target), ``low`` and ``high`` as in
-    :func:`transfer_table`, the interval by groups over all pairs; ``l2`` is the median.
+    :func:`transfer_table`, the interval by groups over all pairs; ``l2`` is the median. ``more``,
+    ``more_low`` and ``more_high``: how much larger the share is than noise's on the same targets and images,
+    95 % by groups; NaN for noise itself.
     """
     kind = np.where(rows.source.eq(rows.target), "the target itself", "another network")
     kind = np.where(rows.source.isin(rows.target), kind, rows.source)
-    pooled = rows.assign(target="", white_box=False, source=kind)
+    pooled = rows.assign(target="", source=kind)
     table = transfer_table(pooled, groups).rename(columns={"source": "crafted_on"})
-    return table[["crafted_on", "attack", "k", "n", "l2", "accuracy", "low", "high"]]
+    table = table[["crafted_on", "attack", "k", "n", "l2", "accuracy", "low", "high"]]
+    noise = rows[rows.source.eq(NOISE)].set_index(["target", "index"]).fooled.astype(int)
+    more = rows.fooled.astype(int) - noise.loc[list(zip(rows.target, rows["index"], strict=True))].to_numpy()
+    gains = []
+    for line in table.itertuples():
+        own = rows.both & (kind == line.crafted_on) & rows.attack.eq(line.attack)
+        if line.crafted_on == NOISE or not own.any():
+            gains.append((np.nan,) * 3)
+            continue
+        ends = gain_interval(more[own].to_numpy(), np.asarray(groups)[rows["index"][own]])
+        gains.append((more[own].mean(), *ends))
+    return table.assign(**dict(zip(("more", "more_low", "more_high"), zip(*gains, strict=True), strict=True)))
