@@ -424,6 +424,14 @@ def test_the_papers_network_takes_to_the_recipe_as_the_page_says():
     assert (own.clean > 0.9 * own.n).all() and (own.pgd_4 > 0.9 * own.n).all()
 
 
+def test_what_features_tell_is_mostly_coarse_as_the_page_says():
+    table = pd.read_csv(ROOT / "benchmarks/resolution.csv").set_index("slices")
+    small, whole = table.loc["28 px"], table.loc["224 px"]
+    page = (ROOT / "docs/recipe.md").read_text(encoding="utf-8")
+    assert f"still give {100 * small.k / small.n:.0f} %, whole ones {100 * whole.k / whole.n:.0f} %" in page
+    assert "intervals overlap" in " ".join(page.split()) and small.high > whole.low
+
+
 def test_the_rare_class_pays_as_the_page_says():
     accuracy = pd.read_csv(ROOT / "paper/tables/laptop/accuracy.csv").set_index(["split", "model", "attack"])
     assert accuracy.loc[("grouped", "adversarial", "clean"), "recall_benign"].eq(0).all()
