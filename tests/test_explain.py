@@ -172,9 +172,9 @@ def test_the_table_tells_a_network_that_looks_in_the_mask_from_a_control(shown):
     assert checks.set_index("measure").loc["attack", "mean"] == pytest.approx(1)
     words = spoken(pd.concat([table, checks]))
     assert "divided by that of the area: 16.0 (normal training, *gradient*; 95 % interval" in words
-    assert "A control that knows nothing of a network, *edges*, has" in words
+    assert "The best control, *edges*, which knows no network, has" in words
     assert "with its clean map of 1.00 (normal training)" in words
-    no_proof = "**No map is shown to find what a prediction rests on.**"
+    no_proof = "**No map lies in the lungs more than the best control does.**"
     assert no_proof not in words, "the network's map is ahead of the control"
     ahead = table["mean"].where(table.model.ne("") | table.measure.ne("lungs"), 17)
     assert no_proof in spoken(pd.concat([table.assign(mean=ahead), checks]))

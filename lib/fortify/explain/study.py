@@ -154,9 +154,9 @@ def _in_lungs(lungs):
     words = f"Share of the best map in the lungs, divided by that of the area: {said}."
     if control is None or not best:
         return words
-    words += f" A control that knows nothing of a network, *{control.name[1]}*, has {control['mean']:.1f}."
+    words += f" The best control, *{control.name[1]}*, which knows no network, has {control['mean']:.1f}."
     if max(row["mean"] for row in best.values()) < control["mean"]:
-        return f"**No map is shown to find what a prediction rests on.** {words}"
+        return f"**No map lies in the lungs more than the best control does.** {words}"
     return words
 
 
