@@ -10,6 +10,7 @@ import torchvision
 
 from fortify import comparison
 from fortify.attacks import FGSM, PGD, craft, prepared
+from fortify.audit.looks import AutoAttackLeft, Certificates, sample
 from fortify.augmentation import Augmentation
 from fortify.comparison import (
     Contender,
@@ -30,7 +31,6 @@ from fortify.comparison import (
 )
 from fortify.data import to_tensor
 from fortify.figures import comparison_dots
-from fortify.looks import AutoAttackLeft, Certificates, sample
 from fortify.models import build_model
 from fortify.training import Recipe, fit
 

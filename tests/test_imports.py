@@ -16,7 +16,7 @@ FLOORS = (  # a module imports from the floors below it; inside a floor in the o
     ("training", "scoring", "baselines", "comparison"),
 )
 ROOMS = {  # sub-packages, each with its modules in order; they import the core and not each other
-    "audit": ("context", "autoattack", "checks", "report", "mutants", "answer", "figures"),
+    "audit": ("context", "autoattack", "looks", "checks", "report", "mutants", "answer", "figures"),
     "leakage": ("meter", "probes", "answer", "figures"),
     "explain": ("attributions", "measures", "study", "figures"),
     "transfer": ("crafting", "networks", "nodules", "answer", "figures"),

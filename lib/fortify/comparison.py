@@ -350,8 +350,9 @@ def compare(
 
     ``parts`` are splits by the name of their run, ``<split>-s<seed>``. The learning rate is chosen on the
     first run of each split (:func:`run_contender`) and kept for its others. ``looks`` are further looks at
-    the network of the last split's first run, {name of a contender, or "all": one of :mod:`fortify.looks`}.
-    It is trained again for them, so that another look leaves all else as it is. ``rows``: those of
+    the network of the last split's first run, {name of a contender, or "all": one of
+    :mod:`fortify.audit.looks`}. It is trained again for them, so that another look leaves all else as it is.
+    ``rows``: those of
     :func:`run_contender` with contender, split and seed; ``costs``: a line a contender and run, its facts. A
     contender that ran before, by the same code, is read.
     """

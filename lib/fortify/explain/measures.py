@@ -257,7 +257,9 @@ def _of_another_group(groups):
     return np.array(found)
 
 
-def line_of(measure, method, name, values, floor, groups) -> dict:
+def line_of(
+    measure: str, method: str, name: str, values: np.ndarray, floor: float, groups: Sequence[Any]
+) -> dict[str, Any]:
     """A row of the tables: mean of ``values`` (N,) without NaN, and its interval by ``groups`` (N,)."""
     known = ~np.isnan(values)
     line = {"measure": measure, "map": method, "model": name, "n": int(known.sum()), "floor": float(floor)}
