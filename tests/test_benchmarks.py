@@ -424,6 +424,16 @@ def test_the_papers_network_takes_to_the_recipe_as_the_page_says():
     assert (own.clean > 0.9 * own.n).all() and (own.pgd_4 > 0.9 * own.n).all()
 
 
+def test_the_short_trainings_that_gave_one_answer_are_as_the_page_says():
+    table = pd.read_csv(ROOT / "paper/tables/laptop/comparison.csv").set_index(["contender", "split"])
+    assert table.one_answer[["AWP"]].to_dict() == {("AWP", "random"): 1, ("AWP", "grouped"): 1}
+    assert table.seeds["AWP", "grouped"] == 5 == table.one_answer["squeezenet1_1", "grouped"]
+    assert table.one_answer["squeezenet1_1", "random"] == 1
+    page = " ".join((ROOT / "docs/recipe.md").read_text(encoding="utf-8").split())
+    assert "AWP gave one answer for all slices on the random split and in one of five folds." in page
+    assert "SqueezeNet, trained from nothing, gives one answer for all slices." in page
+
+
 def test_what_features_tell_is_mostly_coarse_as_the_page_says():
     table = pd.read_csv(ROOT / "benchmarks/resolution.csv").set_index("slices")
     small, whole = table.loc["28 px"], table.loc["224 px"]

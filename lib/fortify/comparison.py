@@ -27,7 +27,7 @@ from fortify.models import build_model, predict
 from fortify.objectives import OBJECTIVES
 from fortify.runs import lib_sha256
 from fortify.runtime import device_of, pick_device
-from fortify.tables import listed
+from fortify.tables import crossed, listed
 from fortify.training import Recipe, fit
 
 NORMAL = "normal"  # the objective of a training without attacks
@@ -294,9 +294,7 @@ def gains_layout(gains: pd.DataFrame, *, kind: str = "attacked") -> pd.DataFrame
     own = gains[gains.kind.eq(kind)]
     cells = [f"{r.gain_percent:+.0f} ({r.low_percent:.0f} to {r.high_percent:.0f})" for r in own.itertuples()]
     cells = [f"**{cell}**" if differs else cell for cell, differs in zip(cells, own.differs, strict=True)]
-    shown = own.assign(cell=cells).pivot(index="contender", columns="split", values="cell")
-    shown = shown.loc[own.contender.unique(), own.split.unique()].fillna("–")
-    return shown.rename_axis(columns=None).reset_index()
+    return crossed(own.assign(cell=cells), index="contender", columns="split")
 
 
 def certified(certificates: pd.DataFrame, radii: Sequence[float]) -> pd.DataFrame:

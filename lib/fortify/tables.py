@@ -257,6 +257,13 @@ def listed(names: Sequence[str]) -> str:
     return f"{', '.join(some)} and {last}" if some else last
 
 
+def crossed(cells: pd.DataFrame, *, index: str, columns: str, missing: str = "–") -> pd.DataFrame:
+    """A display table of the column ``cell``: a line an ``index``, a column each of ``columns``, in order."""
+    shown = cells.pivot(index=index, columns=columns, values="cell")
+    shown = shown.loc[cells[index].unique(), cells[columns].unique()].fillna(missing)
+    return shown.rename_axis(columns=None).reset_index()
+
+
 def to_markdown(display: pd.DataFrame, *, caption: str | None = None, left: int = 2) -> str:
     """A display table as a GitHub Markdown table, its first ``left`` columns to the left, the rest right."""
     header = list(display.columns)

@@ -22,6 +22,7 @@ from fortify.files import find_root
 from fortify.intervals import cluster_interval, whole_percent
 from fortify.models import predict
 from fortify.runtime import describe_device, device_of
+from fortify.tables import crossed
 
 COLUMNS = (
     "detector",
@@ -286,9 +287,7 @@ def alarms_layout(table: pd.DataFrame) -> pd.DataFrame:
     """A display table of :func:`false_alarms`' rows: a line a detector, a column a source, in %."""
     cells = table.assign(cell=[_shown(row, "alarms") for _, row in table.iterrows()])
     cells["of"] = [f"{row.images} ({row.n})" for row in table.itertuples()]
-    shown = cells.pivot(index="detector", columns="of", values="cell")
-    shown = shown.loc[table.detector.unique(), cells.of.unique()]
-    return shown.rename_axis(columns=None).reset_index()
+    return crossed(cells, index="detector", columns="of")
 
 
 def processor(model: torch.nn.Module) -> str:

@@ -13,6 +13,7 @@ from fortify.explain.attributions import CONTROLS, METHODS, attribute, control
 from fortify.explain.measures import alignment, line_of, measured, rank_correlation, sanity
 from fortify.intervals import whole_percent
 from fortify.models import predict
+from fortify.tables import crossed
 
 Maps = dict[tuple[str, str], np.ndarray]  # {(network, method): (N, H, W)}; a control's network is ""
 
@@ -106,9 +107,7 @@ def aligned(
 def aligned_layout(table: pd.DataFrame) -> pd.DataFrame:
     """A display table of :func:`aligned`: a line a network, the means with their intervals."""
     cells = table.assign(cell=[f"{r['mean']:.2f} ({r.low:.2f}–{r.high:.2f})" for _, r in table.iterrows()])
-    shown = cells.pivot(index="model", columns="measure", values="cell")
-    shown = shown.loc[table.model.unique(), table.measure.unique()]
-    return shown.rename_axis(index="training", columns=None).reset_index()
+    return crossed(cells.rename(columns={"model": "training"}), index="training", columns="measure")
 
 
 _STABLE = {

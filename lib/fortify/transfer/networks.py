@@ -54,7 +54,7 @@ def from_trained(regime: Regime, *, eps_255: float) -> Regime:
     """An adversarial ``regime`` as it goes on from a normally trained network: at the budget ``eps_255``,
     with a quarter of the learning rate.
 
-    From nothing and at a large budget, networks other than the run's own often learn to give one answer.
+    From nothing and at a large budget, a network can learn to give one answer for all.
     """
     attacks = {replace(attack, eps_255=eps_255): share for attack, share in regime.attacks.items()}
     return replace(regime, recipe=replace(regime.recipe, lr=regime.recipe.lr / _SLOWER), attacks=attacks)
@@ -63,8 +63,8 @@ def from_trained(regime: Regime, *, eps_255: float) -> Regime:
 def pair(arch: str, train: Slices, regimes: Mapping[str, Regime], **options: Any) -> dict[str, nn.Module]:
     """{"normal", "adversarial"}: ``arch`` trained normally, and then on under attack (:func:`from_trained`).
 
-    Both keep the epoch that is best on some of their own training slices. On unseen groups, validation often
-    prefers an early epoch that gives one answer for all. ``options`` are :func:`trained`'s.
+    Both keep the epoch that is best on some of their own training slices. On unseen groups, validation can
+    prefer an early epoch that gives one answer for all. ``options`` are :func:`trained`'s.
     """
     own = train.subset(range(0, len(train), _JUDGED))
     normal = trained(arch, train, own, regimes["normal"], **options)

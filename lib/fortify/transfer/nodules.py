@@ -18,6 +18,7 @@ from fortify.intervals import whole_percent
 from fortify.phantom import lesion_masks, phantom_slices
 from fortify.scoring import evaluate, logits
 from fortify.splits import grouped_split, near_duplicate_groups, pairwise_agreement
+from fortify.tables import crossed
 from fortify.transfer.networks import Regime, trained
 
 KINDS = ("random", "near-duplicate groups", "patients")  # how folds keep slices together
@@ -355,9 +356,7 @@ def attack_layout(table: pd.DataFrame) -> pd.DataFrame:
     """A display table of :func:`attacked_table`, by slice: a line a model, a column an attack."""
     own = table[table.unit.eq("slice") & table.attack.ne("worst")]
     cells = own.assign(cell=[_cell(row) for row in own.itertuples()])
-    shown = cells.pivot(index="model", columns="attack", values="cell")
-    shown = shown.loc[own.model.unique(), own.attack.unique()].fillna("not run")
-    return shown.reset_index().rename_axis(columns=None)
+    return crossed(cells, index="model", columns="attack", missing="not run")
 
 
 def _cell(row):
